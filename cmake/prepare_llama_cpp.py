@@ -1,0 +1,193 @@
+"""Fetch, verify, unpack and patch the llama.cpp that the build uses.
+
+Prints one `key=value` line each for `tree`, `commit`, `sha256`, `series` and `patches`.
+Running it again does nothing: a finished tree is named after the pin and the patch series.
+
+Usage: prepare_llama_cpp.py [--archive FILE] [--stock] [--patches DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class PrepareError(RuntimeError):
+    """What went wrong, and what to do about it."""
+
+
+def cache_dir() -> Path:
+    """Where downloads and patched trees live: outside of every build tree."""
+    if os.environ.get("ELASTIC_LLAMA_CACHE"):
+        return Path(os.environ["ELASTIC_LLAMA_CACHE"]).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "elastic-llama"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "elastic-llama"
+
+
+def read_pin(path: Path) -> dict[str, str]:
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return dict(
+        (part.strip() for part in line.split("=", 1))
+        for line in lines
+        if line and not line.startswith("#")
+    )
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verified(archive: Path, expected: str) -> Path:
+    got = sha256(archive)
+    if got != expected:
+        raise PrepareError(
+            f"{archive}: sha256 is {got}, expected {expected}; delete the file and try again"
+        )
+    return archive
+
+
+def fetch(pin: dict[str, str], cache: Path) -> Path:
+    """The pinned source archive, downloaded by pip once."""
+    archive = cache / "archives" / pin["archive"]
+    if archive.is_file():
+        return verified(archive, pin["sha256"])
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent) as temp:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+        # pip asks the archive for its metadata; with LLAMA_BUILD off nothing is compiled for it
+        env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+        done = subprocess.run(
+            [*command, "--dest", temp, pin["requirement"]],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        found = Path(temp) / pin["archive"]
+        if not found.is_file():
+            raise PrepareError(
+                f"pip could not download {pin['requirement']} (exit code {done.returncode}):\n"
+                f"{done.stdout}\nPut {pin['archive']} into {archive.parent}, or pass "
+                "-DELASTIC_LLAMA_CPP_ARCHIVE=FILE"
+            )
+        os.replace(verified(found, pin["sha256"]), archive)
+    return archive
+
+
+def series_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.patch"))
+
+
+def series_hash(patches: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for patch in patches:
+        digest.update(patch.name.encode() + b"\0" + patch.read_bytes() + b"\0")
+    return digest.hexdigest()[:12] if patches else "stock"
+
+
+def unpack(archive: Path, member: str, target: Path) -> None:
+    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=target.parent) as temp:
+        prefix = member + "/"
+        members = [m for m in tar.getmembers() if m.name.startswith(prefix)]
+        if not members:
+            raise PrepareError(f"{archive}: holds no {member}")
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(temp, members=members, filter="data")
+        else:
+            tar.extractall(temp, members=members)
+        shutil.move(str(Path(temp) / member), str(target))
+    # a dangling submodule pointer that confuses git when it looks for a commit
+    (target / ".git").unlink(missing_ok=True)
+
+
+def apply(patch: Path, tree: Path) -> None:
+    import patch_ng
+
+    # git-style patches: patch_ng takes the a/ and b/ prefixes off itself; it applies without fuzz
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect()
+    logger = logging.getLogger("patch_ng")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        parsed = patch_ng.fromfile(str(patch))
+        done = parsed and parsed.errors == 0 and parsed.apply(root=str(tree))
+    finally:
+        logger.removeHandler(handler)
+    if not done:
+        detail = "\n  ".join(m for m in messages if m.strip())
+        raise PrepareError(
+            f"{patch.name} does not apply to {tree.name}:\n  {detail}\n"
+            "Rebase the patch on the pinned tree (patches/README.md says how)."
+        )
+
+
+def tree_key(pin: dict[str, str], patches: list[Path]) -> str:
+    return f"{pin['commit']}-{series_hash(patches)}"
+
+
+def prepare(pin: dict[str, str], patches: list[Path], archive: Path | None, cache: Path) -> Path:
+    """The patched tree; made in a temporary folder and renamed when it is complete."""
+    tree = cache / "src" / tree_key(pin, patches)
+    if (tree / ".elastic-stamp").is_file():
+        return tree
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    source = verified(archive, pin["sha256"]) if archive else fetch(pin, cache)
+    with tempfile.TemporaryDirectory(dir=tree.parent) as temp:
+        work = Path(temp) / tree.name
+        unpack(source, pin["tree"], work)
+        for patch in patches:
+            apply(patch, work)
+        (work / ".elastic-stamp").write_text("".join(p.name + "\n" for p in patches))
+        if tree.exists():
+            shutil.rmtree(tree)
+        os.replace(work, tree)
+    return tree
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--archive", type=Path)
+    parser.add_argument("--stock", action="store_true", help="apply no patches")
+    parser.add_argument("--patches", type=Path, default=ROOT / "patches")
+    args = parser.parse_args(argv)
+
+    pin = read_pin(args.patches / "llama-cpp.pin")
+    patches = [] if args.stock else series_of(args.patches)
+    try:
+        tree = prepare(pin, patches, args.archive, cache_dir())
+    except (PrepareError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"tree={tree}")
+    print(f"commit={pin['commit']}")
+    print(f"sha256={pin['sha256']}")
+    print(f"series={series_hash(patches)}")
+    print(f"patches={','.join(p.stem for p in patches)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

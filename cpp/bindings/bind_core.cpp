@@ -1,0 +1,258 @@
+// _core.core: the pure functions, for tests and inspection.
+
+#include "bindings/bindings.h"
+#include "core/budget.h"
+#include "core/generate.h"
+#include "core/merge.h"
+#include "core/policy.h"
+#include "core/rows.h"
+#include "core/select.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+namespace py = pybind11;
+
+using namespace pybind11::literals;
+
+namespace elastic {
+
+using f32_array = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using i32_array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using u8_array  = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
+
+static std::string rule_name(score_rule r) {
+    static const char * names[] = { "none", "frequency", "frequency_layer", "recency" };
+    return names[(int) r];
+}
+static std::string rule_name(select_rule r) {
+    static const char * names[] = { "all", "top", "image_first" };
+    return names[(int) r];
+}
+static std::string rule_name(combine_rule r) {
+    static const char * names[] = { "evict", "nearest_mean", "mass" };
+    return names[(int) r];
+}
+static std::string rule_name(generate_rule r) {
+    static const char * names[] = { "keep", "distance", "score" };
+    return names[(int) r];
+}
+
+// the rule of that name out of the n of its kind
+template <typename R> static R rule_from(const std::string & name, int n) {
+    for (int i = 0; i < n; ++i) {
+        if (rule_name((R) i) == name) {
+            return (R) i;
+        }
+    }
+    throw error("[rule] got \"" + name + "\", which is no rule of its kind");
+}
+
+static ggml_type type_from(const std::string & name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const char * known = ggml_type_name((ggml_type) i);
+        if (known && name == known) {
+            return (ggml_type) i;
+        }
+    }
+    throw error("[type] got \"" + name + "\", expected a ggml type such as f16 or q8_0");
+}
+
+static cells make_cells(const u8_array & kind, const u8_array & pinned) {
+    cells c;
+    for (py::ssize_t i = 0; i < kind.size(); ++i) {
+        if (kind.at(i) > (uint8_t) cell_kind::generated) {
+            throw error("[cells] kind: got " + std::to_string(kind.at(i)) + ", expected 0 (text), 1 (image) or 2 (generated)");
+        }
+        c.kind.push_back((cell_kind) kind.at(i));
+    }
+    c.pinned.assign(pinned.data(), pinned.data() + pinned.size());
+    return c;
+}
+
+static head_map make_map(const f32_array & a, const char * what) {
+    if (a.ndim() != 3) {
+        throw error(std::string("[") + what + "] got " + std::to_string(a.ndim()) + " dimensions, expected [n_layer, n_head_kv, n_cells]");
+    }
+    head_map m((int32_t) a.shape(0), (int32_t) a.shape(1), (int32_t) a.shape(2));
+    std::copy(a.data(), a.data() + a.size(), m.data.begin());
+    return m;
+}
+
+static py::array_t<float> to_array(const head_map & m) {
+    py::array_t<float> res({ m.n_layer, m.n_head_kv, m.n_cells });
+    std::copy(m.data.begin(), m.data.end(), res.mutable_data());
+    return res;
+}
+
+template <typename T> static py::array_t<T> to_array(const std::vector<T> & v) {
+    py::array_t<T> res((py::ssize_t) v.size());
+    std::copy(v.begin(), v.end(), res.mutable_data());
+    return res;
+}
+
+// keys given as an array [n_layer, n_head_kv, n_cells, n_embd_head]
+struct array_keys : key_source {
+    explicit array_keys(const f32_array & a) : a(a) {
+        if (a.ndim() != 4) {
+            throw error("[make_plan] keys: got " + std::to_string(a.ndim()) + " dimensions, expected 4");
+        }
+    }
+    int32_t n_embd_head() const override { return (int32_t) a.shape(3); }
+    void    load(int32_t il, int32_t ih, float * dst) const override {
+        const float * src = a.data(il, ih, 0, 0);
+        std::copy(src, src + a.shape(2) * a.shape(3), dst);
+    }
+    f32_array a;
+};
+
+static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
+                             const f32_array & importance, const std::optional<f32_array> & keys, int32_t n_threads) {
+    const cells    c = make_cells(kind, pinned);
+    const head_map m = make_map(importance, "importance");
+
+    std::optional<array_keys> source;
+    if (keys) {
+        source.emplace(*keys);
+        for (int i = 0; i < 3; ++i) {
+            if (keys->shape(i) != importance.shape(i)) {
+                throw error("[make_plan] keys: their shape does not agree with the importance");
+            }
+        }
+    }
+
+    plan p;
+    {
+        py::gil_scoped_release release;
+        p = make_plan(find_policy(name), { n_keep, n_sink }, c, m, source ? &*source : nullptr, n_threads);
+        validate(p, c, n_sink);
+    }
+    const auto kept   = to_array(p.kept).reshape({ p.n_layer, p.n_head_kv, p.n_keep });
+    const auto bucket = to_array(p.bucket).reshape({ p.n_layer, p.n_head_kv, p.n_cells });
+    return py::dict("kept"_a = kept, "bucket"_a = bucket, "positions"_a = to_array(rank_positions(p)));
+}
+
+static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type, bool transposed, int64_t n_rows, int32_t n_head_kv,
+                         int32_t n_embd_head) {
+    kv_rows t;
+    t.type        = type_from(type);
+    t.data        = bytes.data();
+    t.n_head_kv   = n_head_kv;
+    t.n_embd_head = n_embd_head;
+    t.n_rows      = n_rows;
+    t.transposed  = transposed;
+    if (!rows_supported(t.type, transposed)) {
+        throw error("[merge_layer] type " + type + (transposed ? " transposed" : "") + " is not supported");
+    }
+    t.row_bytes = (int64_t) ggml_row_size(t.type, (int64_t) n_head_kv * n_embd_head);
+    if ((int64_t) bytes.size() != t.row_bytes * n_rows) {
+        throw error("[merge_layer] buffer: got " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(t.row_bytes * n_rows));
+    }
+    return t;
+}
+
+// one layer: kept [1, H, N], bucket [1, H, T], mass/count/bias [1, H, T]
+static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept, const i32_array & bucket, const u8_array & k,
+                                const std::string & type_k, const u8_array & v, const std::string & type_v, bool v_transposed,
+                                int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
+                                const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
+                                const f32_array & bias) {
+    plan p;
+    p.n_layer   = 1;
+    p.n_head_kv = (int32_t) kept.shape(1);
+    p.n_keep    = (int32_t) kept.shape(2);
+    p.n_cells   = (int32_t) bucket.shape(2);
+    p.kept.assign(kept.data(), kept.data() + kept.size());
+    p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
+
+    cells c;
+    c.kind.assign(p.n_cells, cell_kind::text);
+    c.pinned.assign(p.n_cells, 0);
+    validate(p, c, 0);
+
+    for (const auto * rows : { &rows_src, &rows_dst }) {
+        for (const int32_t row : *rows) {
+            if (row < 0 || row >= n_rows) {
+                throw error("[merge_layer] row: got " + std::to_string(row) + ", expected 0 <= row < " + std::to_string(n_rows));
+            }
+        }
+    }
+
+    std::vector<uint8_t> bytes_k(k.data(), k.data() + k.size());
+    std::vector<uint8_t> bytes_v(v.data(), v.data() + v.size());
+    const kv_rows t_k = make_rows(bytes_k, type_k, false, n_rows, p.n_head_kv, n_embd_head);
+    const kv_rows t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
+
+    const cell_state in  = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
+    cell_state       out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
+    merge_layer(p, rule_from<combine_rule>(rule, 3), 0, t_k, t_v, rows_src, rows_dst, in, out);
+
+    return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.mass), to_array(out.count), to_array(out.bias));
+}
+
+static py::array_t<uint8_t> quantize_rows(const std::string & type, const f32_array & x) {
+    const ggml_type t = type_from(type);
+    const int64_t   n = x.shape(0), d = x.shape(1);
+    std::vector<uint8_t> res(n * ggml_row_size(t, d));
+    kv_rows rows = make_rows(res, type, false, n, 1, (int32_t) d);
+    std::vector<int32_t> all(n);
+    for (int64_t i = 0; i < n; ++i) {
+        all[i] = (int32_t) i;
+    }
+    write_f32(rows, all, 0, x.data());
+    return to_array(res);
+}
+
+static py::array_t<float> dequantize_rows(const std::string & type, const u8_array & bytes, int32_t d) {
+    std::vector<uint8_t> data(bytes.data(), bytes.data() + bytes.size());
+    const int64_t n = (int64_t) (data.size() / ggml_row_size(type_from(type), d));
+    kv_rows rows = make_rows(data, type, false, n, 1, d);
+    std::vector<int32_t> all(n);
+    for (int64_t i = 0; i < n; ++i) {
+        all[i] = (int32_t) i;
+    }
+    py::array_t<float> res({ n, (int64_t) d });
+    read_f32(rows, all, 0, res.mutable_data());
+    return res;
+}
+
+void bind_core(py::module_ & m) {
+    py::module_ core = m.def_submodule("core", "The pure functions of the core, for tests and inspection; prone to change.");
+
+    core.def("budget_cells", [](double value, int64_t n_tokens) { return budget::from_value(value).cells_for(n_tokens); },
+             py::arg("value"), py::arg("n_tokens"), "Cells that a budget (fraction kept, or number of cells) allows for n_tokens.");
+    core.def("policies", [] {
+        py::list res;
+        for (const auto & p : policies()) {
+            res.append(py::dict("name"_a = p.name, "score"_a = rule_name(p.score), "select"_a = rule_name(p.select),
+                                "combine"_a = rule_name(p.combine), "generate"_a = rule_name(p.generate), "summary"_a = p.summary));
+        }
+        return res;
+    }, "The table of policies.");
+    core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
+             py::arg("importance"), py::arg("keys") = py::none(), py::arg("n_threads") = 1,
+             "Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted) and positions [N].");
+    core.def("split_budget", [](int32_t n_keep, int32_t n_text, int32_t n_image) {
+        const auto s = split_budget(n_keep, n_text, n_image);
+        return py::make_tuple(s.n_text, s.n_image);
+    }, py::arg("n_keep"), py::arg("n_text"), py::arg("n_image"), "Text and image cells that stay of n_keep.");
+    core.def("leaving_cell", [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_prompt, int32_t offset,
+                                int32_t n_sink, const std::vector<float> & total) {
+        const cells c = make_cells(kind, pinned);
+        if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
+            throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
+        }
+        return leaving_cell(rule_from<generate_rule>(rule, 3), c, n_prompt, offset, n_sink, total);
+    }, py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
+             "Logical index of the cell that leaves, -1 for none.");
+    core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
+             py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
+             py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"),
+             "Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).");
+    core.def("quantize_rows", &quantize_rows, py::arg("type"), py::arg("x"), "Rows of f32 [n, d] as stored bytes.");
+    core.def("dequantize_rows", &dequantize_rows, py::arg("type"), py::arg("bytes"), py::arg("d"), "Stored bytes as f32 [n, d].");
+}
+
+}  // namespace elastic

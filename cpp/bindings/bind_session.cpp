@@ -1,0 +1,166 @@
+// _core.Session: the elastic cache of one llama_context, by address of the context.
+
+#include "bindings/bindings.h"
+#include "core/rows.h"
+#include "runtime/attach.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+using namespace pybind11::literals;
+
+namespace elastic {
+
+// The context belongs to llama-cpp-python; the session must be detached before it is freed.
+class session {
+  public:
+    session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
+            int32_t n_threads) :
+        ctx(reinterpret_cast<llama_context *>(address)) {
+        if (!ctx) {
+            throw error("[Session] ctx: got a null address, expected a llama_context");
+        }
+        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads };
+        attach(*ctx, params);
+    }
+
+    elastic_cache & cache() const {
+        auto * res = attached(ctx);
+        if (!res) {
+            throw error("[Session] the session is detached; make a new one");
+        }
+        return *res;
+    }
+
+    elastic_cache & cache(llama_seq_id seq_id) const {
+        auto & res = cache();
+        res.check_seq_id(seq_id);
+        return res;
+    }
+
+    void detach() {
+        if (ctx) {
+            elastic::detach(*ctx);
+            ctx = nullptr;
+        }
+    }
+
+    // llama_free frees the cache with the context, only the address is forgotten
+    void forget() { ctx = nullptr; }
+
+    bool is_attached() const { return ctx && attached(ctx); }
+
+  private:
+    llama_context * ctx;
+};
+
+static py::dict stats_dict(const elastic_stats & s) {
+    return py::dict("compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
+                    "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before, "bytes_after"_a = s.n_bytes_after,
+                    "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
+}
+
+static py::array_t<float> to_array(const head_map & m) {
+    py::array_t<float> res({ m.n_layer, m.n_head_kv, m.n_cells });
+    std::copy(m.data.begin(), m.data.end(), res.mutable_data());
+    return res;
+}
+
+// K and V of the sequence's cells of one layer as f32 [n_cells, n_head_kv, n_embd_head]
+static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
+    auto & cache = self.cache(seq_id);
+    const auto & shape = cache.geometry();
+    if (il < 0 || il >= shape.n_layer) {
+        throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
+    }
+    kv_layer_access layer(cache.cache(), shape, il, cache.cache().get_stream(seq_id));
+    layer.load_k();
+    layer.load_v();
+
+    const auto rows = cache.logical_cells(seq_id);
+    const auto read = [&](const kv_rows & t) {
+        py::array_t<float> res({ (py::ssize_t) rows.size(), (py::ssize_t) t.n_head_kv, (py::ssize_t) t.n_embd_head });
+        std::vector<float> head(rows.size() * t.n_embd_head);
+        for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
+            read_f32(t, rows, ih, head.data());
+            for (size_t i = 0; i < rows.size(); ++i) {
+                std::copy_n(head.data() + i * t.n_embd_head, t.n_embd_head, res.mutable_data(i, ih, 0));
+            }
+        }
+        return res;
+    };
+    return py::make_tuple(read(layer.k), read(layer.v));
+}
+
+static py::dict read_cells(const session & self, llama_seq_id seq_id) {
+    auto & cache = self.cache(seq_id);
+    const auto & kv   = cache.cache();
+    const auto   strm = kv.get_stream(seq_id);
+
+    std::vector<int32_t> index;
+    std::vector<int32_t> pos;
+    std::vector<int32_t> kind;
+    for (const auto & [p, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+        index.push_back((int32_t) cell);
+        pos.push_back(p);
+        kind.push_back((int32_t) cache.cells_store().kind(strm, (int32_t) cell));
+    }
+    return py::dict("index"_a = py::array_t<int32_t>(py::cast(index)), "pos"_a = py::array_t<int32_t>(py::cast(pos)),
+                    "kind"_a = py::array_t<int32_t>(py::cast(kind)));
+}
+
+static py::dict read_plan(const session & self) {
+    const auto & p = self.cache().last_plan();
+    py::array_t<int32_t> kept({ p.n_layer, p.n_head_kv, p.n_keep });
+    py::array_t<int32_t> bucket({ p.n_layer, p.n_head_kv, p.n_cells });
+    std::copy(p.kept.begin(), p.kept.end(), kept.mutable_data());
+    std::copy(p.bucket.begin(), p.bucket.end(), bucket.mutable_data());
+    return py::dict("kept"_a = kept, "bucket"_a = bucket);
+}
+
+void bind_session(py::module_ & m) {
+    py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t>(), py::arg("ctx"), py::kw_only(),
+             py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1, py::arg("offset") = 25,
+             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::call_guard<py::gil_scoped_release>(),
+             R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
+
+Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
+RuntimeError when the cache holds cells already.)pbdoc")
+        .def("detach", &session::detach, py::call_guard<py::gil_scoped_release>(),
+             "Switch the elastic cache off. RuntimeError while some cell carries an attention bias.")
+        .def("forget", &session::forget, "Forget the context without touching it; for when it is about to be freed.")
+        .def_property_readonly("is_attached", &session::is_attached)
+        .def("hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
+             "While held, one-token batches belong to the prompt and nothing is compressed.")
+        .def("compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
+             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
+        .def("n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); },
+             py::arg("seq_id") = 0, "Cells the sequence holds.")
+        .def("n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
+             py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
+        .def("stats", [](const session & self) { return stats_dict(self.cache().stats); },
+             "Counters since the last reset; times in microseconds, sizes in bytes.")
+        .def("reset_stats", [](const session & self) { self.cache().stats = {}; })
+        .def("kv_bytes_per_cell", [](const session & self) { return self.cache().cell_bytes(); },
+             "Bytes of K, V and bias that one cell takes in all layers.")
+        .def("cells", &read_cells, py::arg("seq_id") = 0,
+             "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
+        .def("mass", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).mass); },
+             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
+        .def("count", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).count); },
+             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
+        .def("bias", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).bias); },
+             py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
+        .def("read_kv", &read_kv, py::arg("seq_id"), py::arg("layer"),
+             "K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).")
+        .def("last_plan", &read_plan, "Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].");
+}
+
+}  // namespace elastic

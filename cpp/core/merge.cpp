@@ -1,0 +1,153 @@
+#include "core/merge.h"
+
+#include "core/rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace elastic {
+
+namespace {
+
+// members of the buckets of one layer and head, anchors not included
+struct groups {
+    std::vector<int32_t> first;    // [n_keep + 1]
+    std::vector<int32_t> members;  // logical indices, ascending within a bucket
+
+    groups(const int32_t * bucket, const int32_t * kept, int32_t n_cells, int32_t n_keep) : first(n_keep + 1, 0) {
+        const auto joins = [&](int32_t i) { return bucket[i] >= 0 && kept[bucket[i]] != i; };
+        for (int32_t i = 0; i < n_cells; ++i) {
+            if (joins(i)) {
+                first[bucket[i] + 1]++;
+            }
+        }
+        std::partial_sum(first.begin(), first.end(), first.begin());
+        members.resize(first[n_keep]);
+        std::vector<int32_t> next(first.begin(), first.end() - 1);
+        for (int32_t i = 0; i < n_cells; ++i) {
+            if (joins(i)) {
+                members[next[bucket[i]]++] = i;
+            }
+        }
+    }
+};
+
+// sum(w_i x_i) / sum(w_i) over rows of x [n][d]
+void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<int32_t> & members, const std::vector<float> & weights,
+                   float * dst) {
+    std::fill(dst, dst + d, 0.0f);
+    float total = 0.0f;
+    for (size_t k = 0; k < members.size(); ++k) {
+        const float * row = x.data() + (size_t) members[k] * d;
+        for (int32_t e = 0; e < d; ++e) {
+            dst[e] += weights[k] * row[e];
+        }
+        total += weights[k];
+    }
+    for (int32_t e = 0; e < d; ++e) {
+        dst[e] /= total;
+    }
+}
+
+// one head of K or V on its way: what only moves as stored bytes, what is merged as f32
+class head_rows {
+  public:
+    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const int32_t * kept, int32_t n_keep, int32_t ih, bool merges) :
+        t(t), ih(ih) {
+        std::vector<int32_t> moved(n_keep);
+        for (int32_t j = 0; j < n_keep; ++j) {
+            moved[j] = rows_src[kept[j]];
+        }
+        raw.resize(n_keep * head_bytes(t));
+        read_raw(t, moved, ih, raw.data());
+        if (merges) {
+            all.resize(rows_src.size() * t.n_embd_head);
+            read_f32(t, rows_src, ih, all.data());
+        }
+    }
+
+    void merge(int32_t row_dst, const std::vector<int32_t> & members, const std::vector<float> & weights) {
+        rows_merged.push_back(row_dst);
+        merged.resize(rows_merged.size() * t.n_embd_head);
+        weighted_mean(all, t.n_embd_head, members, weights, merged.data() + merged.size() - t.n_embd_head);
+    }
+
+    void write(const std::vector<int32_t> & rows_dst) {
+        write_raw(t, rows_dst, ih, raw.data());
+        write_f32(t, rows_merged, ih, merged.data());
+    }
+
+  private:
+    const kv_rows &      t;
+    const int32_t        ih;
+    std::vector<uint8_t> raw;     // [n_keep][head_bytes]
+    std::vector<float>   all;     // [n_cells][n_embd_head]
+    std::vector<int32_t> rows_merged;
+    std::vector<float>   merged;  // [rows_merged][n_embd_head]
+};
+
+}  // namespace
+
+void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v,
+                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out) {
+    if ((int32_t) rows_src.size() != p.n_cells || (int32_t) rows_dst.size() != p.n_keep) {
+        throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
+                    ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));
+    }
+
+    std::vector<float>   weights;
+    std::vector<int32_t> members;
+
+    for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+        const int32_t * kept = p.kept_row(il, ih);
+        const groups    g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep);
+
+        const float * mass  = in.mass.row(il, ih);
+        const float * count = in.count.row(il, ih);
+        const float * bias  = in.bias.row(il, ih);
+
+        // everything is read before anything is written, so rows may move anywhere
+        head_rows head_k(k, rows_src, kept, p.n_keep, ih, rule == combine_rule::nearest_mean);
+        head_rows head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
+
+        for (int32_t j = 0; j < p.n_keep; ++j) {
+            const int32_t anchor = kept[j];
+            members.assign(1, anchor);
+            members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
+
+            float mass_sum  = 0.0f;
+            float count_sum = 0.0f;
+            for (const int32_t i : members) {
+                mass_sum += mass[i];
+                count_sum += count[i];
+            }
+            out.mass.row(il, ih)[j]  = mass_sum;
+            out.count.row(il, ih)[j] = count_sum;
+            out.bias.row(il, ih)[j]  = bias[anchor];
+            if (members.size() == 1) {
+                continue;
+            }
+
+            weights.clear();
+            if (rule == combine_rule::nearest_mean) {
+                for (const int32_t i : members) {
+                    weights.push_back(count[i]);
+                }
+                head_k.merge(rows_dst[j], members, weights);
+            } else {
+                const bool by_mass = mass[anchor] > 0.0f;
+                for (const int32_t i : members) {
+                    weights.push_back(by_mass ? mass[i] : 1.0f);
+                }
+                out.bias.row(il, ih)[j] += by_mass ? std::log(mass_sum / mass[anchor]) : std::log((float) members.size());
+            }
+            head_v.merge(rows_dst[j], members, weights);
+        }
+
+        head_k.write(rows_dst);
+        head_v.write(rows_dst);
+    }
+}
+
+}  // namespace elastic

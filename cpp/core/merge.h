@@ -1,0 +1,26 @@
+#pragma once
+
+#include "core/plan.h"
+#include "core/policy.h"
+
+namespace elastic {
+
+// what a cell stands for, per layer and KV head, in logical order
+struct cell_state {
+    head_map mass;   // importance, summed over what was merged in; never negative
+    head_map count;  // tokens merged in, 1 for an ordinary cell
+    head_map bias;   // added to the attention logits of later queries, 0 for an ordinary cell
+};
+
+// Carries out one layer of the plan in place. rows_src[i]: stream row of logical cell i; rows_dst[j]: stream
+// row that kept rank j moves to (ascending, a subset of rows_src, rows_dst[j] <= rows_src of what moves there).
+// Rows that are only moved are copied bit by bit; merged rows are computed in f32 and re-quantized.
+//   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise
+//   mass:         V = sum(mass_i V_i) / sum(mass_i), K of the anchor, bias += ln(sum(mass_i) / mass_anchor)
+//                 (mass_anchor == 0: plain mean and ln of the number of cells)
+// `out` must be sized [n_layer][n_head_kv][n_keep]; layer il of it is filled.
+void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v,
+                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst,
+                 const cell_state & in, cell_state & out);
+
+}  // namespace elastic

@@ -1,0 +1,37 @@
+#pragma once
+
+#include "core/types.h"
+
+namespace elastic {
+
+// What happens to every cell of a sequence, per layer and KV head. Made by a pure function
+// (policy.h), checked by validate(), carried out by merge.h, which alone changes anything.
+struct plan {
+    int32_t n_layer   = 0;
+    int32_t n_head_kv = 0;
+    int32_t n_cells   = 0;  // before
+    int32_t n_keep    = 0;  // after, the same for all layers and heads
+
+    // logical indices of the kept cells, ascending  [n_layer][n_head_kv][n_keep]
+    std::vector<int32_t> kept;
+    // for each cell: the rank in `kept` of the anchor it joins (its own rank when it is kept), -1: evicted
+    std::vector<int32_t> bucket;  // [n_layer][n_head_kv][n_cells]
+
+    const int32_t * kept_row(int32_t il, int32_t ih) const {
+        return kept.data() + ((size_t) il * n_head_kv + ih) * n_keep;
+    }
+    const int32_t * bucket_row(int32_t il, int32_t ih) const {
+        return bucket.data() + ((size_t) il * n_head_kv + ih) * n_cells;
+    }
+};
+
+// throws elastic::error naming the first broken rule: kept ascending and unique, in range; the first
+// n_sink cells and the last one kept; pinned cells kept at the same rank in all layers and heads;
+// every bucket in [-1, n_keep); a kept cell's bucket is its own rank
+void validate(const plan & p, const cells & c, int32_t n_sink);
+
+// logical index whose position stands for rank j after compaction: the largest over layers and heads,
+// so that positions ascend and the last one is the sequence's true last  [n_keep]
+std::vector<int32_t> rank_positions(const plan & p);
+
+}  // namespace elastic

@@ -1,0 +1,113 @@
+#include "core/rows.h"
+
+#include <cstring>
+
+namespace elastic {
+
+static bool is_plain(ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+}
+
+bool rows_supported(ggml_type type, bool transposed) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+            return true;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_IQ4_NL:
+            return !transposed;
+        default:
+            return false;
+    }
+}
+
+size_t head_bytes(const kv_rows & t) {
+    return ggml_row_size(t.type, t.n_embd_head);
+}
+
+static void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        std::memcpy(dst, src, n * sizeof(float));
+    } else {
+        ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        std::memcpy(dst, src, n * sizeof(float));
+    } else if (is_plain(type)) {
+        ggml_get_type_traits(type)->from_float_ref(src, dst, n);
+    } else {
+        ggml_quantize_chunk(type, src, dst, 0, 1, n, nullptr);
+    }
+}
+
+// where head ih of a row begins, in the row layout
+static uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
+    return t.data + row * t.row_bytes + ih * head_bytes(t);
+}
+
+// where element e of head ih of all rows begins, in the transposed layout
+static uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
+    return t.data + ((int64_t) ih * t.n_embd_head + e) * t.n_rows * (int64_t) ggml_type_size(t.type);
+}
+
+template <typename T> static void read_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {
+    for (int32_t e = 0; e < t.n_embd_head; ++e) {
+        const T * column = (const T *) column_ptr(t, ih, e);
+        T *       out    = (T *) dst + e;
+        for (size_t i = 0; i < rows.size(); ++i) {
+            out[i * t.n_embd_head] = column[rows[i]];
+        }
+    }
+}
+
+template <typename T> static void write_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src) {
+    for (int32_t e = 0; e < t.n_embd_head; ++e) {
+        T *       column = (T *) column_ptr(t, ih, e);
+        const T * in     = (const T *) src + e;
+        for (size_t i = 0; i < rows.size(); ++i) {
+            column[rows[i]] = in[i * t.n_embd_head];
+        }
+    }
+}
+
+void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {
+    if (t.transposed) {
+        return t.type == GGML_TYPE_F32 ? read_columns<uint32_t>(t, rows, ih, dst) : read_columns<uint16_t>(t, rows, ih, dst);
+    }
+    const size_t n = head_bytes(t);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(dst + i * n, head_ptr(t, rows[i], ih), n);
+    }
+}
+
+void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src) {
+    if (t.transposed) {
+        return t.type == GGML_TYPE_F32 ? write_columns<uint32_t>(t, rows, ih, src) : write_columns<uint16_t>(t, rows, ih, src);
+    }
+    const size_t n = head_bytes(t);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(head_ptr(t, rows[i], ih), src + i * n, n);
+    }
+}
+
+void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
+    std::vector<uint8_t> raw(rows.size() * head_bytes(t));
+    read_raw(t, rows, ih, raw.data());
+    to_f32(t.type, raw.data(), dst, (int64_t) rows.size() * t.n_embd_head);
+}
+
+void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src) {
+    std::vector<uint8_t> raw(rows.size() * head_bytes(t));
+    from_f32(t.type, src, raw.data(), (int64_t) rows.size() * t.n_embd_head);
+    write_raw(t, rows, ih, raw.data());
+}
+
+}  // namespace elastic

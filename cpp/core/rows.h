@@ -1,0 +1,24 @@
+#pragma once
+
+// Reads and writes one head of some rows of K or V. Many rows at a time, because the transposed layout keeps
+// an element of all rows together: going element by element there touches each cache line once.
+
+#include "core/types.h"
+
+namespace elastic {
+
+// true when the core can read and write this type in this layout:
+// f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl; transposed: f32, f16, bf16
+bool rows_supported(ggml_type type, bool transposed);
+
+size_t head_bytes(const kv_rows & t);
+
+// bytes as stored, [n][head_bytes]
+void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst);
+void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src);
+
+// as f32, [n][n_embd_head]
+void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst);
+void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src);
+
+}  // namespace elastic

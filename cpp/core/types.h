@@ -1,0 +1,64 @@
+#pragma once
+
+// Plain data that flows through the core: importance -> plan -> merge.
+// Logical index = order of arrival of a cell in its sequence, [0, n_cells).
+
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace elastic {
+
+// every exception the library throws on bad input; bindings map it to ElasticError
+struct error : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+enum class cell_kind : uint8_t {
+    text      = 0,  // a token of the prompt
+    image     = 1,  // came in as an embedding (token == LLAMA_TOKEN_NULL)
+    generated = 2,  // a token decoded after the prompt
+};
+
+// what a policy may know of the cells of one sequence, in logical order
+struct cells {
+    std::vector<cell_kind> kind;    // [n_cells]
+    std::vector<uint8_t>   pinned;  // [n_cells], 1: another sequence uses it too, it must stay as it is
+
+    int32_t size() const { return (int32_t) kind.size(); }
+};
+
+// one float per layer, KV head and cell; higher = keep
+struct head_map {
+    int32_t            n_layer   = 0;
+    int32_t            n_head_kv = 0;
+    int32_t            n_cells   = 0;
+    std::vector<float> data;  // [n_layer][n_head_kv][n_cells]
+
+    head_map() = default;
+    head_map(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, float fill = 0.0f) :
+        n_layer(n_layer),
+        n_head_kv(n_head_kv),
+        n_cells(n_cells),
+        data((size_t) n_layer * n_head_kv * n_cells, fill) {}
+
+    float *       row(int32_t il, int32_t ih) { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
+    const float * row(int32_t il, int32_t ih) const { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
+};
+
+// K or V of one layer in one stream, as llama.cpp stores it
+struct kv_rows {
+    ggml_type type        = GGML_TYPE_F16;
+    uint8_t * data        = nullptr;
+    int32_t   n_head_kv   = 0;
+    int32_t   n_embd_head = 0;  // elements of one head of one row
+    int64_t   n_rows      = 0;  // cells in the stream
+    int64_t   row_bytes   = 0;  // rows:       bytes from one cell to the next
+    bool      transposed  = false;  // transposed: element (cell, e) lies at (e*n_rows + cell), plain types only
+};
+
+}  // namespace elastic

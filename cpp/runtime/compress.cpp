@@ -1,0 +1,134 @@
+// importance -> plan -> merge -> cells freed
+
+#include "core/merge.h"
+#include "core/parallel.h"
+#include "runtime/elastic_cache.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+namespace elastic {
+
+int32_t elastic_cache::compress(llama_seq_id seq_id) {
+    // pending shifts and stream copies still have to reach the rows
+    ctx.memory_update(false);
+
+    auto & st = seqs[seq_id];
+
+    const uint32_t strm = kv.get_stream(seq_id);
+
+    // cells that another sequence uses too stay as they are, where they are
+    std::vector<int32_t> rows;
+    elastic::cells       c;
+    for (const int32_t cell : logical_cells(seq_id)) {
+        if (!is_shared(strm, cell)) {
+            rows.push_back(cell);
+            c.kind.push_back(store->kind(strm, cell));
+            c.pinned.push_back(0);
+        }
+    }
+    const int32_t n_all    = n_cells(seq_id);
+    const int32_t n_shared = n_all - (int32_t) rows.size();
+
+    // with nothing of its own left to spare, the sequence keeps the least that a plan can have
+    const int32_t n_least = std::min<int32_t>((int32_t) rows.size(), (n_shared ? 0 : cfg.n_sink) + 1);
+    const int32_t n_keep  = std::max(n_least, target_cells(st.n_tokens) - n_shared);
+
+    if (!active() || n_keep >= (int32_t) rows.size()) {
+        st.pending        = false;
+        st.n_prompt_cells = n_all;
+        return n_all;
+    }
+
+    ctx.synchronize();
+
+    const int32_t n_threads = cfg.n_threads > 0 ? cfg.n_threads : (int32_t) ctx.n_threads_batch();
+
+    const int64_t t_plan = ggml_time_us();
+
+    std::vector<kv_layer_access> layers;
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        layers.emplace_back(kv, shape, il, strm);
+        layers.back().load_k();
+    }
+
+    const cell_state  before = store->gather(strm, rows);
+    const kv_keys     keys(layers, rows);
+    const plan_params params = { n_keep, n_shared ? 0 : cfg.n_sink };
+
+    plan p = make_plan(cfg.pol, params, c, before.mass, &keys, n_threads);
+    validate(p, c, params.n_sink);
+
+    const int64_t t_merge = ggml_time_us();
+
+    // the lowest of the sequence's own cells, so that the cells in use stay dense
+    std::vector<int32_t> dst(rows);
+    std::sort(dst.begin(), dst.end());
+    dst.resize(n_keep);
+
+    cell_state after = {
+        head_map(shape.n_layer, shape.n_head_kv, n_keep),
+        head_map(shape.n_layer, shape.n_head_kv, n_keep, 1.0f),
+        head_map(shape.n_layer, shape.n_head_kv, n_keep),
+    };
+    parallel_for(shape.n_layer, n_threads, [&](int32_t il) {
+        layers[il].load_v();
+        merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after);
+    });
+    for (auto & layer : layers) {
+        layer.store();
+    }
+
+    commit(seq_id, p, rows, dst);
+    store->scatter(strm, dst, after);
+
+    const int64_t t_end = ggml_time_us();
+
+    st.pending        = false;
+    st.pos_compressed = kv.seq_pos_max(seq_id);
+    st.n_prompt_cells = n_cells(seq_id);
+
+    stats.n_compressions++;
+    stats.n_cells_before = n_all;
+    stats.n_cells_after  = st.n_prompt_cells;
+    stats.n_bytes_before = n_all * shape.cell_bytes;
+    stats.n_bytes_after  = st.n_prompt_cells * cell_bytes();
+    stats.t_plan_us += t_merge - t_plan;
+    stats.t_merge_us += t_end - t_merge;
+
+    plan_last = std::move(p);
+
+    return st.n_prompt_cells;
+}
+
+// the metadata of the cells: rank j now lives in dst[j], at the position plan.h gives it
+void elastic_cache::commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst) {
+    const uint32_t strm  = kv.get_stream(seq_id);
+    auto &         cells = kv.get_cells_mut(strm);
+
+    struct meta {
+        llama_pos         pos;
+        llama_kv_cell_ext ext;
+        cell_kind         kind;
+    };
+    std::vector<meta> metas;
+    for (const int32_t i : rank_positions(p)) {
+        metas.push_back({ cells.pos_get(src[i]), cells.ext_get(src[i]), store->kind(strm, src[i]) });
+    }
+
+    for (const int32_t cell : src) {
+        cells.rm(cell);
+        store->reset_cell(strm, cell, cell_kind::text);
+    }
+    for (size_t j = 0; j < dst.size(); ++j) {
+        cells.pos_set(dst[j], metas[j].pos);
+        cells.ext_set(dst[j], metas[j].ext);
+        cells.seq_add(dst[j], seq_id);
+        store->set_kind(strm, dst[j], metas[j].kind);
+    }
+    kv.set_head(strm, 0);
+}
+
+}  // namespace elastic

@@ -1,0 +1,69 @@
+#pragma once
+
+// C interface of the elastic KV cache, exported by libllama. Works for any caller of llama_decode:
+// the stages (prompt, generation) are recognised inside it.
+
+#include "llama.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct elastic_params {
+    const char * policy;     // a row of the policy table, e.g. "elastic"
+    double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells
+    int32_t      n_sink;     // first cells that always stay, >= 0
+    int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
+    int32_t      min_cells;  // a sequence with fewer cells is left alone
+    int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
+};
+
+struct elastic_stats {
+    int64_t n_compressions;     // prompts compressed
+    int64_t n_evictions;        // cells that left while generating
+    int64_t n_cells_before;     // cells of the last compressed prompt, before
+    int64_t n_cells_after;      // and after
+    int64_t n_bytes_before;     // K, V and bias bytes of those cells
+    int64_t n_bytes_after;
+    int64_t t_score_us;         // reading and accumulating importance
+    int64_t t_plan_us;
+    int64_t t_merge_us;
+};
+
+LLAMA_API struct elastic_params elastic_default_params(void);
+
+// Switches the elastic cache on for a context. On an error nothing changes; the reason is in
+// elastic_last_error(). Attaching again replaces the parameters; the cache must be empty then.
+//   returns 0, or -1: bad parameter, -2: memory type not supported, -3: cache not empty
+LLAMA_API int32_t elastic_attach(struct llama_context * ctx, const struct elastic_params * params);
+
+// Switches it off and frees its memory. The cache must be cleared first when it holds biased cells
+// (returns -3 otherwise). Call before llama_free, or not at all: llama_free detaches too.
+LLAMA_API int32_t elastic_detach(struct llama_context * ctx);
+
+LLAMA_API bool elastic_is_attached(const struct llama_context * ctx);
+
+// While held, one-token batches belong to the prompt too and nothing is compressed or evicted. For callers that
+// feed a prompt in pieces of which some are a single token with logits.
+LLAMA_API void elastic_hold(struct llama_context * ctx, bool hold);
+
+// Compresses the prompt of a sequence now instead of at its first generated token.
+//   returns the cells it holds after, or a negative code as above
+LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_id);
+
+// cells the sequence holds now; tokens it has seen (decoded since it was last empty)
+LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
+LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);
+
+LLAMA_API struct elastic_stats elastic_get_stats(const struct llama_context * ctx);
+LLAMA_API void                 elastic_reset_stats(struct llama_context * ctx);
+
+// text of the last error on this thread, "" if none
+LLAMA_API const char * elastic_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif

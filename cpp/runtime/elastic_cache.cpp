@@ -1,0 +1,431 @@
+#include "runtime/elastic_cache.h"
+
+#include "core/generate.h"
+#include "core/rows.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace elastic {
+
+config make_config(const elastic_params & params) {
+    config cfg;
+    cfg.pol  = find_policy(params.policy ? params.policy : "");
+    cfg.keep = budget::from_value(params.budget);
+
+    const auto at_least = [](const char * name, int32_t value, int32_t low) {
+        if (value < low) {
+            throw error("[elastic] " + std::string(name) + ": got " + std::to_string(value) + ", expected >= " + std::to_string(low));
+        }
+        return value;
+    };
+    cfg.n_sink    = at_least("n_sink", params.n_sink, 0);
+    cfg.offset    = at_least("offset", params.offset, 0);
+    cfg.min_cells = at_least("min_cells", params.min_cells, 1);
+    cfg.n_threads = at_least("n_threads", params.n_threads, 0);
+    return cfg;
+}
+
+static llama_kv_cache & plain_kv_cache(llama_context & ctx) {
+    const auto & model   = ctx.get_model();
+    const auto & hparams = model.hparams;
+
+    auto * kv = dynamic_cast<llama_kv_cache *>(ctx.get_memory());
+    if (!kv) {
+        throw unsupported("[elastic_attach] this model's memory is not a plain KV cache (sliding window, recurrent or "
+                          "hybrid models are not supported); run it with the elastic cache off");
+    }
+
+    const auto refuse = [](const std::string & what) {
+        throw unsupported("[elastic_attach] models with " + what + " are not supported; run this one with the elastic cache off");
+    };
+    if (hparams.n_pos_per_embd() > 1) {
+        refuse("M-RoPE positions");
+    }
+    if (llama_model_has_encoder(&model)) {
+        refuse("an encoder");
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
+        refuse("ALiBi");
+    }
+    if (hparams.attn_soft_cap) {
+        refuse("attention soft capping");
+    }
+    if (hparams.is_mla()) {
+        refuse("latent attention (MLA)");
+    }
+    return *kv;
+}
+
+static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv) {
+    const auto & hparams = ctx.get_model().hparams;
+
+    kv_shape shape;
+    for (const uint32_t il : kv.get_layer_ids()) {
+        shape.layer_ids.push_back((int32_t) il);
+    }
+    shape.n_layer  = (int32_t) shape.layer_ids.size();
+    shape.kv_size  = (int32_t) kv.get_size();
+    shape.n_stream = (int32_t) kv.get_n_stream();
+
+    for (int32_t i = 0; i < shape.n_layer; ++i) {
+        const int32_t il = shape.layer_ids[i];
+
+        const int32_t n_head_kv = (int32_t) hparams.n_head_kv(il);
+        const int32_t d_k       = (int32_t) hparams.n_embd_head_k(il);
+        const int32_t d_v       = (int32_t) hparams.n_embd_head_v(il);
+        if (i > 0 && (n_head_kv != shape.n_head_kv || d_k != shape.n_embd_head_k || d_v != shape.n_embd_head_v)) {
+            throw unsupported("[elastic_attach] layers with different numbers of KV heads are not supported");
+        }
+        shape.n_head_kv     = n_head_kv;
+        shape.n_embd_head_k = d_k;
+        shape.n_embd_head_v = d_v;
+
+        shape.cell_bytes += (int64_t) ggml_row_size(kv.type_k(), (int64_t) d_k * n_head_kv) +
+                            (int64_t) ggml_row_size(kv.type_v(), (int64_t) d_v * n_head_kv);
+    }
+    return shape;
+}
+
+elastic_cache::elastic_cache(llama_context & ctx, const config & cfg) :
+    cfg(cfg),
+    ctx(ctx),
+    kv(plain_kv_cache(ctx)),
+    shape(read_shape(ctx, kv)) {
+    for (const auto & [name, type, trans] : { std::make_tuple("K", kv.type_k(), false), std::make_tuple("V", kv.type_v(), kv.get_v_trans()) }) {
+        if (!rows_supported(type, trans)) {
+            throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
+        }
+    }
+    store = std::make_unique<cell_store>(kv, shape, cfg.pol);
+    kv.set_elastic(this);
+}
+
+elastic_cache::~elastic_cache() {
+    kv.set_elastic(nullptr);
+}
+
+bool elastic_cache::active() const {
+    return cfg.pol.select != select_rule::all && !(cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0);
+}
+
+int32_t elastic_cache::target_cells(int64_t n_tokens) const {
+    return std::max(cfg.min_cells, cfg.keep.cells_for(n_tokens));
+}
+
+bool elastic_cache::is_prompt(llama_seq_id seq_id) const {
+    const auto it = in_prompt.find(seq_id);
+    return it != in_prompt.end() && it->second;
+}
+
+bool elastic_cache::is_shared(uint32_t strm, int32_t cell) const {
+    return kv.get_cells_mut(strm).seq_count(cell) > 1;
+}
+
+//
+// graph
+//
+
+bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
+    if (!active() || !store->has_mass()) {
+        return false;
+    }
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        if (is_prompt(ubatch.seq_id_unq[s])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const {
+    const int64_t n_tps = ubatch.n_tokens / n_stream;
+
+    for (int64_t s = 0; s < n_stream; ++s) {
+        for (int64_t h = 0; h < n_head; ++h) {
+            float * row = dst + (s * n_head + h) * n_tps;
+            for (int64_t i = 0; i < n_tps; ++i) {
+                row[i] = is_prompt(ubatch.seq_id[s * n_tps + i][0]) ? 1.0f : 0.0f;
+            }
+        }
+    }
+}
+
+//
+// decode
+//
+
+void elastic_cache::on_batch(const llama_batch & batch) {
+    in_prompt.clear();
+    if (!active()) {
+        return;
+    }
+
+    struct seen {
+        int32_t   n       = 0;
+        llama_pos pos_min = 0;
+        bool      logits  = false;
+    };
+    std::map<llama_seq_id, seen> in_batch;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
+            auto & s = in_batch[batch.seq_id[i][j]];
+            s.pos_min = s.n == 0 ? batch.pos[i] : std::min(s.pos_min, batch.pos[i]);
+            s.logits |= batch.logits && batch.logits[i];
+            s.n++;
+        }
+    }
+
+    for (const auto & [seq_id, s] : in_batch) {
+        auto & st = seqs[seq_id];
+        if (n_cells(seq_id) == 0) {
+            st = {};
+        }
+
+        // the first token after a prompt is alone in its batch, wants logits and has a new position
+        const bool generating = !hold && s.n == 1 && s.logits && st.n_tokens > 0 && s.pos_min > st.pos_prompt;
+        in_prompt[seq_id]     = !generating;
+        if (generating) {
+            make_room(seq_id);
+        }
+    }
+}
+
+void elastic_cache::make_room(llama_seq_id seq_id) {
+    auto & st = seqs[seq_id];
+
+    if (st.pending) {
+        try {
+            compress(seq_id);
+        } catch (const std::exception & e) {
+            // the cache is as it was, so decoding can go on with all cells
+            st.pending = false;
+            LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
+        }
+    }
+
+    if (cfg.pol.generate == generate_rule::keep) {
+        return;
+    }
+
+    const int32_t allowed = target_cells(st.n_tokens + 1);
+    const auto    strm    = kv.get_stream(seq_id);
+    auto &        cells   = kv.get_cells_mut(strm);
+
+    while (n_cells(seq_id) + 1 > allowed) {
+        const auto         rows = logical_cells(seq_id);
+        elastic::cells     c;
+        std::vector<float> total;
+        for (const int32_t row : rows) {
+            c.kind.push_back(store->kind(strm, row));
+            c.pinned.push_back(is_shared(strm, row));
+            total.push_back(store->total(strm, row));
+        }
+
+        const int32_t i = leaving_cell(cfg.pol.generate, c, st.n_prompt_cells, cfg.offset, cfg.n_sink, total);
+        if (i < 0) {
+            break;
+        }
+        cells.seq_rm(rows[i], seq_id);
+        kv.set_head(strm, rows[i]);  // the freed place takes the next token
+        stats.n_evictions++;
+    }
+}
+
+void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx) {
+    if (!active()) {
+        return;
+    }
+    const auto & sinfo = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
+
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        for (size_t ii = 0; ii < sinfo.size(); ++ii) {
+            const size_t       i      = s * sinfo.size() + ii;
+            const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+            const cell_kind kind = !ubatch.token       ? cell_kind::image
+                                   : is_prompt(seq_id) ? cell_kind::text
+                                                       : cell_kind::generated;
+            store->reset_cell(sinfo.strm[s], (int32_t) sinfo.idxs[s][ii], kind);
+
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                auto & st = seqs[ubatch.seq_id[i][j]];
+                st.n_tokens++;
+                if (is_prompt(ubatch.seq_id[i][j])) {
+                    st.pos_prompt     = std::max(st.pos_prompt, ubatch.pos[i]);
+                    st.pending        = true;
+                    st.n_prompt_cells = n_cells(ubatch.seq_id[i][j]);
+                }
+            }
+        }
+    }
+}
+
+void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result * res) {
+    GGML_UNUSED(ubatch);
+    if (res->t_attn_sums.empty()) {
+        return;
+    }
+    ctx.synchronize();
+    const int64_t t_start = ggml_time_us();
+
+    const auto & sinfo = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
+
+    std::vector<float> data;
+    for (const auto & [il_model, t] : res->t_attn_sums) {
+        const auto it = std::find(shape.layer_ids.begin(), shape.layer_ids.end(), il_model);
+        if (it == shape.layer_ids.end()) {
+            continue;
+        }
+        const int32_t il = (int32_t) (it - shape.layer_ids.begin());
+
+        data.resize(ggml_nelements(t));
+        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+
+        const int64_t n_kv   = t->ne[0];
+        const int64_t n_rows = t->ne[1];
+        const int64_t n_head = t->ne[2];
+        const int64_t n_gqa  = n_head / shape.n_head_kv;
+
+        for (int64_t s = 0; s < t->ne[3]; ++s) {
+            const auto & cells = kv.get_cells_mut(sinfo.s0 + s);
+            for (int64_t h = 0; h < n_head; ++h) {
+                const float * src = data.data() + (s * n_head + h) * n_rows * n_kv;
+                float *       dst = store->mass_row(sinfo.s0 + s, il, (int32_t) (h / n_gqa));
+                for (int64_t i = 0; i < n_kv; ++i) {
+                    if (!cells.is_empty(i)) {
+                        dst[i] += src[i] / (float) n_gqa;
+                    }
+                }
+            }
+        }
+    }
+    stats.t_score_us += ggml_time_us() - t_start;
+}
+
+//
+// memory
+//
+
+bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (!active()) {
+        return true;
+    }
+
+    std::vector<llama_seq_id> ids;
+    for (const auto & [id, _] : seqs) {
+        if (seq_id < 0 || id == seq_id) {
+            ids.push_back(id);
+        }
+    }
+
+    // first look, then act: a refusal leaves every sequence as it was
+    std::map<llama_seq_id, int64_t> n_removed;
+    for (const llama_seq_id id : ids) {
+        const auto & all = kv.get_cells(id).seq_pos_get(id);
+        const auto   lo  = all.lower_bound({ p0, 0 });
+        const auto   hi  = all.lower_bound({ p1, 0 });
+        const auto   n   = std::distance(lo, hi);
+        if (n > 0 && n < (int64_t) all.size() && lo->first <= seqs[id].pos_compressed) {
+            LLAMA_LOG_WARN("%s: sequence %d is compressed up to position %d, cannot remove [%d, %d) from it; remove all of it\n",
+                           __func__, id, seqs[id].pos_compressed, p0, p1);
+            return false;
+        }
+        n_removed[id] = n;
+    }
+
+    for (const auto & [id, n] : n_removed) {
+        auto & st = seqs[id];
+        if (n == (int64_t) kv.get_cells(id).seq_pos_get(id).size()) {
+            st = {};
+            continue;
+        }
+        st.n_tokens -= n;
+        if (p1 > st.pos_prompt) {
+            st.pos_prompt = std::min(st.pos_prompt, p0 - 1);
+        }
+        st.n_prompt_cells = std::min<int32_t>(st.n_prompt_cells, n_cells(id) - (int32_t) n);
+    }
+    return true;
+}
+
+void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_UNUSED(p0);
+    GGML_UNUSED(p1);
+    if (!active() || seq_id_src == seq_id_dst) {
+        return;
+    }
+    seqs[seq_id_dst] = seqs[seq_id_src];
+
+    const auto s0 = kv.get_stream(seq_id_src);
+    const auto s1 = kv.get_stream(seq_id_dst);
+    if (s0 != s1) {
+        store->copy_stream(s0, s1);
+    }
+}
+
+void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    const auto it = seqs.find(seq_id);
+    if (it == seqs.end()) {
+        return;
+    }
+    for (llama_pos * pos : { &it->second.pos_prompt, &it->second.pos_compressed }) {
+        if (*pos >= p0 && *pos < p1) {
+            *pos += shift;
+        }
+    }
+}
+
+void elastic_cache::on_clear() {
+    seqs.clear();
+    store->reset();
+}
+
+//
+// callers' side
+//
+
+int32_t elastic_cache::n_cells(llama_seq_id seq_id) const {
+    return (int32_t) kv.get_cells(seq_id).seq_pos_get(seq_id).size();
+}
+
+void elastic_cache::check_seq_id(llama_seq_id seq_id) const {
+    const int32_t n = (int32_t) kv.get_n_seq_max();
+    if (seq_id < 0 || seq_id >= n) {
+        throw error("[elastic] seq_id: got " + std::to_string(seq_id) + ", expected 0 <= seq_id < " + std::to_string(n));
+    }
+}
+
+sequence_state elastic_cache::sequence(llama_seq_id seq_id) const {
+    const auto it = seqs.find(seq_id);
+    return it == seqs.end() ? sequence_state{} : it->second;
+}
+
+bool elastic_cache::empty() const {
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        if (kv.get_cells_mut(s).get_used() > 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+std::vector<int32_t> elastic_cache::logical_cells(llama_seq_id seq_id) const {
+    std::vector<int32_t> res;
+    for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+        res.push_back((int32_t) cell);
+    }
+    return res;
+}
+
+cell_state elastic_cache::gather(llama_seq_id seq_id) const {
+    return store->gather(kv.get_stream(seq_id), logical_cells(seq_id));
+}
+
+}  // namespace elastic

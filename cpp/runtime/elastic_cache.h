@@ -1,0 +1,116 @@
+#pragma once
+
+// The elastic cache of one llama_context: recognises the stages inside decode, accumulates importance over the
+// ubatches of a prompt, compresses it once when the first token after it arrives, and lets cells leave while
+// generating. The only part of the library that touches llama.cpp's internals.
+
+#include "runtime/cell_store.h"
+#include "runtime/elastic.h"
+
+#include "core/budget.h"
+#include "core/plan.h"
+
+#include "llama-elastic.h"
+
+#include <map>
+#include <memory>
+
+struct llama_context;
+
+namespace elastic {
+
+// thrown when the model's memory cannot be compressed
+struct unsupported : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct config {
+    policy  pol;
+    budget  keep;
+    int32_t n_sink    = 1;
+    int32_t offset    = 25;
+    int32_t min_cells = 64;
+    int32_t n_threads = 0;
+};
+
+config make_config(const elastic_params & params);  // throws elastic::error
+
+struct sequence_state {
+    int64_t   n_tokens       = 0;   // decoded since the sequence was last empty
+    llama_pos pos_prompt     = -1;  // last position that came in as a prompt
+    llama_pos pos_compressed = -1;  // cells up to here may stand for several tokens
+    int32_t   n_prompt_cells = 0;   // held right after the last prompt (P)
+    bool      pending        = false;  // prompt tokens wait to be compressed
+};
+
+class elastic_cache : public llama_elastic_i {
+  public:
+    elastic_cache(llama_context & ctx, const config & cfg);
+    ~elastic_cache() override;
+
+    // llama_elastic_i
+
+    bool          want_sums(const llama_ubatch & ubatch) const override;
+    uint32_t      n_sum_rows() const override { return 1; }
+    void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
+    bool          has_bias() const override { return store->any_bias(); }
+    ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
+
+    void on_batch(const llama_batch & batch) override;
+    void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx) override;
+    void on_computed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result * res) override;
+
+    bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void on_clear() override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id) override;
+
+    // callers' side
+
+    void set_hold(bool value) { hold = value; }
+
+    // compresses the prompt of a sequence now; returns the cells it holds after. throws elastic::error,
+    // and then the cache is as it was
+    int32_t compress(llama_seq_id seq_id);
+
+    int32_t        n_cells(llama_seq_id seq_id) const;
+    void           check_seq_id(llama_seq_id seq_id) const;  // throws elastic::error out of [0, n_seq_max)
+    sequence_state sequence(llama_seq_id seq_id) const;
+    bool           empty() const;
+    int64_t        cell_bytes() const { return shape.cell_bytes + store->bias_bytes_per_cell(); }
+
+    // for tests and pictures
+    std::vector<int32_t> logical_cells(llama_seq_id seq_id) const;  // cell indices in order of position
+    cell_state           gather(llama_seq_id seq_id) const;
+    const llama_kv_cache & cache() const { return kv; }
+    const kv_shape & geometry() const { return shape; }
+    const cell_store & cells_store() const { return *store; }
+    const plan & last_plan() const { return plan_last; }
+
+    elastic_stats stats = {};
+    const config  cfg;
+
+  private:
+    llama_context &             ctx;
+    llama_kv_cache &            kv;
+    kv_shape                    shape;
+    std::unique_ptr<cell_store> store;
+
+    bool hold = false;
+
+    std::map<llama_seq_id, sequence_state> seqs;
+    std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
+    plan                                   plan_last;
+
+    bool    active() const;
+    int32_t target_cells(int64_t n_tokens) const;
+    bool    is_prompt(llama_seq_id seq_id) const;
+    void    make_room(llama_seq_id seq_id);
+    void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
+    bool    is_shared(uint32_t strm, int32_t cell) const;
+};
+
+}  // namespace elastic

@@ -1,0 +1,62 @@
+#include "runtime/kv_access.h"
+
+#include "core/rows.h"
+
+#include "ggml-backend.h"
+#include "llama-kv-cache.h"
+
+namespace elastic {
+
+kv_layer_access::kv_layer_access(const llama_kv_cache & kv, const kv_shape & shape, int32_t il_cache, uint32_t strm) :
+    t_k(kv.get_k_storage(shape.layer_ids[il_cache])),
+    t_v(kv.get_v_storage(shape.layer_ids[il_cache])),
+    strm(strm) {
+    k.type        = t_k->type;
+    k.n_head_kv   = shape.n_head_kv;
+    k.n_embd_head = shape.n_embd_head_k;
+    k.n_rows      = shape.kv_size;
+    k.row_bytes   = (int64_t) t_k->nb[1];
+
+    v.type        = t_v->type;
+    v.n_head_kv   = shape.n_head_kv;
+    v.n_embd_head = shape.n_embd_head_v;
+    v.n_rows      = shape.kv_size;
+    v.row_bytes   = (int64_t) t_v->nb[1];
+    v.transposed  = kv.get_v_trans();
+}
+
+static void load(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf) {
+    if (rows.data) {
+        return;
+    }
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        rows.data = (uint8_t *) t->data + strm * t->nb[2];
+        return;
+    }
+    buf.resize(t->nb[2]);
+    ggml_backend_tensor_get(t, buf.data(), strm * t->nb[2], buf.size());
+    rows.data = buf.data();
+}
+
+void kv_layer_access::load_k() {
+    load(t_k, strm, k, buf_k);
+}
+
+void kv_layer_access::load_v() {
+    load(t_v, strm, v, buf_v);
+}
+
+void kv_layer_access::store() {
+    if (!buf_k.empty()) {
+        ggml_backend_tensor_set(t_k, buf_k.data(), strm * t_k->nb[2], buf_k.size());
+    }
+    if (!buf_v.empty()) {
+        ggml_backend_tensor_set(t_v, buf_v.data(), strm * t_v->nb[2], buf_v.size());
+    }
+}
+
+void kv_keys::load(int32_t il, int32_t ih, float * dst) const {
+    read_f32(layers[il].k, rows, ih, dst);
+}
+
+}  // namespace elastic

@@ -1,0 +1,166 @@
+// The block that the elastic cache appends to llama.cpp's state: what is known of each sequence and its cells.
+
+#include "runtime/elastic_cache.h"
+
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+
+#include <stdexcept>
+
+namespace elastic {
+
+static constexpr uint32_t STATE_MAGIC = 0x31534c45;  // "ELS1"
+
+struct state_header {
+    uint32_t magic     = STATE_MAGIC;
+    int32_t  n_layer   = 0;
+    int32_t  n_head_kv = 0;
+    uint32_t has_mass  = 0;
+    uint32_t has_count = 0;
+    uint32_t has_bias  = 0;
+    uint32_t n_seqs    = 0;
+};
+
+struct state_sequence {
+    int32_t  seq_id         = 0;
+    int32_t  n_cells        = 0;
+    int64_t  n_tokens       = 0;
+    int32_t  pos_prompt     = -1;
+    int32_t  pos_compressed = -1;
+    int32_t  n_prompt_cells = 0;
+    uint32_t pending        = 0;
+};
+
+void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+    if (!active()) {
+        return;
+    }
+
+    std::vector<llama_seq_id> ids;
+    for (const auto & [id, st] : seqs) {
+        if ((seq_id < 0 || id == seq_id) && n_cells(id) > 0) {
+            ids.push_back(id);
+        }
+    }
+
+    state_header h;
+    h.n_layer   = shape.n_layer;
+    h.n_head_kv = shape.n_head_kv;
+    h.has_mass  = store->has_mass();
+    h.has_count = store->has_count();
+    h.has_bias  = store->has_bias_map();
+    h.n_seqs    = (uint32_t) ids.size();
+    io.write(&h, sizeof(h));
+
+    for (const llama_seq_id id : ids) {
+        const auto     st   = sequence(id);
+        const auto     rows = logical_cells(id);
+        const uint32_t strm = kv.get_stream(id);
+
+        state_sequence s;
+        s.seq_id         = id;
+        s.n_cells        = (int32_t) rows.size();
+        s.n_tokens       = st.n_tokens;
+        s.pos_prompt     = st.pos_prompt;
+        s.pos_compressed = st.pos_compressed;
+        s.n_prompt_cells = st.n_prompt_cells;
+        s.pending        = st.pending;
+        io.write(&s, sizeof(s));
+
+        std::vector<uint8_t> kinds;
+        for (const int32_t row : rows) {
+            kinds.push_back((uint8_t) store->kind(strm, row));
+        }
+        io.write(kinds.data(), kinds.size());
+
+        const cell_state state = store->gather(strm, rows);
+        const auto       put   = [&](uint32_t has, const head_map & m) {
+            if (has) {
+                io.write(m.data.data(), m.data.size() * sizeof(float));
+            }
+        };
+        put(h.has_mass, state.mass);
+        put(h.has_count, state.count);
+        put(h.has_bias, state.bias);
+    }
+}
+
+void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    if (!active()) {
+        return;
+    }
+
+    state_header h;
+    try {
+        io.read(&h, sizeof(h));
+    } catch (const std::exception &) {
+        h.n_seqs = 0;
+        h.magic  = 0;
+    }
+
+    if (h.magic != STATE_MAGIC) {
+        // a state saved without the elastic cache: ordinary cells, each one token
+        for (llama_seq_id id = 0; id < (llama_seq_id) kv.get_n_seq_max(); ++id) {
+            if ((seq_id < 0 || id == seq_id) && n_cells(id) > 0) {
+                auto & st         = seqs[id];
+                st                = {};
+                st.n_tokens       = n_cells(id);
+                st.n_prompt_cells = n_cells(id);
+                st.pos_prompt     = kv.seq_pos_max(id);
+                for (const int32_t row : logical_cells(id)) {
+                    store->reset_cell(kv.get_stream(id), row, cell_kind::text);
+                }
+            }
+        }
+        return;
+    }
+
+    if (h.n_layer != shape.n_layer || h.n_head_kv != shape.n_head_kv) {
+        throw std::runtime_error("elastic state: saved with another model (layers or KV heads differ)");
+    }
+    if ((h.has_bias && !store->has_bias_map()) || h.has_mass != (uint32_t) store->has_mass() || h.has_count != (uint32_t) store->has_count()) {
+        throw std::runtime_error("elastic state: saved with a policy that keeps other data per cell; load it with the same policy");
+    }
+
+    for (uint32_t i = 0; i < h.n_seqs; ++i) {
+        state_sequence s;
+        io.read(&s, sizeof(s));
+
+        const llama_seq_id id = seq_id < 0 ? s.seq_id : seq_id;
+        if (id < 0 || id >= (llama_seq_id) kv.get_n_seq_max() || n_cells(id) != s.n_cells) {
+            throw std::runtime_error("elastic state: the cells of a sequence do not match its saved description");
+        }
+
+        const auto     rows = logical_cells(id);
+        const uint32_t strm = kv.get_stream(id);
+
+        std::vector<uint8_t> kinds(rows.size());
+        io.read(kinds.data(), kinds.size());
+        for (size_t j = 0; j < rows.size(); ++j) {
+            if (kinds[j] > (uint8_t) cell_kind::generated) {
+                throw std::runtime_error("elastic state: unknown kind of cell");
+            }
+            store->reset_cell(strm, rows[j], (cell_kind) kinds[j]);
+        }
+
+        cell_state state = store->gather(strm, rows);
+        const auto take  = [&](uint32_t has, head_map & m) {
+            if (has) {
+                io.read(m.data.data(), m.data.size() * sizeof(float));
+            }
+        };
+        take(h.has_mass, state.mass);
+        take(h.has_count, state.count);
+        take(h.has_bias, state.bias);
+        store->scatter(strm, rows, state);
+
+        auto & st         = seqs[id];
+        st.n_tokens       = s.n_tokens;
+        st.pos_prompt     = s.pos_prompt;
+        st.pos_compressed = s.pos_compressed;
+        st.n_prompt_cells = s.n_prompt_cells;
+        st.pending        = s.pending != 0;
+    }
+}
+
+}  // namespace elastic

@@ -1,0 +1,97 @@
+"""What the elastic cache keeps, and how it chooses."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .errors import ConfigError, text
+
+
+@lru_cache(maxsize=1)
+def policy_names() -> tuple[str, ...]:
+    """Names of the policy table, in its order."""
+    from . import _core
+
+    return tuple(str(row["name"]) for row in _core.core.policies())
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """Parameters of the elastic cache.
+
+    Parameters
+    ----------
+    budget : float or int
+        What is KEPT. 0 < budget <= 1: the fraction of the tokens seen that stay as cells; a whole
+        number above 1: that many cells.
+    policy : str
+        A row of the policy table, see `policy_names`. "full" keeps everything.
+    n_sink : int
+        First cells that always stay, >= 0.
+    offset : int
+        While generating, the cell this far before the end of the prompt leaves, >= 0.
+    min_cells : int
+        A sequence with fewer cells is left alone, >= 1.
+    n_threads : int
+        For planning and merging; 0: as many as the context uses for prompts.
+
+    Examples
+    --------
+    >>> ElasticConfig(budget=0.5).kept_share
+    0.5
+    """
+
+    budget: float | int = 0.2
+    policy: str = "elastic"
+    n_sink: int = 1
+    offset: int = 25
+    min_cells: int = 64
+    n_threads: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _budget(self.budget))
+        for name, least in (("n_sink", 0), ("offset", 0), ("min_cells", 1), ("n_threads", 0)):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+        if self.policy not in policy_names():
+            raise ConfigError(text("config", "policy", repr(self.policy),
+                                   "one of " + ", ".join(policy_names())))
+
+    @classmethod
+    def off(cls) -> ElasticConfig:
+        """Keeps every cell: the same tokens as without an elastic cache."""
+        return cls(budget=1.0, policy="full")
+
+    @property
+    def kept_share(self) -> float | None:
+        """Fraction kept, or None where the budget is a number of cells."""
+        return float(self.budget) if self.budget <= 1 else None
+
+    def check_cells(self, n_ctx: int) -> None:
+        """Refuse a budget of more cells than the context has."""
+        if self.budget > n_ctx:
+            raise ConfigError(text("config", "budget in cells", self.budget,
+                                   f"at most the {n_ctx} cells of the context",
+                                   "raise n_ctx or lower the budget"))
+
+
+def _budget(value: object) -> float | int:
+    expected = "a fraction in (0, 1] to keep, or a whole number of cells above 1"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(text("config", "budget", repr(value), expected))
+    budget = float(value)
+    if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
+        hint = f"did you mean {budget / 100:g} ?" if 1 < budget < 100 else ""
+        raise ConfigError(text("config", "budget", repr(value), expected, hint))
+    if budget > 2**31 - 1:
+        raise ConfigError(text("config", "budget", repr(value), expected))
+    return int(budget) if budget > 1 else budget
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) \
+            or not least <= int(value) < 2**31:
+        raise ConfigError(text("config", name, repr(value), f"a whole number >= {least}"))
+    return int(value)

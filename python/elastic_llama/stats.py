@@ -1,0 +1,66 @@
+"""Figures of the elastic cache, as plain records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ElasticStats:
+    """What the elastic cache did since the model was loaded or its figures were reset.
+
+    `cells_before`, `cells_after` and the bytes are those of the last compressed prompt.
+    """
+
+    compressions: int = 0
+    evictions: int = 0
+    cells_before: int = 0
+    cells_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    score_ms: float = 0.0
+    plan_ms: float = 0.0
+    merge_ms: float = 0.0
+    cells: int = 0  # held now
+    tokens: int = 0  # seen by the sequence
+
+    def __str__(self) -> str:
+        cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f} ms"
+        return (f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
+                f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
+                f"{self.compressions} compressions, {self.evictions} evictions; {cost}")
+
+
+@dataclass
+class TurnStats:
+    """One question and its answer. Times in milliseconds, sizes in bytes."""
+
+    n_text: int = 0  # prompt tokens of this turn
+    n_image: int = 0  # image embeddings of this turn
+    cells_prompt: int = 0  # the sequence's cells before and after compressing
+    cells_kept: int = 0
+    bytes_prompt: int = 0
+    bytes_kept: int = 0
+    encode_ms: float = 0.0  # vision tower and projector
+    prefill_ms: float = 0.0  # llama_decode of text and image embeddings
+    compress_ms: float = 0.0
+    decode_ms: float = 0.0
+    n_decoded: int = 0  # llama_decode calls behind decode_ms
+    n_answer: int = 0  # tokens of the answer
+    finish: str = ""  # "stop", "length" or "" while running
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 * self.n_decoded / self.decode_ms if self.decode_ms > 0 else 0.0
+
+    @property
+    def pruned_share(self) -> float:
+        """Fraction of the prompt's cells that left."""
+        return 1 - self.cells_kept / self.cells_prompt if self.cells_prompt else 0.0
+
+
+def mib(n_bytes: float) -> str:
+    """Bytes as text, such as 1.25 MiB."""
+    return f"{n_bytes / MIB:.2f} MiB"
