@@ -76,7 +76,8 @@ def test_objects_stay_inside_their_cells():
     side = IMAGE_SIZE // 4
     borders = np.arange(side, IMAGE_SIZE, side)
     assert drawn.any()
-    assert not drawn[borders].any() and not drawn[:, borders].any()
+    assert not drawn[borders].any()
+    assert not drawn[:, borders].any()
 
 
 def test_answers_agree_with_the_scene():
@@ -110,11 +111,13 @@ def test_score_counts_what_is_wrong():
     assert score_caption(scene, said) == CaptionScore(4, 3, 1, 2, 1, 2, 0)
     assert score_caption(scene, "nonsense") == CaptionScore(4, 3)
     total = score_caption(scene, said) + score_caption(scene, said)
-    assert total.n_cells == 8 and total.cells == 2
+    assert total.n_cells == 8
+    assert total.cells == 2
 
 
 def test_exact_and_token_accuracy():
-    assert exact(" red star\n", "red star") and not exact("red star.", "red star")
+    assert exact(" red star\n", "red star")
+    assert not exact("red star.", "red star")
     assert token_accuracy([1, 2, 3], [1, 2, 3]) == 1.0
     assert token_accuracy([1, 9], [1, 2, 3, 4]) == 0.25
     assert token_accuracy([], []) == 1.0

@@ -2,16 +2,16 @@
 
 One vector per (word slot, attribute, class), summed over the attributes of a patch. It starts as
 the plain words of `targets.py` and is tuned through the language model on symbolic scenes, with no
-picture and no tower in the loop: a few thousand numbers that converge in a few hundred steps. Phase A then
-teaches the tower to say these vectors.
+picture and no tower in the loop. Phase A then teaches the tower to say these vectors.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from lm import LanguageModel
 from targets import ATTRIBUTES, UNIT, PatchLabels, vocabulary
-from torch import Tensor, nn
 
 
 class Codebook(nn.Module):

@@ -18,6 +18,7 @@ from elastic_llama.scenes import (
     score_caption,
     token_accuracy,
 )
+
 from prompts import FORMATS
 from readers import LlamaReader, TorchReader
 

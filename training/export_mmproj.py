@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
+
 from tower import Tower, TowerConfig
 
 

@@ -1,4 +1,4 @@
-"""The two training phases as loss functions: what one step looks at and pulls towards."""
+"""The training phases as loss functions: what one step looks at and pulls towards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from elastic_llama.scenes import Scene, make_scene, question
+from torch import Tensor, nn
+
 from codebook import Codebook
 from helper import Team
 from lm import END, Branch, LanguageModel
 from prompts import FORMATS, draw_format
 from targets import ATTRIBUTES, OUTLINE, PatchLabels, patch_labels
-from torch import Tensor, nn
 from tower import Tower, TowerConfig, normalise
 
 # Kind of question -> (how many per image, weight of one).
@@ -56,43 +57,37 @@ class PhaseA:
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook.requires_grad_(False)
 
-    def loss(self, tower: Tower, heads: Heads, scenes: list[Scene]) -> tuple[Tensor, dict]:
-        labels = patch_labels(scenes, tower.config.side)
-        pixels = normalise([s.render() for s in scenes], tower.config)
-        features = tower.features(pixels)
-        loss, right = heads.loss(features, labels)
-        said = tower.project(features).float()
-        target = self.codebook(labels)
-        distance = F.mse_loss(said, target) / target.flatten(0, 1).var(0).mean()
-        return loss + 2 * distance, {"words": distance.item(), **right}
-
-
-class PhaseB:
-    """Gradient through the frozen language model, on answer tokens only.
-
-    One image is one prefix; its questions are branches that share it. The tower runs on the whole
-    batch, the language model on one image at a time, so that memory does not grow with the batch.
-    """
-
-    def __init__(self, lm: LanguageModel, config: TowerConfig, batch: int, helpers: int = 0,
-                 aux: float = 0.15) -> None:
-        self.lm, self.aux, self.batch = lm, aux, batch
-        self.team = Team(self._one, helpers, (batch, config.n_patch, config.out_width))
-
     def backward(self, tower: Tower, heads: Heads, scenes: list[Scene]) -> dict:
         """Add the gradients of one batch; returns figures for the log."""
         labels = patch_labels(scenes, tower.config.side)
         pixels = normalise([s.render() for s in scenes], tower.config)
         with torch.autocast("cpu", torch.bfloat16):
             features = tower.features(pixels)
-            aux, right = heads.loss(features, labels)
+            loss, right = heads.loss(features, labels)
             said = tower.project(features).float()
+        target = self.codebook(labels)
+        distance = F.mse_loss(said, target) / target.flatten(0, 1).var(0).mean()
+        (loss + 2 * distance).backward()
+        return {"words": distance.item(), **right}
+
+
+class Reading:
+    """Loss through the frozen language model, on answer tokens only.
+
+    One image is one prefix; its questions are branches that share it. The language model runs on
+    one image at a time, so that memory does not grow with the batch.
+    """
+
+    def __init__(self, lm: LanguageModel, config: TowerConfig, batch: int,
+                 helpers: int = 0) -> None:
+        self.lm, self.batch = lm, batch
+        self.team = Team(self._one, helpers, (batch, config.n_patch, config.out_width))
+
+    def gradient(self, said: Tensor, scenes: list[Scene]) -> tuple[Tensor, dict]:
+        """Gradient of the mean loss to image tokens [b, n_patch, width], and figures."""
         grads, rows = self.team.run(said.detach(), [s.seed for s in scenes])
-        torch.autograd.backward([said, self.aux * aux], [grads, None])
-        figures = {"aux_color": right["color"], "aux_shape": right["shape"]}
-        for key in {k for row in rows for k in row}:
-            figures[key] = float(np.mean([row[key] for row in rows if key in row]))
-        return figures
+        return grads, {key: float(np.mean([row[key] for row in rows if key in row]))
+                       for key in {k for row in rows for k in row}}
 
     def _one(self, seed: int, leaf: Tensor) -> dict:
         """Loss of one image's questions; its gradient goes to `leaf`."""
@@ -122,3 +117,36 @@ class PhaseB:
                 kinds.append(kind)
                 branches.append(Branch(ids, len(answer)))
         return self.lm.encode(before), kinds, branches
+
+
+class PhaseB:
+    """The tower learns through the language model what helps it to answer."""
+
+    def __init__(self, reading: Reading, aux: float = 0.15) -> None:
+        self.reading, self.aux = reading, aux
+
+    def backward(self, tower: Tower, heads: Heads, scenes: list[Scene]) -> dict:
+        """Add the gradients of one batch; returns figures for the log."""
+        labels = patch_labels(scenes, tower.config.side)
+        pixels = normalise([s.render() for s in scenes], tower.config)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower.features(pixels)
+            aux, right = heads.loss(features, labels)
+            said = tower.project(features).float()
+        grads, figures = self.reading.gradient(said, scenes)
+        torch.autograd.backward([said, self.aux * aux], [grads, None])
+        return {"aux_color": right["color"], "aux_shape": right["shape"], **figures}
+
+
+class PhaseC:
+    """The codebook learns, from symbols alone, which vectors the language model reads best."""
+
+    def __init__(self, reading: Reading, config: TowerConfig) -> None:
+        self.reading, self.config = reading, config
+
+    def backward(self, codebook: Codebook, scenes: list[Scene]) -> dict:
+        """Add the gradients of one batch; returns figures for the log."""
+        said = codebook(patch_labels(scenes, self.config.side))
+        grads, figures = self.reading.gradient(said, scenes)
+        said.backward(grads)
+        return figures

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+
 from export_mmproj import load_tower
 from lm import LanguageModel
-from PIL import Image
 from prompts import FORMATS
 from tower import normalise
 
@@ -106,7 +107,7 @@ class _Chunks:
     def __init__(self, reader: LlamaReader, before: str, image: Image.Image) -> None:
         self.reader, self.before, self.image = reader, before, image
 
-    def __enter__(self):  # noqa: ANN204 (an opaque pointer)
+    def __enter__(self):
         import ctypes
 
         m = self.reader.mtmd

@@ -11,6 +11,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
 #include <optional>
 
 namespace py = pybind11;
@@ -134,6 +135,18 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
     return py::dict("kept"_a = kept, "bucket"_a = bucket, "positions"_a = to_array(rank_positions(p)));
 }
 
+// checked here because ggml aborts on a type without rows or an incomplete block
+static int64_t row_bytes(ggml_type type, bool transposed, int64_t n_head_kv, int64_t n_embd_head) {
+    if (!rows_supported(type, transposed)) {
+        throw error(std::string("[rows] got type ") + ggml_type_name(type) + (transposed ? " transposed" : "") + ", which is not supported");
+    }
+    if (n_head_kv < 1 || n_embd_head < 1 || n_embd_head % ggml_blck_size(type) != 0) {
+        throw error("[rows] n_embd_head: got " + std::to_string(n_embd_head) + ", expected a multiple of " +
+                    std::to_string(ggml_blck_size(type)));
+    }
+    return n_head_kv * (int64_t) ggml_row_size(type, n_embd_head);
+}
+
 static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type, bool transposed, int64_t n_rows, int32_t n_head_kv,
                          int32_t n_embd_head) {
     kv_rows t;
@@ -143,12 +156,9 @@ static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type,
     t.n_embd_head = n_embd_head;
     t.n_rows      = n_rows;
     t.transposed  = transposed;
-    if (!rows_supported(t.type, transposed)) {
-        throw error("[merge_layer] type " + type + (transposed ? " transposed" : "") + " is not supported");
-    }
-    t.row_bytes = (int64_t) ggml_row_size(t.type, (int64_t) n_head_kv * n_embd_head);
-    if ((int64_t) bytes.size() != t.row_bytes * n_rows) {
-        throw error("[merge_layer] buffer: got " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(t.row_bytes * n_rows));
+    t.row_bytes   = row_bytes(t.type, transposed, n_head_kv, n_embd_head);
+    if (n_rows < 0 || (int64_t) bytes.size() != t.row_bytes * n_rows) {
+        throw error("[rows] buffer: got " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(t.row_bytes * n_rows));
     }
     return t;
 }
@@ -159,6 +169,9 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
                                 int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
                                 const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
                                 const f32_array & bias) {
+    if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
+        throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
+    }
     plan p;
     p.n_layer   = 1;
     p.n_head_kv = (int32_t) kept.shape(1);
@@ -172,49 +185,46 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     c.pinned.assign(p.n_cells, 0);
     validate(p, c, 0);
 
-    for (const auto * rows : { &rows_src, &rows_dst }) {
-        for (const int32_t row : *rows) {
-            if (row < 0 || row >= n_rows) {
-                throw error("[merge_layer] row: got " + std::to_string(row) + ", expected 0 <= row < " + std::to_string(n_rows));
-            }
-        }
-    }
-
     std::vector<uint8_t> bytes_k(k.data(), k.data() + k.size());
     std::vector<uint8_t> bytes_v(v.data(), v.data() + v.size());
     const kv_rows t_k = make_rows(bytes_k, type_k, false, n_rows, p.n_head_kv, n_embd_head);
     const kv_rows t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
 
-    const cell_state in  = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
+    const cell_state in = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
+    for (const auto * m : { &in.mass, &in.count, &in.bias }) {
+        if (m->n_layer != 1 || m->n_head_kv != p.n_head_kv || m->n_cells != p.n_cells) {
+            throw error("[merge_layer] mass, count and bias: expected [1, n_head_kv, n_cells] like the plan");
+        }
+    }
     cell_state       out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
-    merge_layer(p, rule_from<combine_rule>(rule, 3), 0, t_k, t_v, rows_src, rows_dst, in, out);
+    const combine_rule r = rule_from<combine_rule>(rule, 3);
+    merge_layer(p, r, 0, t_k, t_v, rows_src, rows_dst, in, out);
 
     return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.mass), to_array(out.count), to_array(out.bias));
 }
 
+static std::vector<int32_t> all_rows(int64_t n) {
+    std::vector<int32_t> res((size_t) n);
+    std::iota(res.begin(), res.end(), 0);
+    return res;
+}
+
 static py::array_t<uint8_t> quantize_rows(const std::string & type, const f32_array & x) {
-    const ggml_type t = type_from(type);
-    const int64_t   n = x.shape(0), d = x.shape(1);
-    std::vector<uint8_t> res(n * ggml_row_size(t, d));
-    kv_rows rows = make_rows(res, type, false, n, 1, (int32_t) d);
-    std::vector<int32_t> all(n);
-    for (int64_t i = 0; i < n; ++i) {
-        all[i] = (int32_t) i;
+    if (x.ndim() != 2) {
+        throw error("[quantize_rows] got " + std::to_string(x.ndim()) + " dimensions, expected [n, d]");
     }
-    write_f32(rows, all, 0, x.data());
+    const int64_t        n = x.shape(0);
+    const int32_t        d = (int32_t) x.shape(1);
+    std::vector<uint8_t> res((size_t) (n * row_bytes(type_from(type), false, 1, d)));
+    write_f32(make_rows(res, type, false, n, 1, d), all_rows(n), 0, x.data());
     return to_array(res);
 }
 
 static py::array_t<float> dequantize_rows(const std::string & type, const u8_array & bytes, int32_t d) {
     std::vector<uint8_t> data(bytes.data(), bytes.data() + bytes.size());
-    const int64_t n = (int64_t) (data.size() / ggml_row_size(type_from(type), d));
-    kv_rows rows = make_rows(data, type, false, n, 1, d);
-    std::vector<int32_t> all(n);
-    for (int64_t i = 0; i < n; ++i) {
-        all[i] = (int32_t) i;
-    }
-    py::array_t<float> res({ n, (int64_t) d });
-    read_f32(rows, all, 0, res.mutable_data());
+    const int64_t        n = (int64_t) data.size() / row_bytes(type_from(type), false, 1, d);
+    py::array_t<float>   res({ n, (int64_t) d });
+    read_f32(make_rows(data, type, false, n, 1, d), all_rows(n), 0, res.mutable_data());
     return res;
 }
 

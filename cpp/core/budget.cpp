@@ -4,12 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 namespace elastic {
 
 budget budget::from_value(double value) {
     const auto refuse = [&](const char * expected) {
-        throw error("[budget] got " + std::to_string(value) + ", expected " + expected);
+        char text[32];
+        snprintf(text, sizeof(text), "%g", value);
+        throw error(std::string("[budget] got ") + text + ", expected " + expected);
     };
     if (!std::isfinite(value) || value <= 0.0) {
         refuse("a fraction 0 < f <= 1, or a whole number of cells > 1");
@@ -28,13 +31,16 @@ budget budget::from_value(double value) {
 }
 
 int32_t budget::cells_for(int64_t n_tokens) const {
+    if (n_tokens < 0 || n_tokens > INT32_MAX) {
+        throw error("[budget] n_tokens: got " + std::to_string(n_tokens) + ", expected 0 <= n_tokens < 2^31");
+    }
     if (n_cells > 0) {
         return (int32_t) std::min<int64_t>(n_cells, n_tokens);
     }
-    // a product that is whole but for its last bits counts as whole: ceil(0.1 * 10) is 1
+    // a product that is whole but for its last bits counts as whole: ceil(0.07 * 100) is 7
     const double exact = fraction * (double) n_tokens;
     const double near  = std::nearbyint(exact);
-    const double cells = std::fabs(exact - near) <= 1e-9 * std::max(1.0, exact) ? near : std::ceil(exact);
+    const double cells = std::fabs(exact - near) <= 1e-12 * exact ? near : std::ceil(exact);
     return (int32_t) std::min<int64_t>((int64_t) cells, n_tokens);
 }
 

@@ -5,8 +5,8 @@
 namespace elastic {
 
 // A budget is a fraction (0 < f <= 1) of the tokens seen, or a number of cells (n > 1, whole).
-// The one place where a fraction becomes cells: ceil(f * n_tokens), computed so that 0.1 * 10 is 1;
-// at most n_tokens. Throws elastic::error on 0, negatives, NaN, inf, and fractions above 1.
+// The one place where a fraction becomes cells: ceil(f * n_tokens), computed so that 0.07 * 100 is 7;
+// at most n_tokens. Throws elastic::error on 0, negatives, NaN, inf, fractions above 1, and n_tokens < 0.
 struct budget {
     double  fraction = 1.0;  // used when n_cells == 0
     int32_t n_cells  = 0;

@@ -6,8 +6,9 @@ namespace elastic {
 
 int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink,
                      const std::vector<float> & total) {
-    const int32_t n      = c.size();
-    const int32_t n_last = n - 1;  // the newest cell never leaves
+    const int32_t n_last = c.size() - 1;  // the newest cell never leaves
+
+    n_sink = std::max(n_sink, 0);
 
     const auto may_leave = [&](int32_t i) { return i >= n_sink && i < n_last && !c.pinned[i]; };
 
@@ -32,7 +33,8 @@ int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int3
         }
     }
 
-    const int32_t fixed = std::min(std::max(n_prompt - offset, n_sink), n_last - 1);
+    const int64_t place = (int64_t) n_prompt - offset;
+    const int32_t fixed = (int32_t) std::min<int64_t>(std::max<int64_t>(place, n_sink), n_last - 1);
     for (int32_t i = fixed; i < n_last; ++i) {
         if (may_leave(i)) {
             return i;

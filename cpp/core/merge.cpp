@@ -87,6 +87,27 @@ class head_rows {
     std::vector<float>   merged;  // [rows_merged][n_embd_head]
 };
 
+void check_shape(const kv_rows & t, const plan & p, const char * what) {
+    if (t.n_head_kv != p.n_head_kv) {
+        throw error(std::string("[merge_layer] ") + what + ": got " + std::to_string(t.n_head_kv) + " KV heads, expected " +
+                    std::to_string(p.n_head_kv));
+    }
+    if (!rows_supported(t.type, t.transposed)) {
+        throw error(std::string("[merge_layer] ") + what + ": got type " + ggml_type_name(t.type) +
+                    (t.transposed ? " transposed" : "") + ", which is not supported");
+    }
+}
+
+void check_rows(const std::vector<int32_t> & rows, const kv_rows & k, const kv_rows & v, const char * what) {
+    const int64_t n_rows = std::min(k.n_rows, v.n_rows);
+    for (const int32_t row : rows) {
+        if (row < 0 || row >= n_rows) {
+            throw error(std::string("[merge_layer] ") + what + ": got " + std::to_string(row) + ", expected 0 <= row < " +
+                        std::to_string(n_rows));
+        }
+    }
+}
+
 }  // namespace
 
 void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v,
@@ -95,6 +116,10 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
                     ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));
     }
+    check_shape(k, p, "K");
+    check_shape(v, p, "V");
+    check_rows(rows_src, k, v, "rows_src");
+    check_rows(rows_dst, k, v, "rows_dst");
 
     std::vector<float>   weights;
     std::vector<int32_t> members;
@@ -140,7 +165,7 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 for (const int32_t i : members) {
                     weights.push_back(by_mass ? mass[i] : 1.0f);
                 }
-                out.bias.row(il, ih)[j] += by_mass ? std::log(mass_sum / mass[anchor]) : std::log((float) members.size());
+                out.bias.row(il, ih)[j] += by_mass ? std::log(mass_sum) - std::log(mass[anchor]) : std::log((float) members.size());
             }
             head_v.merge(rows_dst[j], members, weights);
         }

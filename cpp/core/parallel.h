@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -32,8 +33,13 @@ template <typename F> void parallel_for(int32_t n, int32_t n_threads, F && fn) {
     };
 
     std::vector<std::thread> threads;
+    threads.reserve(n_threads - 1);
     for (int32_t t = 1; t < n_threads; ++t) {
-        threads.emplace_back(work);
+        try {
+            threads.emplace_back(work);
+        } catch (const std::system_error &) {
+            break;  // no more threads to be had: those there are do the work
+        }
     }
     work();
     for (auto & thread : threads) {

@@ -47,8 +47,8 @@ static void validate_head(const plan & p, const cells & c, int32_t n_sink, int32
 
 void validate(const plan & p, const cells & c, int32_t n_sink) {
     const size_t n_heads = (size_t) p.n_layer * p.n_head_kv;
-    if (p.n_cells != c.size() || p.n_keep < 1 || p.n_keep > p.n_cells || p.kept.size() != n_heads * p.n_keep ||
-        p.bucket.size() != n_heads * p.n_cells) {
+    if (p.n_layer < 1 || p.n_head_kv < 1 || p.n_keep < 1 || p.n_keep > p.n_cells || p.n_cells != c.size() ||
+        c.pinned.size() != c.kind.size() || p.kept.size() != n_heads * p.n_keep || p.bucket.size() != n_heads * p.n_cells) {
         throw error("[plan] sizes do not agree with " + std::to_string(c.size()) + " cells");
     }
     for (int32_t il = 0; il < p.n_layer; ++il) {

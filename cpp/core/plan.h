@@ -26,7 +26,7 @@ struct plan {
 };
 
 // throws elastic::error naming the first broken rule: kept ascending and unique, in range; the first
-// n_sink cells and the last one kept; pinned cells kept at the same rank in all layers and heads;
+// n_sink cells (all but one place at most) and the last one kept; pinned cells kept and joined by none;
 // every bucket in [-1, n_keep); a kept cell's bucket is its own rank
 void validate(const plan & p, const cells & c, int32_t n_sink);
 

@@ -105,6 +105,9 @@ void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, 
 }
 
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src) {
+    if (rows.empty()) {
+        return;
+    }
     std::vector<uint8_t> raw(rows.size() * head_bytes(t));
     from_f32(t.type, src, raw.data(), (int64_t) rows.size() * t.n_embd_head);
     write_raw(t, rows, ih, raw.data());

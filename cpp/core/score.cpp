@@ -1,5 +1,7 @@
 #include "core/score.h"
 
+#include <algorithm>
+
 namespace elastic {
 
 static void average_heads(head_map & m) {

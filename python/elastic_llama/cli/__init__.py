@@ -1,0 +1,39 @@
+"""The command line: `elastic-llama describe | chat | demo | info`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from . import chat, demo, describe, info
+
+_COMMANDS = (describe, chat, demo, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elastic-llama", description="Chat about images with an elastic KV cache.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 on an error of the user's, 130 on Ctrl-C."""
+    from ..errors import ElasticError
+
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except ElasticError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader has gone; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

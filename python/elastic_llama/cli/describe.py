@@ -1,0 +1,57 @@
+"""`elastic-llama describe IMAGE`: one question about one or more images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from . import options
+from .report import print_table
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("describe", help="answer a question about an image")
+    parser.add_argument("image", nargs="+", help="image file(s)")
+    parser.add_argument("-p", "--prompt", default="Describe the image.", help="the question")
+    parser.add_argument("--compare", action="store_true", help="answer with the full cache as well")
+    options.add_model_options(parser)
+    options.add_elastic_options(parser)
+    options.add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..config import ElasticConfig
+    from ..images import load_image
+
+    images = [load_image(name) for name in args.image]  # before the model, which takes longer
+    elastic = options.elastic_config(args)
+    runs = [(f"{elastic.policy} {elastic.budget:g}", elastic)]
+    if args.compare:
+        runs.insert(0, ("full", ElasticConfig.off()))
+    rows = []
+    for name, config in runs:
+        if len(runs) > 1:
+            print(f"--- {name}")
+        rows.append((name, answer(args, config, images, args.prompt)))
+    print_table(rows)
+
+
+def answer(args: argparse.Namespace, config: Any, images: list[Any], prompt: str) -> Any:
+    """Stream one answer to stdout and return the figures of the turn."""
+    from ..conversation import Conversation
+
+    llm = options.load_llm(args, config)
+    try:
+        chat = Conversation(llm)
+        try:
+            for piece in chat.ask(prompt, images, max_tokens=args.predict, temperature=args.temp):
+                print(piece, end="", flush=True)
+            print("\n")
+            sys.stdout.flush()
+            return chat.stats
+        finally:
+            chat.close()
+    finally:
+        llm.close()

@@ -1,0 +1,121 @@
+"""The vision side of libmtmd: a prompt with images becomes chunks of tokens and of embeddings."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import mtmd_cpp
+from llama_cpp._utils import suppress_stdout_stderr
+from PIL import Image
+
+from .errors import ModelFileError, StateError, text
+
+MARKER = mtmd_cpp.mtmd_default_marker().decode()
+
+
+@dataclass
+class Chunk:
+    """Part of a prompt: text tokens, or one image. `native` lives as long as its `chunks` scope."""
+
+    tokens: list[int]
+    native: Any
+    n_tokens: int
+
+    @property
+    def is_image(self) -> bool:
+        return self.native is not None
+
+
+class Vision:
+    """One mtmd context.
+
+    Parameters
+    ----------
+    mmproj_path : path
+    llm : llama_cpp.Llama
+    """
+
+    def __init__(self, mmproj_path: str | os.PathLike[str], llm: Any) -> None:
+        self.llm = llm
+        params = mtmd_cpp.mtmd_context_params_default()
+        params.n_threads = llm.n_threads_batch
+        params.print_timings = False
+        params.use_gpu = True
+        with suppress_stdout_stderr(disable=llm.verbose):
+            self.ctx = mtmd_cpp.mtmd_init_from_file(os.fspath(mmproj_path).encode(), llm.model, params)
+        if self.ctx is None:
+            raise ModelFileError(text("mmproj", str(mmproj_path), "a file that libmtmd refuses",
+                                      "a vision tower for this model"))
+
+    def close(self) -> None:
+        if self.ctx is not None:
+            mtmd_cpp.mtmd_free(self.ctx)
+            self.ctx = None
+
+    @contextmanager
+    def chunks(self, prompt: str, images: list[Image.Image], add_special: bool) -> Iterator[list[Chunk]]:
+        """The chunks of a prompt in which `MARKER` stands for each image in turn."""
+        bitmaps = [self._bitmap(image) for image in images]
+        chunks = mtmd_cpp.mtmd_input_chunks_init()
+        try:
+            data = prompt.encode()
+            inp = mtmd_cpp.mtmd_input_text()
+            inp.text, inp.text_len = data, len(data)
+            inp.add_special, inp.parse_special = add_special, True
+            array = (mtmd_cpp.mtmd_bitmap_p_ctypes * max(1, len(bitmaps)))(*bitmaps)
+            code = mtmd_cpp.mtmd_tokenize(self.ctx, chunks, ctypes.byref(inp), array, len(bitmaps))
+            if code:
+                raise StateError(text("prompt", "libmtmd could not tokenize it", f"code {code}"))
+            yield [self._chunk(mtmd_cpp.mtmd_input_chunks_get(chunks, i))
+                   for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks))]
+        finally:
+            mtmd_cpp.mtmd_input_chunks_free(chunks)
+            for bitmap in bitmaps:
+                mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+    def encode(self, chunk: Chunk) -> tuple[np.ndarray, float]:
+        """Embeddings of an image [n_tokens, n_embd], and the milliseconds they took."""
+        start = time.perf_counter()
+        with suppress_stdout_stderr(disable=self.llm.verbose):
+            code = mtmd_cpp.mtmd_encode_chunk(self.ctx, chunk.native)
+        if code:
+            raise StateError(text("image", "libmtmd could not encode it", f"code {code}"))
+        shape = (chunk.n_tokens, self.llm.n_embd())
+        out = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.ctx), shape).copy()
+        return out, 1000 * (time.perf_counter() - start)
+
+    def decode(self, chunk: Chunk, embeddings: np.ndarray, n_past: int) -> int:
+        """Put an encoded image into the KV cache at position `n_past`; returns the next position."""
+        n_past_new = llama_cpp.llama_pos(0)
+        with suppress_stdout_stderr(disable=self.llm.verbose):
+            code = mtmd_cpp.mtmd_helper_decode_image_chunk(
+                self.ctx, self.llm._ctx.ctx, chunk.native,
+                embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                llama_cpp.llama_pos(n_past), llama_cpp.llama_seq_id(0), self.llm.n_batch,
+                ctypes.byref(n_past_new), mtmd_cpp.mtmd_helper_post_decode_callback(0), None)
+        if code:
+            raise StateError(text("image", "llama.cpp could not decode it", f"code {code}",
+                                  do="raise n_ctx"))
+        return int(n_past_new.value)
+
+    def _bitmap(self, image: Image.Image) -> Any:
+        pixels = image.tobytes()
+        buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
+        return mtmd_cpp.mtmd_bitmap_init(image.width, image.height, buffer)
+
+    def _chunk(self, native: Any) -> Chunk:
+        n = mtmd_cpp.mtmd_input_chunk_get_n_tokens(native)
+        kind = mtmd_cpp.mtmd_input_chunk_get_type(native)
+        if kind != mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            return Chunk([], native, n)
+        n_out = ctypes.c_size_t()
+        tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(native, ctypes.byref(n_out))
+        return Chunk([tokens[i] for i in range(n_out.value)], None, n)

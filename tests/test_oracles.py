@@ -1,0 +1,210 @@
+"""The cache against stock llama.cpp operations and NumPy: oracles that should be exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.capture import Capture
+from tests.support.engine import Engine, nmse, random_tokens
+
+N_VOCAB = 384
+LAYOUTS = [  # flash attention, K, V
+    (False, "f16", "f16"),
+    (False, "f32", "f32"),
+    (False, "q8_0", "f16"),
+    (True, "f16", "f16"),
+    (True, "q8_0", "q8_0"),
+    (True, "q4_0", "q5_1"),
+    (True, "bf16", "bf16"),
+    (True, "iq4_nl", "q4_1"),
+]
+LAYOUT_IDS = [f"{'fa' if fa else 'plain'}-{k}-{v}" for fa, k, v in LAYOUTS]
+
+
+def image_rows(n: int, n_embd: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(scale=0.5, size=(n, n_embd)).astype(np.float32)
+
+
+def feed(e: Engine, n_image: int = 200, seq: int = 0) -> int:
+    """Text, image, text; returns the next position."""
+    e.prompt(random_tokens(40, N_VOCAB, 1), 0, seq, logits=False)
+    e.image(image_rows(n_image, e.n_embd), 40, seq)
+    e.prompt(random_tokens(20, N_VOCAB, 2), 40 + n_image, seq)
+    return 60 + n_image
+
+
+@pytest.mark.parametrize(("fa", "k", "v"), LAYOUTS, ids=LAYOUT_IDS)
+def test_eviction_equals_seq_rm(tiny_gqa: Path, fa: bool, k: str, v: str) -> None:
+    """Evicting the same cells everywhere is what llama_memory_seq_rm does."""
+    forced = random_tokens(24, N_VOCAB, 3)
+    kw = {"flash_attn": fa, "type_k": k, "type_v": v}
+    with Engine(tiny_gqa, elastic={"policy": "local", "budget": 90.0, "min_cells": 8,
+                                   "n_sink": 4, "offset": 10}, **kw) as e:
+        n = feed(e)
+        assert e.session.compress(0) == 90
+        kept = e.session.cells(0)["pos"]
+        assert kept.tolist() == [0, 1, 2, 3, *range(n - 86, n)]
+        ours = []
+        expected_rm = []
+        for i, t in enumerate(forced):
+            before = set(e.session.cells(0)["pos"].tolist())
+            ours.append(e.token(t, n + i))
+            expected_rm.append(before - set(e.session.cells(0)["pos"].tolist()))
+    with Engine(tiny_gqa, **kw) as e:
+        feed(e)
+        assert e.seq_rm(0, 4, n - 86)
+        stock = []
+        for i, t in enumerate(forced):
+            for pos in expected_rm[i]:
+                e.seq_rm(0, pos, pos + 1)
+            stock.append(e.token(t, n + i))
+    assert all(len(gone) == 1 for gone in expected_rm)
+    assert nmse(np.stack(stock), np.stack(ours)) <= 1e-6
+
+
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+@pytest.mark.parametrize("n_ubatch", [32, 128, 512])
+@pytest.mark.parametrize("model", ["tiny_gqa", "tiny_mha"])
+def test_importance_is_the_column_sum(
+    model: str, n_ubatch: int, fa: bool, request: pytest.FixtureRequest
+) -> None:
+    """Accumulated over ubatches, it is the column sum of softmax(q k / sqrt(d))."""
+    capture = Capture("Qcur")
+    with Engine(request.getfixturevalue(model), n_ubatch=n_ubatch, flash_attn=fa, type_k="f32",
+                type_v="f32", cb_eval=capture.callback,
+                elastic={"policy": "elastic-evict", "budget": 0.5}) as e:
+        n = feed(e, 150)
+        mass = e.session.mass(0)
+        keys = [e.session.read_kv(0, il)[0] for il in range(mass.shape[0])]
+    for il, k in enumerate(keys):
+        q = rotated(capture.seen[f"Qcur-{il}"])
+        n_head, d = q.shape[1:]
+        gqa = n_head // k.shape[1]
+        logits = np.einsum("mhd,nhd->hmn", q.astype(np.float64),
+                           np.repeat(k, gqa, axis=1).astype(np.float64)) / np.sqrt(d)
+        logits[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        a = np.exp(logits - logits.max(-1, keepdims=True))
+        a /= a.sum(-1, keepdims=True)
+        expected = a.sum(1).reshape(k.shape[1], gqa, n).mean(1)
+        np.testing.assert_allclose(mass[il], expected, rtol=1e-4 if not fa else 2e-3)
+
+
+def rotated(seen: list[np.ndarray]) -> np.ndarray:
+    """Queries [n, n_head, d] after RoPE, out of all tensors that llama.cpp calls Qcur.
+
+    Per ubatch these are the projection, its reshape and the rotated one, in this order.
+    """
+    assert len(seen) % 3 == 0
+    return np.concatenate([a[0] for a in seen[2::3]], axis=0)
+
+
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+@pytest.mark.parametrize("policy", ["elastic", "elastic-paper", "elastic-evict"])
+def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool) -> None:
+    """The first layer's attention output over the merged cells is NumPy's, bias included."""
+    capture_q, forced = Capture("Qcur"), random_tokens(1, N_VOCAB, 3)
+    capture_o = Capture("kqv_out")
+
+    def both(tensor: int, ask: bool, data: object) -> bool:
+        a = capture_q._on_tensor(tensor, ask, data)
+        b = capture_o._on_tensor(tensor, ask, data)
+        return (a or b) if ask else True
+
+    import llama_cpp
+
+    callback = llama_cpp.ggml_backend_sched_eval_callback(both)
+    with Engine(tiny_gqa, flash_attn=fa, type_k="f32", type_v="f32", cb_eval=callback,
+                elastic={"policy": policy, "budget": 0.3, "min_cells": 8}) as e:
+        n = feed(e)
+        capture_q.seen.clear()
+        capture_o.seen.clear()
+        e.token(forced[0], n)
+        bias = e.session.bias(0)
+        for il in range(bias.shape[0]):
+            k, v = e.session.read_kv(0, il)
+            q = capture_q.seen[f"Qcur-{il}"][-1].reshape(4, 64).astype(np.float64)
+            out = capture_o.seen[f"kqv_out-{il}"][-1].reshape(4, 64)
+            gqa = 4 // k.shape[1]
+            for h in range(4):
+                z = k[:, h // gqa] @ q[h] / 8.0 + bias[il, h // gqa]
+                p = np.exp(z - z.max())
+                expected = (p / p.sum()) @ v[:, h // gqa]
+                tol = {"rtol": 2e-2, "atol": 2e-3} if fa else {"rtol": 1e-4, "atol": 1e-5}
+                np.testing.assert_allclose(out[h], expected, **tol)
+    assert (np.abs(bias).max() > 0.1) == (policy == "elastic")
+
+
+@pytest.mark.parametrize(("fa", "k", "v"), LAYOUTS, ids=LAYOUT_IDS)
+@pytest.mark.parametrize("policy", ["elastic", "elastic-paper"])
+@pytest.mark.parametrize("whole", [True, False], ids=["context", "sequence"])
+def test_save_load_continue(
+    tiny_gqa: Path, policy: str, whole: bool, fa: bool, k: str, v: str
+) -> None:
+    """Save, load into a fresh context and go on: as if nothing had been saved."""
+    forced = random_tokens(30, N_VOCAB, 3)
+    kw = {"flash_attn": fa, "type_k": k, "type_v": v,
+          "elastic": {"policy": policy, "budget": 0.3, "min_cells": 8}}
+    which = None if whole else 0
+    with Engine(tiny_gqa, **kw) as e:
+        n = feed(e)
+        e.forced(forced[:10], n)
+        data = e.save(which)
+        straight = e.forced(forced[10:], n + 10)
+        cells = e.session.cells(0)["pos"].tolist()
+    with Engine(tiny_gqa, **kw) as e:
+        assert e.load(data, which) == len(data)
+        again = e.forced(forced[10:], n + 10)
+        assert e.session.cells(0)["pos"].tolist() == cells
+    assert nmse(straight, again) <= 1e-10
+
+
+def test_save_before_compression(tiny_gqa: Path) -> None:
+    """A prompt that still waits for its compression is compressed the same after loading."""
+    forced = random_tokens(10, N_VOCAB, 3)
+    kw = {"elastic": {"policy": "elastic", "budget": 0.3, "min_cells": 8}}
+    with Engine(tiny_gqa, **kw) as e:
+        n = feed(e)
+        data = e.save()
+        straight = e.forced(forced, n)
+    with Engine(tiny_gqa, **kw) as e:
+        assert e.load(data) == len(data)
+        assert nmse(straight, e.forced(forced, n)) <= 1e-10
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+def test_sequences_do_not_disturb_each_other(tiny_gqa: Path, unified: bool, fa: bool) -> None:
+    """Two sequences in one cache, one long enough to be compressed: each as if alone."""
+    forced = random_tokens(12, N_VOCAB, 3)
+    short = random_tokens(50, N_VOCAB, 5)
+    kw = {"flash_attn": fa, "n_seq_max": 2, "unified": unified, "n_ctx": 2048,
+          "elastic": {"policy": "elastic", "budget": 0.3, "min_cells": 60}}
+
+    def run(seqs: tuple[int, ...]) -> dict[int, list[np.ndarray]]:
+        out: dict[int, list[np.ndarray]] = {s: [] for s in seqs}
+        with Engine(tiny_gqa, **kw) as e:
+            pos = {}
+            if 0 in seqs:
+                pos[0] = feed(e)
+            if 1 in seqs:
+                e.prompt(short, 0, 1)
+                pos[1] = len(short)
+            for i, t in enumerate(forced):
+                rows = [(t, pos[s] + i, s, True) for s in seqs if i < 8 or s == 1]
+                if not rows:
+                    break
+                assert e.decode(rows) == 0
+                for j, row in enumerate(rows):
+                    out[row[2]].append(e.logits(j))
+            if 0 in seqs:
+                assert e.session.n_cells(0) < 100
+            if 1 in seqs:
+                assert e.session.cells(1)["pos"][0] == 0
+        return out
+
+    both, first, second = run((0, 1)), run((0,)), run((1,))
+    assert nmse(np.stack(first[0]), np.stack(both[0])) <= 1e-6
+    assert nmse(np.stack(second[1]), np.stack(both[1])) <= 1e-6
