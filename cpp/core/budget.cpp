@@ -41,7 +41,7 @@ int32_t budget::cells_for(int64_t n_tokens) const {
     const double exact = fraction * (double) n_tokens;
     const double near  = std::nearbyint(exact);
     const double cells = std::fabs(exact - near) <= 1e-12 * exact ? near : std::ceil(exact);
-    return (int32_t) std::min<int64_t>((int64_t) cells, n_tokens);
+    return (int32_t) std::min<int64_t>(std::max<int64_t>((int64_t) cells, 1), n_tokens);
 }
 
 }  // namespace elastic

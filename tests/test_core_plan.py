@@ -1,0 +1,192 @@
+"""Plans compared with the slow oracle, for every policy in the table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_llama import _core
+from tests.support import oracle_plan as oracle
+
+core = _core.core
+
+POLICIES = {p["name"]: p for p in core.policies()}
+NEEDS_IMPORTANCE = sorted(set(POLICIES) - {"full", "local"})
+D = 8
+
+
+@st.composite
+def kinds(draw, n_cells):
+    """Runs of text, image and generated cells, several images among them."""
+    out: list[int] = []
+    while len(out) < n_cells:
+        out += [draw(st.integers(0, 2))] * draw(st.integers(1, 12))
+    return np.array(out[:n_cells], dtype=np.uint8)
+
+
+@st.composite
+def problems(draw, policies=tuple(POLICIES)):
+    n_cells = draw(st.integers(1, 60))
+    n_layer, n_head = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    kind = draw(kinds(n_cells))
+    n_pinned = draw(st.sampled_from([0, 0, 0, 1, 3]))
+    pinned = np.zeros(n_cells, dtype=np.uint8)
+    for i in draw(st.lists(st.integers(0, n_cells - 1), max_size=n_pinned)):
+        pinned[i] = 1
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # whole numbers: sums are exact and ties are many
+    levels = draw(st.sampled_from([1, 3, 20, 1 << 20]))
+    importance = rng.integers(0, levels, size=(n_layer, n_head, n_cells)).astype(np.float32)
+    keys = rng.standard_normal((n_layer, n_head, n_cells, D)).astype(np.float32)
+    if draw(st.booleans()):  # equal keys, and some of length zero
+        keys = keys[:, :, rng.integers(0, n_cells, n_cells)]
+        keys[:, :, rng.random(n_cells) < 0.1] = 0
+    return {
+        "policy": draw(st.sampled_from(sorted(policies))),
+        "n_keep": draw(st.integers(1, n_cells)),
+        "n_sink": draw(st.sampled_from([0, 1, 1, 4, 100])),
+        "kind": kind,
+        "pinned": pinned,
+        "importance": importance,
+        "keys": keys,
+    }
+
+
+def make_problem(policy="elastic", n_cells=10, n_keep=5, **changes):
+    rng = np.random.default_rng(0)
+    problem = {
+        "policy": policy,
+        "n_keep": n_keep,
+        "n_sink": 1,
+        "kind": np.array(([0, 1, 1, 1] * n_cells)[:n_cells], dtype=np.uint8),
+        "pinned": np.zeros(n_cells, dtype=np.uint8),
+        "importance": rng.random((2, 3, n_cells), dtype=np.float32),
+        "keys": rng.standard_normal((2, 3, n_cells, D)).astype(np.float32),
+    }
+    return {**problem, **changes}
+
+
+def oracle_kept(problem):
+    rules = POLICIES[problem["policy"]]
+    return oracle.select(
+        rules["select"],
+        problem["kind"],
+        problem["pinned"],
+        oracle.scores(rules["score"], problem["importance"]),
+        problem["n_keep"],
+        problem["n_sink"],
+    )
+
+
+@settings(deadline=None, max_examples=500)
+@given(problems())
+def test_plan_equals_oracle(problem):
+    kept = oracle_kept(problem)
+    if kept is None:
+        with pytest.raises(ValueError, match=r"\[select\] \d+ cells must stay"):
+            core.make_plan(**problem)
+        return
+    plan = core.make_plan(**problem)
+    np.testing.assert_array_equal(plan["kept"], kept)
+    rule = POLICIES[problem["policy"]]["combine"]
+    bucket = oracle.buckets(rule, kept, problem["kind"], problem["pinned"], problem["keys"])
+    np.testing.assert_array_equal(plan["bucket"], bucket)
+    np.testing.assert_array_equal(plan["positions"], kept.max(axis=(0, 1)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems())
+def test_invariants(problem):
+    if oracle_kept(problem) is None:
+        return
+    plan = core.make_plan(**problem)
+    kept, bucket = plan["kept"], plan["bucket"]
+    n_cells, n_keep = bucket.shape[2], kept.shape[2]
+    assert n_keep == (n_cells if problem["policy"] == "full" else problem["n_keep"])
+    assert (np.diff(kept, axis=2) > 0).all()
+    assert kept.min() >= 0
+    assert (kept[..., -1] == n_cells - 1).all()
+    n_sink = min(problem["n_sink"], n_keep - 1)
+    assert (kept[..., :n_sink] == np.arange(n_sink)).all()
+    assert bucket.min() >= -1
+    assert bucket.max() < n_keep
+    own = np.take_along_axis(bucket, kept.astype(np.int64), axis=2)
+    assert (own == np.arange(n_keep)).all()
+    for i in np.flatnonzero(problem["pinned"]):
+        assert (kept == i).any(axis=2).all()
+        assert all((row == row[i]).sum() == 1 for row in bucket.reshape(-1, n_cells))
+    assert (np.diff(plan["positions"]) > 0).all()
+    if POLICIES[problem["policy"]]["select"] == "image_first":
+        # rank j is of one kind in all layers and heads
+        is_image = problem["kind"][kept] == oracle.IMAGE
+        assert (is_image == is_image[0, 0]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems())
+def test_threads_do_not_matter(problem):
+    if oracle_kept(problem) is None:
+        return
+    one, four = (core.make_plan(**problem, n_threads=n) for n in (1, 4))
+    for name in one:
+        np.testing.assert_array_equal(one[name], four[name])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 400), st.integers(0, 400), st.data())
+def test_split_budget(n_text, n_image, data):
+    n_keep = data.draw(st.integers(0, n_text + n_image))
+    text, image = core.split_budget(n_keep, n_text, n_image)
+    assert (text, image) == oracle.split(n_keep, n_text, n_image)
+    assert text + image == n_keep
+    assert 0 <= text <= n_text
+    assert 0 <= image <= n_image
+
+
+@pytest.mark.parametrize("policy", NEEDS_IMPORTANCE)
+@pytest.mark.parametrize("bad", [np.nan, -1.0, -1e-30, np.inf, -np.inf])
+def test_bad_importance_is_refused(policy, bad):
+    problem = make_problem(policy)
+    problem["importance"][1, 2, 3] = bad
+    with pytest.raises(ValueError, match="expected finite values >= 0"):
+        core.make_plan(**problem)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_keep": 0}, "n_keep: got 0"),
+        ({"n_keep": -1}, "n_keep: got -1"),
+        ({"n_keep": 11}, "n_keep: got 11"),
+        ({"n_sink": -1}, "n_sink: got -1"),
+        ({"pinned": np.zeros(9, np.uint8)}, "pinned: got 9 entries"),
+        ({"importance": np.zeros((2, 3, 9), np.float32), "keys": None}, "importance: its shape"),
+        ({"kind": np.full(10, 3, np.uint8)}, "kind: got 3"),
+    ],
+)
+def test_bad_arguments_are_refused(policy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        core.make_plan(**make_problem(policy, **changes))
+
+
+def test_no_cells_refused():
+    with pytest.raises(ValueError, match="cells: got none"):
+        core.make_plan(**make_problem("local", n_cells=0, n_keep=1))
+
+
+def test_mass_needs_keys():
+    with pytest.raises(ValueError, match="keys: got none"):
+        core.make_plan(**make_problem("elastic", keys=None))
+
+
+def test_keys_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="keys: their shape"):
+        core.make_plan(**make_problem("elastic", keys=np.zeros((2, 2, 10, D), np.float32)))
+
+
+def test_unknown_policy_lists_the_names():
+    with pytest.raises(ValueError, match="expected one of full, local"):
+        core.make_plan(**make_problem("nothing"))

@@ -1,0 +1,239 @@
+"""Stages, budgets and memory operations, for a caller that knows only llama.cpp's C API."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from elastic_llama import lib_dir
+from tests.support.engine import Engine, random_tokens
+from tests.test_oracles import N_VOCAB, feed, image_rows
+
+ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.3, "min_cells": 8}
+POLICIES = ["local", "elastic-paper", "elastic-evict", "elastic"]
+
+
+def test_first_token_sees_the_whole_prompt(tiny_gqa: Path) -> None:
+    """Nothing is compressed before the first token after the prompt is decoded."""
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        assert e.session.n_cells(0) == n
+        e.token(20, n)
+        assert e.session.stats()["cells_after"] == math.ceil(0.3 * n)
+        assert e.session.n_cells(0) == math.ceil(0.3 * (n + 1))
+
+
+@pytest.mark.parametrize("n_batch", [17, 64, 512])
+def test_batches_do_not_matter(tiny_gqa: Path, n_batch: int) -> None:
+    """One prompt in any number of decode calls makes one plan, once."""
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        e.token(20, n)
+        expected = e.session.last_plan()["kept"]
+    with Engine(tiny_gqa, elastic=ELASTIC, n_batch=n_batch, n_ubatch=min(n_batch, 512)) as e:
+        first, last = random_tokens(40, N_VOCAB, 1), random_tokens(20, N_VOCAB, 2)
+        for start in range(0, 40, n_batch):
+            e.prompt(first[start:start + n_batch], start, logits=False)
+        e.image(image_rows(200, e.n_embd), 40)
+        for start in range(0, 20, n_batch):
+            e.prompt(last[start:start + n_batch], 240 + start)
+        e.token(20, n)
+        assert e.session.stats()["compressions"] == 1
+        # summing in another order may swap cells of nearly the same importance
+        same = (e.session.last_plan()["kept"] == expected).mean()
+        assert same > 0.97
+
+
+def test_single_prompt_tokens(tiny_gqa: Path) -> None:
+    """A lone token belongs to the prompt when it wants no logits, or while the caller holds."""
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        e.prompt([20], n, logits=False)
+        assert e.session.stats()["compressions"] == 0
+        e.session.hold(True)
+        e.token(21, n + 1)
+        assert e.session.stats()["compressions"] == 0
+        e.session.hold(False)
+        e.token(22, n + 2)
+        assert e.session.stats()["compressions"] == 1
+        assert e.session.stats()["cells_before"] == n + 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("budget", [0.2, 150.0])
+def test_long_generation_holds_its_cells(tiny_gqa: Path, policy: str, budget: float) -> None:
+    """2000 tokens: at every step the number of cells the budget promises, densely packed."""
+    elastic = {"policy": policy, "budget": budget, "min_cells": 8, "n_sink": 4}
+    with Engine(tiny_gqa, elastic=elastic, n_ctx=2560, type_k="f32", type_v="f32") as e:
+        n = feed(e, 300)
+        for i in range(2000):
+            assert np.isfinite(e.token(10 + i % 300, n + i)).all()
+            held = e.session.n_cells(0)
+            assert held == (math.ceil(0.2 * (n + i + 1)) if budget < 1 else 150)
+            if i % 100 == 0:
+                cells = e.session.cells(0)
+                assert cells["index"].max() < held  # rows beyond are never touched again
+                assert cells["pos"][-1] == n + i
+                assert cells["pos"][:4].tolist() == [0, 1, 2, 3]
+        assert e.session.n_tokens(0) == n + 2000
+
+
+def test_short_prompts_are_left_alone(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic={**ELASTIC, "min_cells": 100}) as e:
+        e.prompt(random_tokens(80, N_VOCAB, 1))
+        e.token(20, 80)
+        assert e.session.n_cells(0) == 81
+        assert e.session.stats()["compressions"] == 0
+
+
+@pytest.mark.parametrize("policy", ["elastic", "elastic-paper"])
+def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
+    """Merged cells go in with the weight of what they stand for."""
+    elastic = {**ELASTIC, "policy": policy, "budget": 0.4}
+    with Engine(tiny_gqa, elastic=elastic, n_ctx=2048) as e:
+        n = feed(e)
+        e.session.compress(0)
+        first_mass = e.session.mass(0).sum(-1)
+        count = e.session.count(0)
+        if policy == "elastic-paper":
+            assert (count.sum(-1) == n).all()
+        e.prompt(random_tokens(30, N_VOCAB, 6), n, logits=False)
+        e.image(image_rows(200, e.n_embd, 7), n + 30)
+        e.prompt(random_tokens(10, N_VOCAB, 8), n + 230)
+        before = e.session.mass(0).sum(-1)
+        assert (before > first_mass).all()
+        held = e.session.compress(0)
+        assert held == math.ceil(0.4 * (n + 240))
+        if policy == "elastic-paper":
+            assert (e.session.count(0).sum(-1) == n + 240).all()
+        else:
+            text = e.session.cells(0)["kind"] != 1
+            assert text.sum() == 100  # all text of both prompts is kept
+            np.testing.assert_allclose(e.session.mass(0).sum(-1), before, rtol=1e-4)
+        assert np.isfinite(e.token(20, n + 240)).all()
+
+
+def test_partial_removal_is_refused_where_cells_stand_for_others(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        e.session.compress(0)
+        e.forced(random_tokens(10, N_VOCAB, 3), n)
+        cells = e.session.cells(0)["pos"].tolist()
+        assert not e.seq_rm(0, 100, -1)
+        assert not e.seq_rm(-1, 100, -1)
+        assert e.session.cells(0)["pos"].tolist() == cells
+        assert e.seq_rm(0, n + 5, -1)
+        assert e.session.cells(0)["pos"].max() == n + 4
+        assert e.session.n_tokens(0) == n + 5
+        assert e.seq_rm(0, -1, -1)
+        assert e.session.n_cells(0) == 0
+        assert e.session.n_tokens(0) == 0
+        feed(e)  # starts afresh
+        assert e.session.compress(0) == math.ceil(0.3 * n)
+
+
+def test_shared_cells_are_never_touched(tiny_gqa: Path) -> None:
+    """A sequence copied inside a unified cache keeps its cells when the other one is compressed."""
+    forced = random_tokens(6, N_VOCAB, 3)
+    with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=True, n_ctx=2048) as e:
+        system = random_tokens(60, N_VOCAB, 9)
+        e.prompt(system, 0, 0, logits=False)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        shared = e.session.read_kv(1, 0)
+        e.image(image_rows(200, e.n_embd), 60, 0)
+        e.prompt(random_tokens(20, N_VOCAB, 2), 260, 0)
+        e.forced(forced, 280, 0)
+        assert e.session.n_cells(0) < 100
+        assert e.session.n_cells(1) == 60
+        np.testing.assert_array_equal(e.session.read_kv(1, 0)[0], shared[0])
+        np.testing.assert_array_equal(e.session.read_kv(1, 0)[1], shared[1])
+
+
+def test_copied_stream_goes_on_alike(tiny_gqa: Path) -> None:
+    """Copying a compressed sequence to another stream takes its biases along."""
+    with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=False, n_ctx=2048) as e:
+        n = feed(e)
+        e.token(20, n)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        assert e.decode([(21, n + 1, 0, True), (21, n + 1, 1, True)]) == 0
+        np.testing.assert_allclose(e.logits(0), e.logits(1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(e.session.bias(0), e.session.bias(1))
+        assert np.abs(e.session.bias(0)).max() > 0
+
+
+def test_clear_starts_afresh(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        first = e.forced([20, 21, 22], n)
+        e.clear()
+        assert e.session.n_cells(0) == 0
+        feed(e)
+        np.testing.assert_array_equal(e.forced([20, 21, 22], n), first)
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("policy", "nonsense", "elastic-paper"), ("budget", 0.0, "0 < f <= 1"),
+    ("budget", -0.5, "-0.5"), ("budget", 1.5, "1.5"), ("budget", math.nan, "nan"),
+    ("n_sink", -1, "n_sink"), ("offset", -3, "offset"), ("min_cells", 0, "min_cells"),
+    ("n_threads", -1, "n_threads"),
+])
+def test_bad_parameters(tiny_gqa: Path, name: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Engine(tiny_gqa, elastic={**ELASTIC, name: value})
+
+
+def test_bad_calls(tiny_gqa: Path) -> None:
+    from elastic_llama import _core
+
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        for seq_id in (-1, 1, 999):
+            with pytest.raises(ValueError, match="seq_id"):
+                e.session.n_cells(seq_id)
+        n = feed(e)
+        with pytest.raises(RuntimeError, match="clear"):
+            _core.Session(ctypes.cast(e.ctx, ctypes.c_void_p).value, policy="elastic", budget=0.5)
+        e.token(20, n)
+        with pytest.raises(RuntimeError, match="bias"):
+            e.session.detach()
+        e.clear()
+        e.session.detach()
+        with pytest.raises(ValueError, match="detached"):
+            e.session.n_cells(0)
+        assert np.isfinite(e.token(20, 0)).all()  # the context goes on without it
+        e.session = None
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [("policy", ctypes.c_char_p), ("budget", ctypes.c_double),
+                ("n_sink", ctypes.c_int32), ("offset", ctypes.c_int32),
+                ("min_cells", ctypes.c_int32), ("n_threads", ctypes.c_int32)]
+
+
+def test_c_interface(tiny_gqa: Path) -> None:
+    """elastic.h from a program that has never heard of Python: the same cells as the binding's."""
+    lib = ctypes.CDLL(str(next(lib_dir().glob("libllama.*"))))
+    lib.elastic_default_params.restype = _Params
+    lib.elastic_last_error.restype = ctypes.c_char_p
+    with Engine(tiny_gqa) as e:
+        ctx = ctypes.cast(e.ctx, ctypes.c_void_p)
+        params = lib.elastic_default_params()
+        assert (params.policy, params.budget) == (b"elastic", 0.2)
+        params.budget, params.min_cells = -1.0, 8
+        assert lib.elastic_attach(ctx, ctypes.byref(params)) == -1
+        assert b"-1.0" in lib.elastic_last_error()
+        params.budget = 0.3
+        assert lib.elastic_attach(ctx, ctypes.byref(params)) == 0
+        n = feed(e)
+        assert lib.elastic_n_cells(ctx, 0) == n
+        ours = e.forced([20, 21, 22], n)
+        assert lib.elastic_n_cells(ctx, 0) == math.ceil(0.3 * (n + 3))
+        assert lib.elastic_attach(ctx, ctypes.byref(params)) == -3
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        feed(e)
+        np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)
