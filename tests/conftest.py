@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import elastic_llama  # noqa: F401  (first: it decides which libraries llama_cpp loads)
 import pytest
 
-import elastic_llama  # noqa: F401  (first: it decides which libraries llama_cpp loads)
 from tests.support.tiny_llama import write_tiny_llama
 
 
@@ -41,3 +41,16 @@ def embedded_mmproj() -> Path:
     if not get().is_file():
         pytest.skip("the trained vision tower is not in the package")
     return get()
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny language model and a tiny vision tower for it: 56 pixels, 16 image tokens."""
+    from tests.support.mmproj import Tower, write_mmproj
+
+    folder = tmp_path_factory.mktemp("vlm")
+    tower = Tower.load(Path(__file__).parent / "data" / "llava_tiny.npz")
+    model = folder / "model.gguf"
+    write_tiny_llama(model, n_layer=2, n_embd=tower.shape["n_embd_text"], n_head=2, n_head_kv=1,
+                     n_ff=128)
+    return model, write_mmproj(folder / "mmproj.gguf", tower)

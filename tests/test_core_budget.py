@@ -6,10 +6,9 @@ import math
 from fractions import Fraction
 
 import pytest
+from elastic_llama import _core
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from elastic_llama import _core
 
 core = _core.core
 

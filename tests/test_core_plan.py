@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from elastic_llama import _core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_llama import _core
 from tests.support import oracle_plan as oracle
 
 core = _core.core

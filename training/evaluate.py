@@ -33,7 +33,9 @@ def evaluate(reader: TorchReader | LlamaReader, split: str, count: int, grid: in
     for index in range(first, first + count):
         scene = make_scene(split, index, grid)
         asked = questions(scene)
-        answers = reader.answers(scene.render(), [q.text for q in asked], style)
+        # A little room is enough: an answer that goes on is wrong whatever it says.
+        limits = [len(reader.encode(q.answer)) + 8 for q in asked]
+        answers = reader.answers(scene.render(), [q.text for q in asked], style, limits)
         for q, answer in zip(asked, answers):
             right[q.kind].append(exact(answer, q.answer))
             if q.kind == "caption":

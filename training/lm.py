@@ -174,13 +174,14 @@ class LanguageModel:
         return list(zip(loss.split(sizes), hit.split(sizes)))
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, prompts: list[list[int]], limit: int) -> list[list[int]]:
-        """Greedy answers to several prompts after one prefix, END excluded."""
+    def generate(self, prefix: Tensor, prompts: list[list[int]],
+                 limits: list[int]) -> list[list[int]]:
+        """Greedy answers of at most `limits` tokens to prompts after one prefix, END excluded."""
         cache: list = []
         n = prefix.shape[0]
         self.hidden(prefix, torch.arange(n), n, None, cache)
         answers = []
-        for ids in prompts:
+        for ids, limit in zip(prompts, limits):
             own, answer = list(cache), []
             for i, token in enumerate(ids):
                 logits = self.step(token, n + i, own)

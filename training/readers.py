@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,6 @@ from export_mmproj import load_tower
 from lm import LanguageModel
 from prompts import FORMATS
 from tower import normalise
-
-LIMIT = 160  # tokens of the longest answer, with room
 
 
 class TorchReader:
@@ -30,13 +29,14 @@ class TorchReader:
     def encode(self, text: str) -> list[int]:
         return self.lm.encode(text)
 
-    def answers(self, image: Image.Image, questions: list[str], style: str) -> list[str]:
-        """Greedy answers to questions about one image, each asked alone."""
+    def answers(self, image: Image.Image, questions: list[str], style: str,
+                limits: list[int]) -> list[str]:
+        """Greedy answers to questions about one image, each asked alone; limits in tokens."""
         before, after, _ = FORMATS[style]
         prefix = torch.cat([self.lm.embed(self.lm.encode(before)),
                             torch.from_numpy(self.embed(image))])
         prompts = [self.lm.encode(after.format(question=q)) for q in questions]
-        return [self.lm.decode(ids) for ids in self.lm.generate(prefix, prompts, LIMIT)]
+        return [self.lm.decode(ids) for ids in self.lm.generate(prefix, prompts, limits)]
 
 
 class LlamaReader:
@@ -69,10 +69,9 @@ class LlamaReader:
             values = self.mtmd.mtmd_get_output_embd(self.vision)
             return np.ctypeslib.as_array(values, (n * width,)).reshape(n, width).copy()
 
-    def answers(self, image: Image.Image, questions: list[str], style: str) -> list[str]:
+    def answers(self, image: Image.Image, questions: list[str], style: str,
+                limits: list[int]) -> list[str]:
         """Greedy answers; the image is decoded once and each question rolled back."""
-        import ctypes
-
         before, after, _ = FORMATS[style]
         self.llama.reset()
         self.llama._ctx.kv_cache_clear()
@@ -83,15 +82,15 @@ class LlamaReader:
                 self.api.llama_seq_id(0), self.llama.n_batch, False, ctypes.byref(n_past))
         if rc != 0:
             raise RuntimeError("[evaluate] decoding the image failed")
-        return [self._answer(n_past.value, self.encode(after.format(question=q)))
-                for q in questions]
+        return [self._answer(n_past.value, self.encode(after.format(question=q)), limit)
+                for q, limit in zip(questions, limits)]
 
-    def _answer(self, n_prefix: int, prompt: list[int]) -> str:
+    def _answer(self, n_prefix: int, prompt: list[int], limit: int) -> str:
         self.llama._ctx.kv_cache_seq_rm(0, n_prefix, -1)
         self.llama.n_tokens = n_prefix
         tokens: list[int] = []
         self.llama.eval(prompt)
-        while len(tokens) < LIMIT:
+        while len(tokens) < limit:
             logits = self.api.llama_get_logits_ith(self.llama._ctx.ctx, -1)
             token = int(np.ctypeslib.as_array(logits, (self.llama.n_vocab(),)).argmax())
             if token == self.llama.token_eos():
@@ -108,8 +107,6 @@ class _Chunks:
         self.reader, self.before, self.image = reader, before, image
 
     def __enter__(self):
-        import ctypes
-
         m = self.reader.mtmd
         pixels = np.asarray(self.image.convert("RGB")).tobytes()
         data = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)

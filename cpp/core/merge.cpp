@@ -139,7 +139,9 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         for (int32_t j = 0; j < p.n_keep; ++j) {
             const int32_t anchor = kept[j];
             members.assign(1, anchor);
-            members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
+            if (rule != combine_rule::evict) {
+                members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
+            }
 
             float mass_sum  = 0.0f;
             float count_sum = 0.0f;
@@ -165,7 +167,9 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 for (const int32_t i : members) {
                     weights.push_back(by_mass ? mass[i] : 1.0f);
                 }
-                out.bias.row(il, ih)[j] += by_mass ? std::log(mass_sum) - std::log(mass[anchor]) : std::log((float) members.size());
+                // in f64: a quotient by a subnormal mass is infinite in f32
+                const double n_times = by_mass ? (double) mass_sum / mass[anchor] : (double) members.size();
+                out.bias.row(il, ih)[j] += (float) std::log(n_times);
             }
             head_v.merge(rows_dst[j], members, weights);
         }

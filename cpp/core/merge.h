@@ -13,7 +13,7 @@ struct cell_state {
 };
 
 // Carries out one layer of the plan in place. rows_src[i]: stream row of logical cell i; rows_dst[j]: stream
-// row that kept rank j moves to (ascending, a subset of rows_src, rows_dst[j] <= rows_src of what moves there).
+// row that kept rank j moves to (no two the same).
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
 // Rows that are only moved are copied bit by bit; merged rows are computed in f32 and re-quantized.
 //   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise

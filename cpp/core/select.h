@@ -14,8 +14,8 @@ struct split {
 split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image);
 
 // image_first works on runs of neighbouring cells of one kind: the kind's number of cells is shared between its runs in
-// proportion to their sizes, so that rank j is of the same kind in all layers and heads. Per layer and KV head the cells of
-// highest score in a run stay.
+// proportion to their unprotected cells (rounded down, what is left over to the earlier runs), so that rank j is of the
+// same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.
 //
 // fills kept of the plan. Always kept: the first n_sink cells, the last cell, pinned cells. Ties go to the
 // earlier cell. If the protected cells alone exceed n_keep, elastic::error says so.

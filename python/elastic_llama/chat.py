@@ -7,12 +7,10 @@ from typing import Any
 
 from llama_cpp import llama_chat_format as formats
 
-from .gguf_check import Header
-
 # What the embedded model was trained with: no system prompt, the image before the question.
 PLAIN_CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -23,7 +21,7 @@ VICUNA = (
     "helpful, detailed, and polite answers to the human's questions. "
     "{% for message in messages %}{% if message['role'] == 'assistant' %}\nASSISTANT: "
     "{% else %}\nUSER: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}\nASSISTANT: {% endif %}"
 )
@@ -32,8 +30,8 @@ VICUNA = (
 def template_for(template: str | None) -> str:
     """The Jinja template that renders messages with images for a model.
 
-    Templates that cannot loop over the parts of a message are replaced: ChatML by its form without a
-    default system prompt, a missing one by Vicuna's.
+    Templates that cannot loop over the parts of a message are replaced: ChatML by its form without
+    a default system prompt, a missing one by Vicuna's.
     """
     if not template:
         return VICUNA
@@ -48,15 +46,34 @@ class ElasticChatHandler(formats.MTMDChatHandler):
     def _get_chat_template(self, llama_model: Any) -> str:
         return template_for(llama_model.metadata.get("tokenizer.chat_template"))
 
+    def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
+        """Images before the text of a message, as the models were trained."""
+        out = []
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, str):
+                content = content.replace(media_marker, media_marker.strip("<>"))
+            elif isinstance(content, list):
+                parts = [_plain(part, media_marker) for part in content]
+                content = sorted(parts, key=lambda part: part.get("type") != "image_url")
+            out.append({**message, "content": content})
+        return super()._get_template_messages(out, media_marker)
+
     def load_image(self, image_url: str) -> bytes:
         from .images import load_image, to_png
 
         return to_png(load_image(image_url))
 
 
+def _plain(part: dict[str, Any], marker: str) -> dict[str, Any]:
+    """A part of a message in whose text the marker stands for no image."""
+    if part.get("type") != "text":
+        return part
+    return {**part, "text": str(part.get("text", "")).replace(marker, marker.strip("<>"))}
+
+
 def make_chat_handler(
-    mmproj_path: str | os.PathLike[str], model: Header, verbose: bool = False
+    mmproj_path: str | os.PathLike[str], verbose: bool = False
 ) -> ElasticChatHandler:
-    """Chat handler for a vision tower."""
-    del model
+    """Chat handler for a vision tower; the model's own template is read at the first call."""
     return ElasticChatHandler(clip_model_path=os.fspath(mmproj_path), verbose=verbose)

@@ -1,7 +1,7 @@
 """A conversation about images that stays in the KV cache from turn to turn.
 
-llama-cpp-python's chat handlers clear the cache and encode every image again at each call. Here a turn
-decodes only what is new, at its true positions, over the cells that the elastic cache kept.
+llama-cpp-python's chat handlers clear the cache and encode every image again at each call. Here a
+turn decodes only what is new, at its true positions, over the cells that the elastic cache kept.
 """
 
 from __future__ import annotations
@@ -89,30 +89,59 @@ class Conversation:
         ImageError, ContextOverflowError, ConfigError
             Before anything of this turn is decoded; the conversation stays as it was.
         """
+        prompt, message, loaded = self._next_turn(question, images)
+        return self._turn(prompt, message, loaded, max_tokens,
+                          {"temp": temperature, "top_p": top_p, "top_k": top_k,
+                           "repeat_penalty": repeat_penalty})
+
+    def prefill(
+        self, question: str, images: list[ImageSource] | tuple[ImageSource, ...] = ()
+    ) -> None:
+        """Decode a question without answering it; `llm` is ready to sample or to be forced."""
+        prompt, message, loaded = self._next_turn(question, images)
+        self._decode_prompt(prompt, message, loaded)
+
+    def _next_turn(
+        self, question: str, images: list[ImageSource] | tuple[ImageSource, ...]
+    ) -> tuple[str, dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in images]
         if loaded and self.vision is None:
-            raise ConfigError(text("ask", "images", len(loaded), "none: the model has no vision tower",
-                                   "pass mmproj_path"))
-        content = MARKER * len(loaded) + question
-        message = {"role": "user", "content": content}
+            raise ConfigError(text("ask", "images", len(loaded),
+                                   "none: the model has no vision tower", "pass mmproj_path"))
+        # in the question itself the marker is plain text, not a place for an image
+        question = question.replace(MARKER, MARKER.strip("<>"))
+        message = {"role": "user", "content": MARKER * len(loaded) + question}
         prompt = self._render([*self._messages, message], generation=True)
         if not prompt.startswith(self._decoded):
             raise ConfigError(text("ask", "the chat template rewrites earlier turns",
                                    do="clear the conversation and ask again"))
-        delta = prompt[len(self._decoded):]
-        first = not self._decoded
-        self.stats = TurnStats()
-        return self._turn(delta, loaded, first, message, prompt, max_tokens,
-                          {"temp": temperature, "top_p": top_p, "top_k": top_k,
-                           "repeat_penalty": repeat_penalty})
+        return prompt, message, loaded
 
-    def _turn(
-        self, delta: str, images: list[Image.Image], first: bool, message: dict[str, Any],
-        prompt: str, max_tokens: int, sampling: dict[str, Any],
-    ) -> Iterator[str]:
-        self._prefill(delta, images, first)
+    def _decode_prompt(
+        self, prompt: str, message: dict[str, Any], images: list[Image.Image]
+    ) -> None:
+        self.stats = TurnStats()
+        n_past = self.llm.n_tokens
+        try:
+            self._prefill(prompt[len(self._decoded):], images, first=not self._decoded)
+        except BaseException:  # Ctrl-C too
+            self._roll_back(n_past)
+            raise
         self._messages.append(message)
         self._decoded = prompt
+
+    def _roll_back(self, n_past: int) -> None:
+        """Forget a prompt that was not decoded to its end."""
+        if n_past and self.llm._ctx.kv_cache_seq_rm(-1, n_past, -1):
+            self.llm.n_tokens = n_past
+        else:
+            self.clear()
+
+    def _turn(
+        self, prompt: str, message: dict[str, Any], images: list[Image.Image], max_tokens: int,
+        sampling: dict[str, Any],
+    ) -> Iterator[str]:
+        self._decode_prompt(prompt, message, images)
         answer = ""
         try:
             for piece in self._generate(max_tokens, sampling):
@@ -143,10 +172,10 @@ class Conversation:
     def _eval_chunks(self, chunks: list[Chunk], images: list[Image.Image]) -> None:
         llm, stats = self.llm, self.stats
         n_new = sum(c.n_tokens for c in chunks)
-        if llm.n_tokens + n_new >= llm.n_ctx():
-            raise ContextOverflowError(text(
-                "ask", "the context is too small", f"{llm.n_tokens} + {n_new} tokens and an answer",
-                f"fewer than n_ctx = {llm.n_ctx()}", "raise n_ctx or clear the conversation"))
+        try:
+            llm.check_room(n_new + 1)  # and an answer
+        except ContextOverflowError as e:
+            raise ContextOverflowError(f"{e}, or clear the conversation") from None
         waiting = iter(images)
         with llm.prompt_phase():
             for chunk in chunks:
@@ -205,12 +234,19 @@ class Conversation:
             waiting = piece
             if piece:
                 yield piece
-            if stats.n_answer >= max_tokens or llm.n_tokens + 1 >= llm.n_ctx():
+            if stats.n_answer >= max_tokens or not self._room():
                 break
             start = time.perf_counter()
         rest = decoder.decode(b"", final=True)
         if rest:
             yield rest
+
+    def _room(self) -> bool:
+        try:
+            self.llm.check_room(1)
+        except ContextOverflowError:
+            return False
+        return True
 
     def _compress(self) -> None:
         """The prompt's compression, at the moment the first token is about to be decoded."""

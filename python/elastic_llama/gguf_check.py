@@ -1,4 +1,4 @@
-"""Looks at a GGUF file before llama.cpp does, so that a wrong file is an error and never an abort."""
+"""Looks at a GGUF file before llama.cpp does: a wrong file is an error and never an abort."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from .errors import ModelFileError, ModelNotFoundError, text
 
 # GGUF value type -> struct code; 8 is a string, 9 an array
-_SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+           12: "d"}
 # ggml type -> (values per block, bytes per block)
 _BLOCK = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
           10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),

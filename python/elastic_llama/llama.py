@@ -5,25 +5,41 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from . import _core, gguf_check
+from ._checks import (
+    check_arguments,
+    decode_error,
+    load_error,
+    translated_errors,
+    with_budget,
+)
 from .config import ElasticConfig
 from .errors import (
     ConfigError,
     ContextOverflowError,
     ElasticError,
-    ModelFileError,
     StateError,
     UnsupportedModelError,
     text,
 )
+from .native_log import route
 from .stats import ElasticStats
 
 __all__ = ["ElasticLlama"]
+
+
+class _Phase(Enum):
+    FREE = "free"  # by hand: several tokens are a prompt, one is generation
+    PROMPT = "prompt"  # everything belongs to one prompt
+    FIRST = "first"  # the next call of eval is the rest of a prompt, however short
+    GENERATION = "generation"
 
 
 class ElasticLlama(llama_cpp.Llama):
@@ -38,7 +54,7 @@ class ElasticLlama(llama_cpp.Llama):
     elastic : ElasticConfig or None
         None leaves llama.cpp's cache as it is.
     kv_budget : float or int, optional
-        Short for ``elastic=ElasticConfig(budget=kv_budget)``.
+        Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
     **kwargs
@@ -49,7 +65,7 @@ class ElasticLlama(llama_cpp.Llama):
     ModelNotFoundError, ModelFileError
         A file is missing, damaged, of the wrong kind, or does not go with the other.
     ConfigError
-        A budget of more cells than the context has.
+        A budget of more cells than the context has, or parameters that llama.cpp refuses.
     UnsupportedModelError
         The model's memory is not a plain KV cache.
     """
@@ -67,9 +83,9 @@ class ElasticLlama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._session: Any = None
-        self._in_prompt = False
-        if kv_budget is not None:
-            elastic = ElasticConfig(budget=kv_budget)
+        self._phase = _Phase.FREE
+        elastic = with_budget(elastic, kv_budget)
+        check_arguments(elastic, n_ctx, kwargs)
         if model_path is None:
             from .embedded import embedded_mmproj, embedded_model
 
@@ -82,18 +98,26 @@ class ElasticLlama(llama_cpp.Llama):
             if chat_handler is None:
                 from .chat import make_chat_handler
 
-                chat_handler = make_chat_handler(mmproj_path, model, verbose=verbose)
+                chat_handler = make_chat_handler(mmproj_path, verbose=verbose)
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
         self.elastic = elastic
+        route(verbose)
         try:
             super().__init__(os.fspath(model_path), n_ctx=n_ctx, verbose=verbose,
                              chat_handler=chat_handler, **kwargs)
         except ValueError as e:
-            raise ModelFileError(text("load", str(model_path), str(e), "a model that llama.cpp "
-                                      "can load with these parameters")) from e
+            raise load_error(str(model_path), e) from e
+        # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
+        n_positions = max(self.n_ctx(), self._model.n_ctx_train())
+        self.input_ids = np.empty((n_positions,), dtype=np.intc)
+        self.reset()
         if elastic is not None:
-            elastic.check_cells(self.n_ctx())
-            self._attach(elastic)
+            try:
+                elastic.check_cells(self.n_ctx())
+                self._attach(elastic)
+            except ElasticError:
+                self.close()
+                raise
 
     def _attach(self, elastic: ElasticConfig) -> None:
         address = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value
@@ -103,10 +127,8 @@ class ElasticLlama(llama_cpp.Llama):
                 n_sink=elastic.n_sink, offset=elastic.offset, min_cells=elastic.min_cells,
                 n_threads=elastic.n_threads)
         except NotImplementedError as e:
-            self.close()
             raise UnsupportedModelError(str(e)) from e
         except ValueError as e:
-            self.close()
             raise ConfigError(str(e)) from e
 
     # -- the elastic side
@@ -130,20 +152,52 @@ class ElasticLlama(llama_cpp.Llama):
 
     @contextmanager
     def prompt_phase(self) -> Iterator[None]:
-        """Everything decoded inside belongs to one prompt, single tokens too."""
-        before, self._in_prompt = self._in_prompt, True
-        self._hold(True)
+        """Everything decoded inside belongs to one prompt, single tokens too.
+
+        `generate` ends the phase.
+        """
+        self._enter(_Phase.PROMPT)
         try:
             yield
         finally:
-            self._in_prompt = before
-            self._hold(before)
+            self._enter(_Phase.FREE)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._hold(phase is _Phase.PROMPT)
 
     def _hold(self, value: bool) -> None:
         if self._session is not None:
             self._session.hold(value)
 
+    def _cells_used(self) -> int:
+        """Cells held once those behind `n_tokens` are gone, which `eval` removes."""
+        if self._session is None or self.n_tokens == 0:
+            return int(self.n_tokens)
+        return min(int(self.n_tokens), int(self._session.n_cells(0)))
+
+    def check_room(self, n_new: int) -> None:
+        """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
+        used = self._cells_used()
+        if used + n_new > self.n_ctx():
+            raise ContextOverflowError(text(
+                "prompt", "the context is too small", f"{n_new} tokens on top of {used} cells",
+                f"at most n_ctx = {self.n_ctx()} together", "raise n_ctx or shorten the prompt"))
+        if self.n_tokens + n_new > len(self.input_ids):
+            raise ContextOverflowError(text(
+                "prompt", "past the positions of the model", self.n_tokens + n_new,
+                f"at most {len(self.input_ids)}", "start over"))
+
     # -- llama_cpp.Llama
+
+    def reset(self) -> None:
+        """As in llama-cpp-python.
+
+        Handlers leave the places of image tokens as they are; random negative ids there match no
+        other prompt, so that no image is ever taken for another.
+        """
+        super().reset()
+        self.input_ids[:] = _placeholders(len(self.input_ids))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Decode tokens; several at once are a prompt, whatever batches they are cut into.
@@ -152,83 +206,96 @@ class ElasticLlama(llama_cpp.Llama):
         ------
         ContextOverflowError
             They do not fit behind the `n_tokens` already decoded; nothing is decoded then.
+        StateError
+            llama.cpp could not decode them.
         """
-        if self.n_tokens + len(tokens) > self.n_ctx():
-            raise ContextOverflowError(text(
-                "eval", "the context is too small", f"{self.n_tokens} + {len(tokens)} tokens",
-                f"at most n_ctx = {self.n_ctx()}", "raise n_ctx or shorten the prompt"))
-        self._hold(self._in_prompt or len(tokens) > 1)
+        tokens = list(tokens)
+        if any(token < 0 for token in tokens):
+            raise StateError(text("eval", "the places of image tokens cannot be decoded again",
+                                  do="ask with create_chat_completion"))
+        self.check_room(len(tokens))
+        phase = self._phase
+        if phase is _Phase.FIRST:
+            self._phase = _Phase.GENERATION
+        self._hold(phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1)
         try:
             super().eval(tokens)
+        except RuntimeError as e:
+            raise decode_error(e) from e
         finally:
-            self._hold(self._in_prompt)
+            self._hold(phase is _Phase.PROMPT)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in llama-cpp-python. From here on a single token is generation."""
-        self._in_prompt = False
-        self._hold(False)
-        return super().generate(*args, **kwargs)
+        """As in llama-cpp-python. After the prompt, a single token is generation."""
+        self._enter(_Phase.FIRST)
+        try:
+            yield from super().generate(*args, **kwargs)
+        finally:
+            if self._phase is not _Phase.PROMPT:  # a stream left open may end inside a later call
+                self._enter(_Phase.FREE)
 
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """As in llama-cpp-python; a prompt that does not fit raises `ContextOverflowError`."""
-        with _translated_errors():
-            out = super().create_completion(*args, **kwargs)
-        return _translated(out) if hasattr(out, "__next__") else out
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with translated_errors():
+            yield from super()._create_completion(*args, **kwargs)
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """As in llama-cpp-python; images are compressed with the rest of the prompt."""
-        # handlers leave the places of image tokens as they were: nothing of an earlier image
-        # may look like a prefix of this prompt
-        self.input_ids[:] = 0
-        self._in_prompt = True
+        """As in llama-cpp-python; images are compressed with the rest of the prompt.
+
+        Raises
+        ------
+        ImageError, ContextOverflowError, ModelFileError
+            The next call starts from an empty cache.
+        """
         try:
-            with _translated_errors():
-                out = super().create_chat_completion(*args, **kwargs)
-        finally:
-            self._in_prompt = False
-            self._hold(False)
-        return _translated(out) if hasattr(out, "__next__") else out
+            with translated_errors(), self.prompt_phase():
+                return super().create_chat_completion(*args, **kwargs)
+        except ElasticError:
+            self.reset()
+            self._ctx.kv_cache_clear()
+            raise
 
     def load_state(self, state: Any) -> None:
-        """As in llama-cpp-python.
+        """As in llama-cpp-python; the KV cache is as before if it fails.
 
         Raises
         ------
         StateError
-            The state is of another model or was saved with another policy; the cache is empty then.
+            The state is of another model or was saved with another policy.
         """
+        before = self.save_state()
         try:
             super().load_state(state)
         except (RuntimeError, ValueError) as e:
-            if isinstance(e, ElasticError):
-                raise
-            self.reset()
-            self._ctx.kv_cache_clear()
+            super().load_state(before)
             raise StateError(text("load_state", "llama.cpp refused the state", str(e),
                                   "one saved with this model, n_ctx, KV types and policy")) from e
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self.mmproj_path is not None:
+            state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
+        return {**state, "elastic": self.elastic}
+
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
-        if getattr(self, "_session", None) is not None:
-            self._session.forget()
-            self._session = None
-        super().close()
+        session, self._session = getattr(self, "_session", None), None
+        if session is not None:
+            session.forget()
+        if hasattr(self, "_stack"):  # not where __init__ refused its arguments
+            super().close()
+
+    def __enter__(self) -> ElasticLlama:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # modules may be gone at exit
+            self.close()
 
 
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    try:
-        yield
-    except ElasticError:
-        raise
-    except ValueError as e:
-        if "exceed" in str(e):
-            raise ContextOverflowError(text(
-                "prompt", "the context is too small", str(e), "a prompt that fits n_ctx",
-                "raise n_ctx or shorten the prompt")) from e
-        raise
-
-
-def _translated(chunks: Iterator[Any]) -> Iterator[Any]:
-    with _translated_errors():
-        yield from chunks
+def _placeholders(n: int) -> np.ndarray:
+    """Ids that no tokenizer and no earlier call has made, int32 [n], all < 0."""
+    ids = np.frombuffer(os.urandom(4 * n), dtype=np.int32)
+    return np.minimum(ids, ~ids) - (ids == 0)

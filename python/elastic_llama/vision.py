@@ -16,7 +16,7 @@ from llama_cpp import mtmd_cpp
 from llama_cpp._utils import suppress_stdout_stderr
 from PIL import Image
 
-from .errors import ModelFileError, StateError, text
+from .errors import ContextOverflowError, ImageError, ModelFileError, StateError, text
 
 MARKER = mtmd_cpp.mtmd_default_marker().decode()
 
@@ -50,7 +50,8 @@ class Vision:
         params.print_timings = False
         params.use_gpu = True
         with suppress_stdout_stderr(disable=llm.verbose):
-            self.ctx = mtmd_cpp.mtmd_init_from_file(os.fspath(mmproj_path).encode(), llm.model, params)
+            path = os.fspath(mmproj_path).encode()
+            self.ctx = mtmd_cpp.mtmd_init_from_file(path, llm.model, params)
         if self.ctx is None:
             raise ModelFileError(text("mmproj", str(mmproj_path), "a file that libmtmd refuses",
                                       "a vision tower for this model"))
@@ -61,7 +62,9 @@ class Vision:
             self.ctx = None
 
     @contextmanager
-    def chunks(self, prompt: str, images: list[Image.Image], add_special: bool) -> Iterator[list[Chunk]]:
+    def chunks(
+        self, prompt: str, images: list[Image.Image], add_special: bool
+    ) -> Iterator[list[Chunk]]:
         """The chunks of a prompt in which `MARKER` stands for each image in turn."""
         bitmaps = [self._bitmap(image) for image in images]
         chunks = mtmd_cpp.mtmd_input_chunks_init()
@@ -73,7 +76,8 @@ class Vision:
             array = (mtmd_cpp.mtmd_bitmap_p_ctypes * max(1, len(bitmaps)))(*bitmaps)
             code = mtmd_cpp.mtmd_tokenize(self.ctx, chunks, ctypes.byref(inp), array, len(bitmaps))
             if code:
-                raise StateError(text("prompt", "libmtmd could not tokenize it", f"code {code}"))
+                raise ImageError(text("prompt", "libmtmd could not place the images in it",
+                                      f"code {code}", "one marker per readable image"))
             yield [self._chunk(mtmd_cpp.mtmd_input_chunks_get(chunks, i))
                    for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks))]
         finally:
@@ -84,8 +88,7 @@ class Vision:
     def encode(self, chunk: Chunk) -> tuple[np.ndarray, float]:
         """Embeddings of an image [n_tokens, n_embd], and the milliseconds they took."""
         start = time.perf_counter()
-        with suppress_stdout_stderr(disable=self.llm.verbose):
-            code = mtmd_cpp.mtmd_encode_chunk(self.ctx, chunk.native)
+        code = mtmd_cpp.mtmd_encode_chunk(self.ctx, chunk.native)
         if code:
             raise StateError(text("image", "libmtmd could not encode it", f"code {code}"))
         shape = (chunk.n_tokens, self.llm.n_embd())
@@ -93,17 +96,17 @@ class Vision:
         return out, 1000 * (time.perf_counter() - start)
 
     def decode(self, chunk: Chunk, embeddings: np.ndarray, n_past: int) -> int:
-        """Put an encoded image into the KV cache at position `n_past`; returns the next position."""
+        """Put an encoded image into the KV cache at `n_past`; returns the next position."""
         n_past_new = llama_cpp.llama_pos(0)
-        with suppress_stdout_stderr(disable=self.llm.verbose):
-            code = mtmd_cpp.mtmd_helper_decode_image_chunk(
-                self.ctx, self.llm._ctx.ctx, chunk.native,
-                embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-                llama_cpp.llama_pos(n_past), llama_cpp.llama_seq_id(0), self.llm.n_batch,
-                ctypes.byref(n_past_new), mtmd_cpp.mtmd_helper_post_decode_callback(0), None)
+        code = mtmd_cpp.mtmd_helper_decode_image_chunk(
+            self.ctx, self.llm._ctx.ctx, chunk.native,
+            embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            llama_cpp.llama_pos(n_past), llama_cpp.llama_seq_id(0), self.llm.n_batch,
+            ctypes.byref(n_past_new), mtmd_cpp.mtmd_helper_post_decode_callback(0), None)
+        if code == 1:
+            raise ContextOverflowError(text("image", "no free cells for it", do="raise n_ctx"))
         if code:
-            raise StateError(text("image", "llama.cpp could not decode it", f"code {code}",
-                                  do="raise n_ctx"))
+            raise StateError(text("image", "llama.cpp could not decode it", f"code {code}"))
         return int(n_past_new.value)
 
     def _bitmap(self, image: Image.Image) -> Any:

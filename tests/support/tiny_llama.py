@@ -40,6 +40,8 @@ class TinyLlama:
         Type of the matrices; norms are always f32.
     seed : int, default=0
         Same seed, same file.
+    arch : {"llama", "cohere2"}, default="llama"
+        Cohere2 alternates sliding-window layers: a memory that is no plain KV cache.
     """
 
     n_layer: int = 2
@@ -51,6 +53,7 @@ class TinyLlama:
     n_ctx_train: int = 4096
     dtype: str = "f32"
     seed: int = 0
+    arch: str = "llama"
 
     @property
     def n_embd_head(self) -> int:
@@ -64,7 +67,11 @@ class TinyLlama:
         if self.n_head % self.n_head_kv:
             raise ValueError("n_head must be a multiple of n_head_kv")
         path = Path(path)
-        writer = GGUFWriter(str(path), "llama")
+        writer = GGUFWriter(str(path), self.arch)
+        if self.arch == "cohere2":
+            writer.add_layer_norm_eps(1e-5)
+            writer.add_sliding_window(64)
+            writer.add_logit_scale(1.0)
         writer.add_name("tiny-random-llama")
         writer.add_file_type(0 if self.dtype == "f32" else 1)
         writer.add_context_length(self.n_ctx_train)
@@ -115,6 +122,8 @@ class TinyLlama:
             out[p + "ffn_down.weight"] = matrix(self.n_embd, self.n_ff)
         out["output_norm.weight"] = norm()
         out["output.weight"] = matrix(_N_VOCAB, self.n_embd, 2.0)
+        if self.arch == "cohere2":  # one norm per block, tied output
+            out = {k: v for k, v in out.items() if "ffn_norm" not in k and k != "output.weight"}
         return out
 
 

@@ -1,4 +1,4 @@
-"""`elastic-llama demo`: the embedded model on the embedded image, with and without an elastic cache."""
+"""`elastic-llama demo`: the embedded model and image, with and without an elastic cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, named as in llama.cpp's tools, and the model they describe."""
+"""Options of several commands, named as in llama.cpp's tools, and the model they describe."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         raise ConfigError(text("options", "--ctx-size", args.ctx_size, "at least 1"))
 
     from ..llama import ElasticLlama
+    from ..native_log import silence
 
+    if not args.verbose:
+        silence()  # main() reports what went wrong
     flash = {"on": True, "off": False, "auto": False}[args.flash_attn]
     if args.cache_type_v not in ("f32", "f16", "bf16") and not flash:
         if args.flash_attn == "off":

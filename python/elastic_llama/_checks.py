@@ -1,0 +1,82 @@
+"""Arguments that llama.cpp would not survive, and llama-cpp-python's errors as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .config import ElasticConfig
+from .errors import (
+    ConfigError,
+    ContextOverflowError,
+    ElasticError,
+    ImageError,
+    ModelFileError,
+    StateError,
+    text,
+)
+
+_PLAIN_TYPES = (0, 1, 30)  # ggml's f32, f16, bf16
+
+
+def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> ElasticConfig | None:
+    if budget is None:
+        return elastic
+    if elastic is None:
+        raise ConfigError(text("config", "kv_budget with elastic=None", budget, "one of them"))
+    return replace(elastic, budget=budget)
+
+
+def check_arguments(elastic: ElasticConfig | None, n_ctx: int, kwargs: dict[str, Any]) -> None:
+    """Refuse what llama.cpp would abort on, or answer with a null pointer."""
+    if not isinstance(n_ctx, int) or not 0 <= n_ctx < 2**31:
+        raise ConfigError(text("config", "n_ctx", repr(n_ctx), "a whole number >= 0"))
+    for name in ("n_batch", "n_ubatch"):
+        value = kwargs.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(text("config", name, repr(value), "a whole number >= 1"))
+    type_v = kwargs.get("type_v")
+    if type_v not in (None, *_PLAIN_TYPES) and not kwargs.get("flash_attn"):
+        raise ConfigError(text("config", "a quantized V cache without flash attention",
+                               f"type_v={type_v}", do="pass flash_attn=True"))
+    if elastic is not None and elastic.policy != "full" and kwargs.get("draft_model") is not None:
+        raise ConfigError(text("config", "draft_model together with an elastic cache",
+                               do="pass elastic=None"))
+
+
+def load_error(path: str, error: ValueError) -> ElasticError:
+    if "context" in str(error):
+        return ConfigError(text("load", path, str(error), "parameters that llama.cpp accepts",
+                                "try other KV types or a smaller n_ctx; verbose=True says why"))
+    return ModelFileError(text("load", path, str(error), "a model that llama.cpp can load",
+                               "verbose=True says why"))
+
+
+def decode_error(error: RuntimeError) -> ElasticError:
+    if str(error).endswith("returned 1"):
+        return ContextOverflowError(text("decode", "no free cells", do="raise n_ctx"))
+    return StateError(text("decode", str(error)))
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """llama-cpp-python's plain errors as ours, by their texts."""
+    try:
+        yield
+    except ElasticError:
+        raise
+    except ValueError as e:
+        message = str(e)
+        if "exceed" in message or ("error code 1" in message and "evaluate" in message):
+            raise ContextOverflowError(text(
+                "prompt", "the context is too small", message, "a prompt that fits n_ctx",
+                "raise n_ctx or shorten the prompt")) from e
+        if "bitmap" in message or "tokenize input" in message:
+            raise ImageError(text("image", message,
+                                  do="pass one readable image per image_url")) from e
+        if "mtmd context" in message or "Vision is not supported" in message:
+            raise ModelFileError(text("mmproj", message, expected="a vision tower for this model",
+                                      do="use the mmproj of this model")) from e
+        raise

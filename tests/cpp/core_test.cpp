@@ -1,0 +1,411 @@
+// Every function of the core on small inputs and at the edges, for the sanitizers. Values are compared with
+// independent oracles in the Python tests.
+
+#include "core/budget.h"
+#include "core/combine.h"
+#include "core/generate.h"
+#include "core/merge.h"
+#include "core/parallel.h"
+#include "core/policy.h"
+#include "core/rows.h"
+#include "core/score.h"
+#include "core/select.h"
+#include "core/similarity.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+
+using namespace elastic;
+
+static int n_failed = 0;
+
+#define CHECK(x)                                                     \
+    do {                                                             \
+        if (!(x)) {                                                  \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);  \
+            n_failed++;                                              \
+        }                                                            \
+    } while (0)
+
+#define CHECK_THROWS(x)              \
+    do {                             \
+        bool thrown = false;         \
+        try {                        \
+            x;                       \
+        } catch (const error &) {    \
+            thrown = true;           \
+        }                            \
+        CHECK(thrown && #x);         \
+    } while (0)
+
+static std::mt19937 rng(42);
+
+static float uniform(float lo, float hi) {
+    return std::uniform_real_distribution<float>(lo, hi)(rng);
+}
+
+struct random_keys : key_source {
+    int32_t            n_head_kv, n_cells, d;
+    std::vector<float> data;
+
+    random_keys(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, int32_t d) :
+        n_head_kv(n_head_kv), n_cells(n_cells), d(d), data((size_t) n_layer * n_head_kv * n_cells * d) {
+        for (auto & x : data) {
+            x = uniform(-1.0f, 1.0f);
+        }
+    }
+    int32_t n_embd_head() const override { return d; }
+    void    load(int32_t il, int32_t ih, float * dst) const override {
+        const size_t n = (size_t) n_cells * d;
+        std::memcpy(dst, data.data() + ((size_t) il * n_head_kv + ih) * n, n * sizeof(float));
+    }
+};
+
+static cells make_cells(int32_t n) {
+    cells c;
+    for (int32_t i = 0; i < n; ++i) {
+        c.kind.push_back(i >= n / 8 && i < n - n / 8 ? cell_kind::image : cell_kind::text);
+    }
+    c.pinned.assign(n, 0);
+    return c;
+}
+
+static head_map make_map(int32_t n_layer, int32_t n_head_kv, int32_t n, float lo, float hi) {
+    head_map m(n_layer, n_head_kv, n);
+    for (auto & x : m.data) {
+        x = uniform(lo, hi);
+    }
+    return m;
+}
+
+static void test_budget() {
+    CHECK(budget::from_value(0.1).cells_for(10) == 1);
+    CHECK(budget::from_value(0.07).cells_for(100) == 7);
+    CHECK(budget::from_value(1e-12).cells_for(10) == 1);
+    CHECK(budget::from_value(1.0).cells_for(INT32_MAX) == INT32_MAX);
+    CHECK(budget::from_value(128).cells_for(64) == 64);
+    for (const double bad : { 0.0, -1.0, 1.5, 3e9, std::nan(""), HUGE_VAL }) {
+        CHECK_THROWS(budget::from_value(bad));
+    }
+    CHECK_THROWS(budget().cells_for(-1));
+    CHECK_THROWS(budget().cells_for((int64_t) INT32_MAX + 1));
+}
+
+static void test_similarity() {
+    for (const int32_t n_keys : { 1, 2, 31, 32, 33, 65 }) {
+        for (const int32_t n_queries : { 1, 3, 4, 5 }) {
+            const int32_t      d = 7;
+            std::vector<float> k(n_keys * d), q(n_queries * d);
+            for (auto & x : k) {
+                x = uniform(-1.0f, 1.0f);
+            }
+            for (auto & x : q) {
+                x = uniform(-1.0f, 1.0f);
+            }
+            std::vector<int32_t> best(n_queries, -1);
+            most_similar(q.data(), n_queries, k.data(), n_keys, d, best.data());
+            for (int32_t i = 0; i < n_queries; ++i) {
+                const auto dot = [&](int32_t j) {
+                    double sum = 0.0;
+                    for (int32_t e = 0; e < d; ++e) {
+                        sum += (double) q[i * d + e] * k[j * d + e];
+                    }
+                    return sum;
+                };
+                CHECK(best[i] >= 0 && best[i] < n_keys);
+                for (int32_t j = 0; j < n_keys; ++j) {
+                    CHECK(dot(j) <= dot(best[i]) + 1e-5);
+                }
+            }
+        }
+    }
+}
+
+static void test_plans() {
+    for (const auto & pol : policies()) {
+        CHECK(&find_policy(pol.name) == &pol);
+        for (const int32_t n : { 1, 2, 3, 8, 9, 64, 129 }) {
+            for (const int32_t n_keep : { 1, 2, n / 3, n - 1, n }) {
+                if (n_keep < 1 || n_keep > n) {
+                    continue;
+                }
+                const cells       c = make_cells(n);
+                const random_keys keys(3, 2, n, 16);
+                const head_map    importance = make_map(3, 2, n, 0.0f, 1.0f);
+
+                const plan p = make_plan(pol, { n_keep, 2 }, c, importance, &keys, 1);
+                validate(p, c, 2);
+                CHECK(p.n_keep == (pol.select == select_rule::all ? n : n_keep));
+                const auto pos = rank_positions(p);
+                CHECK(pos.back() == n - 1);
+
+                const plan q = make_plan(pol, { n_keep, 2 }, c, importance, &keys, 4);
+                CHECK(p.kept == q.kept && p.bucket == q.bucket);
+            }
+        }
+    }
+    CHECK_THROWS(find_policy("none of these"));
+
+    const policy &    pol = find_policy("elastic");
+    cells             c   = make_cells(16);
+    const random_keys keys(1, 1, 16, 8);
+    head_map          importance = make_map(1, 1, 16, 0.0f, 1.0f);
+    CHECK_THROWS(make_plan(pol, { 0, 1 }, c, importance, &keys));
+    CHECK_THROWS(make_plan(pol, { 17, 1 }, c, importance, &keys));
+    CHECK_THROWS(make_plan(pol, { 8, -1 }, c, importance, &keys));
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, nullptr));
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, head_map(1, 1, 15), &keys));
+    CHECK_THROWS(make_plan(pol, { 1, 1 }, cells(), head_map(1, 1, 0), &keys));
+    importance.data[3] = std::numeric_limits<float>::quiet_NaN();
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &keys));
+    importance.data[3] = 0.0f;
+
+    c.pinned[4]  = 1;
+    const plan p = make_plan(pol, { 8, 1 }, c, importance, &keys);
+    validate(p, c, 1);
+    CHECK(p.bucket[4] >= 0 && p.kept[p.bucket[4]] == 4);
+
+    plan bad = p;
+    std::swap(bad.kept[0], bad.kept[1]);
+    CHECK_THROWS(validate(bad, c, 1));
+    bad = p;
+    bad.kept[0] = -1;
+    CHECK_THROWS(validate(bad, c, 1));
+    bad = p;
+    bad.bucket.pop_back();
+    CHECK_THROWS(validate(bad, c, 1));
+
+    c.pinned.assign(16, 1);
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &keys));
+
+    const head_map layer = score_cells(score_rule::frequency_layer, make_map(2, 3, 5, 0.0f, 1.0f));
+    CHECK(layer.row(1, 0)[4] == layer.row(1, 2)[4]);
+    CHECK(score_cells(score_rule::recency, layer).row(1, 2)[4] == 4.0f);
+}
+
+static void test_generate() {
+    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::score }) {
+        for (const int32_t n : { 0, 1, 2, 3, 40 }) {
+            for (const int32_t n_sink : { -1, 0, 1, 50 }) {
+                for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
+                    for (const int32_t offset : { INT32_MIN, 0, 25, INT32_MAX }) {
+                        cells         c = make_cells(n);
+                        const int32_t i = leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n));
+                        CHECK(i >= -1 && i < std::max(n - 1, 0) + (i < 0));
+                        CHECK(i < 0 || i >= n_sink);
+                        c.pinned.assign(n, 1);
+                        CHECK(leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n)) == -1);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// NaN wherever no cell lives, so that a stale read shows in what is kept
+struct stream {
+    std::vector<uint8_t> bytes;
+    kv_rows              t;
+
+    stream(ggml_type type, bool transposed, int32_t n_head_kv, int32_t d, int64_t n_rows, const std::vector<int32_t> & rows) {
+        t.type        = type;
+        t.n_head_kv   = n_head_kv;
+        t.n_embd_head = d;
+        t.n_rows      = n_rows;
+        t.transposed  = transposed;
+        t.row_bytes   = (int64_t) ggml_row_size(type, (int64_t) n_head_kv * d);
+        bytes.assign(n_rows * t.row_bytes, 0xFF);
+        t.data = bytes.data();
+        std::vector<float> x(rows.size() * d);
+        for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+            for (auto & e : x) {
+                e = uniform(-1.0f, 1.0f);
+            }
+            write_f32(t, rows, ih, x.data());
+        }
+    }
+};
+
+static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int32_t n, int32_t n_keep, combine_rule rule) {
+    const int32_t n_layer = 2, n_head_kv = 2, d = 64, n_rows = n + 5;
+
+    std::vector<int32_t> src;
+    for (int32_t i = 0; i < n; ++i) {
+        src.push_back(n_rows - 1 - i);  // logical order against the order of rows
+    }
+    std::vector<int32_t> dst(src.rbegin(), src.rbegin() + n_keep);
+
+    stream            k(type_k, false, n_head_kv, d, n_rows, src);
+    stream            v(type_v, transposed, n_head_kv, d, n_rows, src);
+    const random_keys keys(n_layer, n_head_kv, n, d);
+    const cells       c = make_cells(n);
+
+    const char * name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
+    const plan   p    = make_plan(find_policy(name), { n_keep, 1 }, c, make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), &keys);
+
+    const cell_state in  = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
+                             head_map(n_layer, n_head_kv, n) };
+    cell_state       out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep),
+                             head_map(n_layer, n_head_kv, n_keep) };
+    const int32_t        il     = 1;
+    std::vector<uint8_t> before = k.bytes;
+
+    std::vector<uint8_t> raw(n_keep * head_bytes(k.t)), moved(n_keep * head_bytes(k.t));
+    std::vector<int32_t> from;
+    for (int32_t j = 0; j < n_keep; ++j) {
+        from.push_back(src[p.kept_row(il, 0)[j]]);
+    }
+    read_raw(k.t, from, 0, raw.data());
+
+    merge_layer(p, rule, il, k.t, v.t, src, dst, in, out);
+
+    read_raw(k.t, dst, 0, moved.data());
+    CHECK(rule == combine_rule::nearest_mean || raw == moved);
+    CHECK(std::memcmp(before.data(), k.bytes.data(), 5 * k.t.row_bytes) == 0);  // rows of no cell
+
+    std::vector<float> x(n_keep * d);
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        for (const kv_rows * t : { &k.t, &v.t }) {
+            read_f32(*t, dst, ih, x.data());
+            for (const float e : x) {
+                CHECK(std::fabs(e) < 1.2f);  // false for NaN
+            }
+        }
+        double mass = 0.0, joined = 0.0;
+        for (int32_t j = 0; j < n_keep; ++j) {
+            mass += out.mass.row(il, ih)[j];
+            CHECK(out.count.row(il, ih)[j] >= 1.0f && out.bias.row(il, ih)[j] >= 0.0f);
+        }
+        for (int32_t i = 0; i < n; ++i) {
+            joined += p.bucket_row(il, ih)[i] >= 0 ? in.mass.row(il, ih)[i] : 0.0f;
+        }
+        CHECK(std::fabs(mass - joined) < 1e-4 * (1.0 + joined));
+    }
+
+    std::vector<int32_t> outside(src);
+    outside[0] = n_rows;
+    CHECK_THROWS(merge_layer(p, rule, il, k.t, v.t, outside, dst, in, out));
+    outside.pop_back();
+    CHECK_THROWS(merge_layer(p, rule, il, k.t, v.t, outside, dst, in, out));
+}
+
+static void test_merges() {
+    const ggml_type types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0,  GGML_TYPE_Q5_0,
+                                GGML_TYPE_Q5_1, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_IQ4_NL };
+    for (const auto type : types) {
+        for (const bool transposed : { false, true }) {
+            CHECK(rows_supported(type, false));
+            if (!rows_supported(type, transposed)) {
+                continue;
+            }
+            for (const auto rule : { combine_rule::evict, combine_rule::nearest_mean, combine_rule::mass }) {
+                for (const int32_t n : { 1, 2, 24 }) {
+                    for (const int32_t n_keep : { 1, n / 2, n }) {
+                        if (n_keep >= 1) {
+                            test_merge(type, type, transposed, n, n_keep, rule);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, true, 24, 9, combine_rule::mass);
+    CHECK(!rows_supported(GGML_TYPE_Q8_0, true));
+    CHECK(!rows_supported(GGML_TYPE_Q2_K, false));
+}
+
+static void test_parallel() {
+    for (const int32_t n_threads : { -1, 1, 3, 100 }) {
+        std::vector<int> hits(17, 0);
+        parallel_for(17, n_threads, [&](int32_t i) { hits[i]++; });
+        for (const int h : hits) {
+            CHECK(h == 1);
+        }
+        parallel_for(0, n_threads, [&](int32_t) { CHECK(false); });
+        CHECK_THROWS(parallel_for(17, n_threads, [&](int32_t i) {
+            if (i == 5) {
+                throw error("five");
+            }
+        }));
+    }
+}
+
+static double now_ms() {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// plan and merge of all layers at LLaVA-1.5-7B's shape, f16, one thread: median of 5 with the least and the most.
+// Four layers' rows take turns, more than the caches hold.
+static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed) {
+    const int32_t n_layer = 32, n_head_kv = 32, d = 128, n_stream = 4, n_text = 32;
+
+    const policy &       pol = find_policy(name);
+    std::vector<int32_t> src;
+    cells                c;
+    for (int32_t i = 0; i < n; ++i) {
+        src.push_back(i);
+        c.kind.push_back(i >= n_text && i < n - n_text ? cell_kind::image : cell_kind::text);
+    }
+    c.pinned.assign(n, 0);
+    const std::vector<int32_t> dst(src.begin(), src.begin() + n_keep);
+
+    std::vector<stream> k, v;
+    for (int32_t i = 0; i < n_stream; ++i) {
+        k.emplace_back(GGML_TYPE_F16, false, n_head_kv, d, n, src);
+        v.emplace_back(GGML_TYPE_F16, transposed, n_head_kv, d, n, src);
+    }
+    struct stream_keys : key_source {
+        const std::vector<stream> &  k;
+        const std::vector<int32_t> & rows;
+        stream_keys(const std::vector<stream> & k, const std::vector<int32_t> & rows) : k(k), rows(rows) {}
+        int32_t n_embd_head() const override { return k[0].t.n_embd_head; }
+        void    load(int32_t il, int32_t ih, float * dst) const override { read_f32(k[il % k.size()].t, rows, ih, dst); }
+    };
+    const stream_keys keys(k, src);
+    const cell_state  in  = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
+                              head_map(n_layer, n_head_kv, n) };
+    cell_state        out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep),
+                              head_map(n_layer, n_head_kv, n_keep) };
+
+    std::vector<double> t_plan, t_merge;
+    for (int i = 0; i < 5; ++i) {
+        const double t0 = now_ms();
+        const plan   p  = make_plan(pol, { n_keep, 1 }, c, in.mass, &keys, 1);
+        const double t1 = now_ms();
+        for (int32_t il = 0; il < n_layer; ++il) {
+            merge_layer(p, pol.combine, il, k[il % n_stream].t, v[il % n_stream].t, src, dst, in, out);
+        }
+        t_plan.push_back(t1 - t0);
+        t_merge.push_back(now_ms() - t1);
+    }
+    std::sort(t_plan.begin(), t_plan.end());
+    std::sort(t_merge.begin(), t_merge.end());
+    printf("%4d -> %3d  %-14s V %-10s  plan %7.1f ms (%.1f - %.1f)  merge %7.1f ms (%.1f - %.1f)\n", n, n_keep, name,
+           transposed ? "transposed" : "in rows", t_plan[2], t_plan[0], t_plan[4], t_merge[2], t_merge[0], t_merge[4]);
+}
+
+// core_test --bench: milliseconds instead of tests
+int main(int argc, char ** argv) {
+    if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
+        for (const char * name : { "elastic-evict", "elastic-paper", "elastic" }) {
+            for (const bool transposed : { false, true }) {
+                bench(name, 640, 128, transposed);
+                bench(name, 2944, 589, transposed);
+            }
+        }
+        return 0;
+    }
+    test_budget();
+    test_similarity();
+    test_plans();
+    test_generate();
+    test_merges();
+    test_parallel();
+    printf("%s: %d failed checks\n", n_failed ? "FAILED" : "ok", n_failed);
+    return n_failed ? 1 : 0;
+}

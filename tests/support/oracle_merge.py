@@ -1,0 +1,77 @@
+"""Merging done the slow, obvious way on f32 rows of one head, to compare the core with.
+
+Nothing here knows the package under test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Cells:
+    """What the cells of one head hold and stand for.
+
+    ``k``, ``v`` are [n, d]; ``mass``, ``count`` and ``bias`` are [n].
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    mass: np.ndarray
+    count: np.ndarray
+    bias: np.ndarray
+
+
+def members_of(j: int, kept: np.ndarray, bucket: np.ndarray) -> list[int]:
+    """The anchor of rank j and every cell that joins it."""
+    others = [i for i in range(len(bucket)) if bucket[i] == j and i != kept[j]]
+    return [int(kept[j]), *others]
+
+
+def mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    weights = weights.astype(np.float64)[:, None]
+    return (weights * rows.astype(np.float64)).sum(axis=0) / weights.sum()
+
+
+def merge(
+    rule: str, kept: np.ndarray, bucket: np.ndarray, cells: Cells
+) -> tuple[Cells, list[bool]]:
+    """The kept cells after a merge (in f64), and which of them took others in."""
+    n_keep, d = len(kept), cells.k.shape[1]
+    out = Cells(np.zeros((n_keep, d)), np.zeros((n_keep, d)), *np.zeros((3, n_keep)))
+    took = []
+    for j in range(n_keep):
+        a = kept[j]
+        group = [int(a)] if rule == "evict" else members_of(j, kept, bucket)
+        took.append(len(group) > 1)
+        out.k[j], out.v[j] = cells.k[a], cells.v[a]
+        out.mass[j] = cells.mass[group].astype(np.float64).sum()
+        out.count[j] = cells.count[group].astype(np.float64).sum()
+        out.bias[j] = cells.bias[a]
+        if not took[-1]:
+            continue
+        if rule == "nearest_mean":
+            out.k[j] = mean(cells.k[group], cells.count[group])
+            out.v[j] = mean(cells.v[group], cells.count[group])
+        elif cells.mass[a] > 0:
+            out.v[j] = mean(cells.v[group], cells.mass[group])
+            out.bias[j] += np.log(out.mass[j] / np.float64(cells.mass[a]))
+        else:
+            out.v[j] = mean(cells.v[group], np.ones(len(group)))
+            out.bias[j] += np.log(len(group))
+    return out, took
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Output of one query over the rows of one head, with biased logits."""
+    logits = k.astype(np.float64) @ q.astype(np.float64) + bias
+    weights = np.exp(logits - logits.max())
+    return (weights / weights.sum()) @ v.astype(np.float64)
+
+
+def attention_weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    logits = k.astype(np.float64) @ q.astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()

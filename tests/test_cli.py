@@ -1,0 +1,144 @@
+"""The command line as people type it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+def run(*args, stdin: str = "", **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "elastic_llama", *map(str, args)], input=stdin,
+                          capture_output=True, text=True, check=False, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red square.png"
+    Image.new("RGB", (40, 40), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def model(tiny_vlm):
+    return ["-m", tiny_vlm[0], "--mmproj", tiny_vlm[1], "-t", "1", "-c", "512"]
+
+
+QUESTION = "the heat on the earth " * 8
+
+
+def table(out: str) -> list[list[str]]:
+    lines = out.strip().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("KV cache"))
+    return [line.split() for line in lines[head + 1:]]
+
+
+def test_describe(model, image):
+    done = run("describe", image, *model, "-p", QUESTION, "-n", 8)
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = table(done.stdout)
+    assert row[:2] == ["elastic", "0.2"]
+    assert 0 < int(row[3]) < int(row[2])
+
+
+def test_describe_compare_and_options(model, image):
+    done = run("describe", image, *model, "-p", QUESTION, "-n", 4, "--compare", "--policy",
+               "elastic-paper", "--kv-budget", "0.5", "--min-cells", 8, "-fa", "on", "-ctk", "q8_0",
+               "-ctv", "q8_0", "--temp", "0.5", "-s", 7)
+    assert (done.returncode, done.stderr) == (0, "")
+    full, ours = table(done.stdout)
+    assert full[:1] == ["full"]
+    assert full[1] == full[2]
+    assert ours[:2] == ["elastic-paper", "0.5"]
+    assert int(ours[3]) == -(-int(ours[2]) // 2)
+
+
+def test_same_seed_same_answer(model, image):
+    args = ("describe", image, *model, "-p", QUESTION, "-n", 8, "--temp", "1")
+    same = [run(*args, "-s", 7).stdout.split("KV cache")[0] for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0] != run(*args, "-s", 8).stdout.split("KV cache")[0]
+
+
+def test_demo(model, image):
+    done = run("demo", *model, "--image", image, "-p", QUESTION, "-n", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row[0] for row in table(done.stdout)] == ["full", "elastic"]
+
+
+def test_chat(model, image):
+    stdin = f"/image {image}\n{QUESTION}\nthe\n/stats\n/image no.png\n/bogus\n/clear\nthe\n/quit\n"
+    done = run("chat", *model, "-n", 4, stdin=stdin)
+    assert done.returncode == 0
+    assert done.stdout.count("tokens/s)") == 3
+    assert "compressions" in done.stdout
+    assert "no.png" in done.stderr
+
+
+def test_chat_ends_with_its_input(model):
+    done = run("chat", *model, stdin="")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0
+    for word in ("llama_cpp_commit", "elastic-paper", "libraries"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["describe"], ["chat"], ["demo"], ["info"]])
+def test_help(command):
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "required"),
+        (["bogus"], "bogus"),
+        (["describe"], "image"),
+        (["describe", "no.png"], "no such file"),
+        (["describe", "IMAGE", "--kv-budget", "0"], "budget"),
+        (["describe", "IMAGE", "--kv-budget", "nan"], "budget"),
+        (["describe", "IMAGE", "--kv-budget", "lots"], "kv-budget"),
+        (["describe", "IMAGE", "--policy", "nope"], "elastic-paper"),
+        (["describe", "IMAGE", "-m", "no.gguf"], "no.gguf"),
+        (["describe", "IMAGE", "-m", "IMAGE"], "magic"),
+        (["describe", "IMAGE", "--mmproj", "x.gguf"], "--mmproj without -m"),
+        (["describe", "IMAGE", "--hf-repo", "a/b"], "--hf-file"),
+        (["describe", "IMAGE", "-ctv", "q8_0", "-fa", "off"], "flash"),
+        (["describe", "IMAGE", "-c", "0"], "ctx-size"),
+        (["describe", "IMAGE", "-c", "100", "--kv-budget", "5000"], "budget in cells"),
+        (["describe", "IMAGE", "-c", "256", "-p", "the " * 300], "context is too small"),
+    ],
+)
+def test_mistakes_are_one_line(args, says, model, image):
+    args = [str(image) if a == "IMAGE" else a for a in args]
+    own_model = "-m" in args or "--mmproj" in args or "--hf-repo" in args
+    if len(args) > 1 and not own_model:
+        args = [args[0], *map(str, model), *args[1:]]
+    done = run(*args)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_a_reader_that_leaves(model, image):
+    args = " ".join(f"'{a}'" for a in ["describe", image, *model, "-n", "200"])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; '{sys.executable}' -m elastic_llama {args} | true"],
+        capture_output=True, text=True, check=False, timeout=300)
+    assert done.stderr == ""
+
+
+def test_verbose_shows_the_native_log(model, image):
+    done = run("describe", image, *model, "-n", 2, "-v")
+    assert done.returncode == 0
+    assert "llama" in done.stderr
