@@ -3,8 +3,8 @@
     python benchmarks/quality.py --scenes 20 --budgets 0.2 --out benchmarks/results/quality.json
 
 Every policy gets the same prompt (image and question known) and the same forced reference answer.
-KL = mean over answer tokens of KL(full cache || policy) of the next-token distribution, from the second
-answer token on: the first one sees the full cache under every policy.
+KL = mean over answer tokens of KL(full cache || policy) of the next-token distribution, from the
+second answer token on: the first one sees the full cache under every policy.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import elastic_llama
+import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
 from elastic_llama.conversation import Conversation
 from elastic_llama.scenes import exact, make_scene, questions
@@ -33,8 +32,14 @@ class Runner:
     """One policy at one budget."""
 
     def __init__(self, config: ElasticConfig, args: argparse.Namespace) -> None:
-        self.llm = ElasticLlama(args.model, mmproj_path=args.mmproj, elastic=config, n_ctx=1024,
-                                n_threads=args.threads, n_threads_batch=args.threads)
+        self.llm = ElasticLlama(
+            args.model,
+            mmproj_path=args.mmproj,
+            elastic=config,
+            n_ctx=1024,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+        )
         self.chat = Conversation(self.llm)
 
     def forced(self, image: Any, question: str, answer: str) -> np.ndarray:
@@ -59,8 +64,11 @@ class Runner:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     full = Runner(ElasticConfig.off(), args)
-    runners = {(policy, budget): Runner(ElasticConfig(budget=budget, policy=policy), args)
-               for budget in args.budgets for policy in args.policies}
+    runners = {
+        (policy, budget): Runner(ElasticConfig(budget=budget, policy=policy), args)
+        for budget in args.budgets
+        for policy in args.policies
+    }
     rows = []
     for index in range(args.first, args.first + args.scenes):
         scene = make_scene(args.split, index, args.grid)
@@ -78,10 +86,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             for (policy, budget), runner in runners.items():
                 r = runner.forced(image, q.text, q.answer)
                 kl = (np.exp(p[1:]) * (p[1:] - r[1:])).sum(-1)
-                out = {"kl": float(kl.mean()) if len(kl) else None,
-                       "agree": float((p[1:].argmax(-1) == r[1:].argmax(-1)).mean())
-                       if len(kl) else None,
-                       "nll": float(-r[np.arange(len(target)), target].mean())}
+                out = {
+                    "kl": float(kl.mean()) if len(kl) else None,
+                    "agree": float((p[1:].argmax(-1) == r[1:].argmax(-1)).mean())
+                    if len(kl)
+                    else None,
+                    "nll": float(-r[np.arange(len(target)), target].mean()),
+                }
                 if args.exact:
                     text = runner.answer(image, q.text, len(target) + 8)
                     out["exact"] = bool(exact(text, q.answer))
@@ -109,12 +120,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-m", "--model")
     parser.add_argument("--mmproj")
-    parser.add_argument("--policies", nargs="+", default=["elastic", "elastic-evict",
-                                                          "elastic-paper", "local"])
+    parser.add_argument(
+        "--policies", nargs="+", default=["elastic", "elastic-evict", "elastic-paper", "local"]
+    )
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.2])
     parser.add_argument("--split", default="test")
     parser.add_argument("--scenes", type=int, default=20)
@@ -129,12 +142,22 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(args)
     lines = summary(rows)
     for line in lines:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in line.items()
-                        if not k.endswith("_se")))
+        print(
+            "  ".join(
+                f"{k} {v:.3f}" if isinstance(v, float) else f"{v}"
+                for k, v in line.items()
+                if not k.endswith("_se")
+            )
+        )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": sys.argv, "machine": platform.machine(),
-                  "build": elastic_llama.build_info(), "summary": lines, "rows": rows}
+        record = {
+            "command": sys.argv,
+            "machine": platform.machine(),
+            "build": elastic_llama.build_info(),
+            "summary": lines,
+            "rows": rows,
+        }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -3,7 +3,9 @@
 set(ELASTIC_LLAMA_CPP_DIR     "" CACHE PATH     "an already patched llama.cpp tree to build instead of the pinned one")
 set(ELASTIC_LLAMA_CPP_ARCHIVE "" CACHE FILEPATH "the pinned source archive, instead of downloading it")
 
-set(_prepare ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/prepare_llama_cpp.py)
+set(_prepare ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/prepare_llama_cpp.py
+    --into ${PROJECT_BINARY_DIR}/llama.cpp-src
+)
 if (ELASTIC_LLAMA_CPP_ARCHIVE)
     list(APPEND _prepare --archive ${ELASTIC_LLAMA_CPP_ARCHIVE})
 endif()
@@ -27,11 +29,14 @@ else()
         set(${_var} "${CMAKE_MATCH_1}")
     endforeach()
 
-    # a changed patch series makes a new tree
+    # a changed patch series changes the files it touches, and so what is compiled again
     file(GLOB _series CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/patches/*.patch)
     set_property(DIRECTORY ${PROJECT_SOURCE_DIR} APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
         ${_series} ${PROJECT_SOURCE_DIR}/patches/llama-cpp.pin)
 endif()
+
+# llama.cpp asks git for its commit, which would be ours for a tree inside this repository
+set(ENV{GIT_CEILING_DIRECTORIES} ${PROJECT_BINARY_DIR})
 
 include(${CMAKE_CURRENT_LIST_DIR}/llama_cpp_options.cmake)
 

@@ -3,14 +3,14 @@
 Prints one `key=value` line each for `tree`, `commit`, `sha256`, `series` and `patches`.
 Running it again does nothing: a finished tree is named after the pin and the patch series.
 
-Usage: prepare_llama_cpp.py [--archive FILE] [--stock] [--patches DIR]
+Usage: prepare_llama_cpp.py [--archive FILE] [--stock] [--patches DIR] [--into DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -19,7 +19,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from apply_patch import PatchError, apply
+
 ROOT = Path(__file__).resolve().parent.parent
+STAMP = ".elastic-stamp"
+NOT_BUILT = ("benches", "docs", "media", "models", "tests")  # 120 of 176 MB, which no build reads
 
 
 class PrepareError(RuntimeError):
@@ -69,7 +73,9 @@ def fetch(pin: dict[str, str], cache: Path) -> Path:
         return verified(archive, pin["sha256"])
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temp:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+        # the source of this one package: ":all:" would build its build tools from source as well
+        name = pin["requirement"].split("=", 1)[0]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name]
         # pip asks the archive for its metadata; with LLAMA_BUILD off nothing is compiled for it
         env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
         done = subprocess.run(
@@ -117,31 +123,25 @@ def unpack(archive: Path, member: str, target: Path) -> None:
     (target / ".git").unlink(missing_ok=True)
 
 
-def apply(patch: Path, tree: Path) -> None:
-    import patch_ng
+def apply_series(patches: list[Path], tree: Path) -> None:
+    for patch in patches:
+        try:
+            apply(patch, tree)
+        except PatchError as error:
+            raise PrepareError(
+                f"{error}\nThe series does not fit the pinned llama.cpp: rebase it as "
+                "patches/README.md says."
+            ) from error
 
-    # git-style patches: patch_ng takes the a/ and b/ prefixes off itself; it applies without fuzz
-    messages: list[str] = []
 
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Collect()
-    logger = logging.getLogger("patch_ng")
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        parsed = patch_ng.fromfile(str(patch))
-        done = parsed and parsed.errors == 0 and parsed.apply(root=str(tree))
-    finally:
-        logger.removeHandler(handler)
-    if not done:
-        detail = "\n  ".join(m for m in messages if m.strip())
-        raise PrepareError(
-            f"{patch.name} does not apply to {tree.name}:\n  {detail}\n"
-            "Rebase the patch on the pinned tree (patches/README.md says how)."
+def tree_hash(tree: Path) -> str:
+    """Of the names and contents of all files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in tree.rglob("*") if p.is_file() and p.name != STAMP):
+        digest.update(
+            path.relative_to(tree).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
         )
+    return digest.hexdigest()
 
 
 def tree_key(pin: dict[str, str], patches: list[Path]) -> str:
@@ -151,20 +151,50 @@ def tree_key(pin: dict[str, str], patches: list[Path]) -> str:
 def prepare(pin: dict[str, str], patches: list[Path], archive: Path | None, cache: Path) -> Path:
     """The patched tree; made in a temporary folder and renamed when it is complete."""
     tree = cache / "src" / tree_key(pin, patches)
-    if (tree / ".elastic-stamp").is_file():
+    if (tree / STAMP).is_file():
         return tree
     tree.parent.mkdir(parents=True, exist_ok=True)
     source = verified(archive, pin["sha256"]) if archive else fetch(pin, cache)
     with tempfile.TemporaryDirectory(dir=tree.parent) as temp:
         work = Path(temp) / tree.name
         unpack(source, pin["tree"], work)
-        for patch in patches:
-            apply(patch, work)
-        (work / ".elastic-stamp").write_text("".join(p.name + "\n" for p in patches))
-        if tree.exists():
-            shutil.rmtree(tree)
-        os.replace(work, tree)
+        apply_series(patches, work)
+        lines = [*(p.name for p in patches), f"sha256 {tree_hash(work)}"]
+        (work / STAMP).write_text("".join(line + "\n" for line in lines))
+        try:
+            os.replace(work, tree)
+        except OSError:
+            if not (tree / STAMP).is_file():  # else another build was faster
+                raise
     return tree
+
+
+def mirror(tree: Path, into: Path) -> Path:
+    """Make `into` a copy of the tree's buildable part, writing only files that differ.
+
+    A changed series makes a new tree. Built in one place, only what the patch touched is compiled
+    again, and compiler caches see the same paths whatever the series and the clone.
+    """
+    stamp = into / STAMP
+    content = f"{tree.name}\n{(tree / STAMP).read_text()}"
+    if stamp.is_file() and stamp.read_text() == content:
+        return into
+    stamp.unlink(missing_ok=True)
+    kept = {STAMP}
+    for path in tree.rglob("*"):
+        name = path.relative_to(tree)
+        if path.is_dir() or name.parts[0] in NOT_BUILT or path.name == STAMP:
+            continue
+        kept.add(name.as_posix())
+        target = into / name
+        if not target.is_file() or not filecmp.cmp(path, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # with the time of now: newer than what was built before
+    for path in into.rglob("*"):
+        if path.is_file() and path.relative_to(into).as_posix() not in kept:
+            path.unlink()
+    stamp.write_text(content)
+    return into
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,12 +202,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--archive", type=Path)
     parser.add_argument("--stock", action="store_true", help="apply no patches")
     parser.add_argument("--patches", type=Path, default=ROOT / "patches")
+    parser.add_argument("--into", type=Path, help="mirror what is built of the tree there")
     args = parser.parse_args(argv)
 
     pin = read_pin(args.patches / "llama-cpp.pin")
     patches = [] if args.stock else series_of(args.patches)
     try:
         tree = prepare(pin, patches, args.archive, cache_dir())
+        if args.into:
+            tree = mirror(tree, args.into)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

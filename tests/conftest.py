@@ -51,6 +51,7 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("vlm")
     tower = Tower.load(Path(__file__).parent / "data" / "llava_tiny.npz")
     model = folder / "model.gguf"
-    write_tiny_llama(model, n_layer=2, n_embd=tower.shape["n_embd_text"], n_head=2, n_head_kv=1,
-                     n_ff=128)
+    write_tiny_llama(
+        model, n_layer=2, n_embd=tower.shape["n_embd_text"], n_head=2, n_head_kv=1, n_ff=128
+    )
     return model, write_mmproj(folder / "mmproj.gguf", tower)

@@ -38,8 +38,13 @@ def chat(llm, *args, n=6, **kwargs) -> str:
 @pytest.fixture
 def vlm(tiny_vlm):
     def load(**kwargs):
-        options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "mmproj_path": tiny_vlm[1],
-                   **kwargs}
+        options = {
+            "n_ctx": 512,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+            "mmproj_path": tiny_vlm[1],
+            **kwargs,
+        }
         return el.ElasticLlama(tiny_vlm[0], **options)
 
     return load
@@ -69,8 +74,12 @@ def test_full_policy_and_none_say_the_same(vlm):
     answers = set()
     for elastic in (None, el.ElasticConfig.off(), el.ElasticConfig(budget=1.0)):
         with vlm(elastic=elastic) as llm:
-            answers.add((chat(llm), llm.create_completion(TEXT, max_tokens=4, temperature=0)
-                         ["choices"][0]["text"]))
+            answers.add(
+                (
+                    chat(llm),
+                    llm.create_completion(TEXT, max_tokens=4, temperature=0)["choices"][0]["text"],
+                )
+            )
     assert len(answers) == 1
 
 
@@ -99,8 +108,9 @@ def test_a_prompt_in_pieces_is_one_prompt(tiny_gqa, n_batch):
 
 def test_own_handlers_work(tiny_vlm):
     handler = Llava15ChatHandler(clip_model_path=str(tiny_vlm[1]), verbose=False)
-    with el.ElasticLlama(tiny_vlm[0], chat_handler=handler, kv_budget=0.5, n_ctx=1024,
-                         n_threads=1) as llm:
+    with el.ElasticLlama(
+        tiny_vlm[0], chat_handler=handler, kv_budget=0.5, n_ctx=1024, n_threads=1
+    ) as llm:
         chat(llm)
         assert llm.stats.compressions == 1
 
@@ -112,7 +122,7 @@ def test_images_go_first_and_markers_in_text_are_text(vlm):
         start = int(np.argmax(ids < 0))
         assert list(np.flatnonzero(ids < 0)) == list(range(start, start + N_IMAGE))
         head = llm.detokenize(ids[:start].tolist(), special=True).decode()
-        tail = llm.detokenize(ids[start + N_IMAGE:].tolist(), special=True).decode()
+        tail = llm.detokenize(ids[start + N_IMAGE :].tolist(), special=True).decode()
         assert head.replace(" ", "").endswith("<|im_start|>user\n")
         assert tail.strip().startswith("__media__ the<|im_end|>")
 
@@ -290,8 +300,9 @@ def test_templates():
 def test_plain_chatml_is_what_the_embedded_model_was_trained_with():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True) \
-        .from_string(PLAIN_CHATML)
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        PLAIN_CHATML
+    )
     parts = [{"type": "text", "text": "<image>"}, {"type": "text", "text": "Q?"}]
     out = template.render(messages=[{"role": "user", "content": parts}], add_generation_prompt=True)
     assert out == "<|im_start|>user\n<image>Q?<|im_end|>\n<|im_start|>assistant\n"
@@ -301,7 +312,8 @@ def test_plain_chatml_is_what_the_embedded_model_was_trained_with():
 def test_a_real_model_still_answers(embedded_model):
     with el.ElasticLlama(embedded_model, kv_budget=0.8, n_ctx=512, n_threads=1) as llm:
         question = "The capital of France is Paris. " * 8 + "What is the capital of France?"
-        out = llm.create_chat_completion([{"role": "user", "content": question}], max_tokens=24,
-                                         temperature=0)
+        out = llm.create_chat_completion(
+            [{"role": "user", "content": question}], max_tokens=24, temperature=0
+        )
         assert "Paris" in out["choices"][0]["message"]["content"]
         assert llm.stats.compressions == 1

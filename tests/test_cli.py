@@ -10,8 +10,15 @@ from PIL import Image
 
 
 def run(*args, stdin: str = "", **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "elastic_llama", *map(str, args)], input=stdin,
-                          capture_output=True, text=True, check=False, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "elastic_llama", *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,7 @@ QUESTION = "the heat on the earth " * 8
 def table(out: str) -> list[list[str]]:
     lines = out.strip().splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("KV cache"))
-    return [line.split() for line in lines[head + 1:]]
+    return [line.split() for line in lines[head + 1 :]]
 
 
 def test_describe(model, image):
@@ -44,9 +51,32 @@ def test_describe(model, image):
 
 
 def test_describe_compare_and_options(model, image):
-    done = run("describe", image, *model, "-p", QUESTION, "-n", 4, "--compare", "--policy",
-               "elastic-paper", "--kv-budget", "0.5", "--min-cells", 8, "-fa", "on", "-ctk", "q8_0",
-               "-ctv", "q8_0", "--temp", "0.5", "-s", 7)
+    done = run(
+        "describe",
+        image,
+        *model,
+        "-p",
+        QUESTION,
+        "-n",
+        4,
+        "--compare",
+        "--policy",
+        "elastic-paper",
+        "--kv-budget",
+        "0.5",
+        "--min-cells",
+        8,
+        "-fa",
+        "on",
+        "-ctk",
+        "q8_0",
+        "-ctv",
+        "q8_0",
+        "--temp",
+        "0.5",
+        "-s",
+        7,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     full, ours = table(done.stdout)
     assert full[:1] == ["full"]
@@ -134,7 +164,11 @@ def test_a_reader_that_leaves(model, image):
     args = " ".join(f"'{a}'" for a in ["describe", image, *model, "-n", "200"])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; '{sys.executable}' -m elastic_llama {args} | true"],
-        capture_output=True, text=True, check=False, timeout=300)
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.stderr == ""
 
 

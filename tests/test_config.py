@@ -11,7 +11,8 @@ from elastic_llama.config import policy_names
 
 
 @pytest.mark.parametrize(
-    "budget", [0.2, 1, 1.0, 1e-6, 2, 300, 300.0, np.float32(0.5), np.int64(64)])
+    "budget", [0.2, 1, 1.0, 1e-6, 2, 300, 300.0, np.float32(0.5), np.int64(64)]
+)
 def test_budgets_taken(budget):
     config = ElasticConfig(budget=budget)
     assert config.budget == pytest.approx(float(budget))
@@ -19,8 +20,23 @@ def test_budgets_taken(budget):
 
 
 @pytest.mark.parametrize(
-    "budget", [0, 0.0, -0.1, -5, 1.5, 2.5, float("nan"), float("inf"), -float("inf"), True, "0.2",
-               None, 2**40])
+    "budget",
+    [
+        0,
+        0.0,
+        -0.1,
+        -5,
+        1.5,
+        2.5,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        True,
+        "0.2",
+        None,
+        2**40,
+    ],
+)
 def test_budgets_refused(budget):
     with pytest.raises(ConfigError, match="budget"):
         ElasticConfig(budget=budget)
@@ -33,8 +49,17 @@ def test_a_percentage_gets_a_hint():
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("n_sink", -1), ("offset", -1), ("min_cells", 0), ("n_threads", -1), ("n_sink", 1.5),
-     ("offset", "25"), ("min_cells", True), ("n_threads", 2**31)])
+    [
+        ("n_sink", -1),
+        ("offset", -1),
+        ("min_cells", 0),
+        ("n_threads", -1),
+        ("n_sink", 1.5),
+        ("offset", "25"),
+        ("min_cells", True),
+        ("n_threads", 2**31),
+    ],
+)
 def test_whole_numbers(name, bad):
     with pytest.raises(ConfigError, match=name):
         ElasticConfig(**{name: bad})

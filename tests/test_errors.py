@@ -136,9 +136,19 @@ def test_header_without_weights(tmp_path, tiny_gqa):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"kv_budget": 0}, {"kv_budget": -1}, {"kv_budget": 1.5}, {"kv_budget": float("nan")},
-     {"kv_budget": 5000, "n_ctx": 512}, {"n_ctx": -1}, {"n_ctx": 2.5}, {"n_batch": 0},
-     {"type_v": 8}, {"type_k": 8, "type_v": 2}])
+    [
+        {"kv_budget": 0},
+        {"kv_budget": -1},
+        {"kv_budget": 1.5},
+        {"kv_budget": float("nan")},
+        {"kv_budget": 5000, "n_ctx": 512},
+        {"n_ctx": -1},
+        {"n_ctx": 2.5},
+        {"n_batch": 0},
+        {"type_v": 8},
+        {"type_k": 8, "type_v": 2},
+    ],
+)
 def test_bad_arguments(tiny_gqa, arguments):
     with pytest.raises(el.ConfigError):
         el.ElasticLlama(tiny_gqa, **arguments)
@@ -176,8 +186,10 @@ def test_tokens_that_do_not_exist(tiny_gqa):
 
 
 def test_states_that_do_not_fit(tiny_gqa, tiny_mha):
-    with el.ElasticLlama(tiny_gqa, n_ctx=256, n_threads=1, kv_budget=0.5) as llm, \
-            el.ElasticLlama(tiny_mha, n_ctx=256, n_threads=1) as other:
+    with (
+        el.ElasticLlama(tiny_gqa, n_ctx=256, n_threads=1, kv_budget=0.5) as llm,
+        el.ElasticLlama(tiny_mha, n_ctx=256, n_threads=1) as other,
+    ):
         other.eval([5] * 100)
         llm.eval([7] * 100)
         n, cells = llm.n_tokens, llm.session.n_cells()
@@ -230,8 +242,9 @@ def test_hub_errors(monkeypatch):
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_llama_cpp_imported_first_with_other_libraries(tmp_path):

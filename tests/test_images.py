@@ -29,10 +29,14 @@ def test_sources_agree(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "I", "F", "CMYK", "YCbCr"])
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "I", "F", "CMYK", "YCbCr"]
+)
 def test_modes(mode):
-    image = Image.new("RGB", (8, 4), "white").convert("L") if mode == "I;16" \
+    image = (
+        Image.new("RGB", (8, 4), "white").convert("L")
+        if mode == "I;16"
         else Image.new("RGB", (8, 4), "white").convert(mode)
+    )
     if mode == "I;16":
         image = Image.fromarray(np.full((4, 8), 65535, np.uint16))
     out = load_image(image)

@@ -41,8 +41,11 @@ def test_eviction_equals_seq_rm(tiny_gqa: Path, fa: bool, k: str, v: str) -> Non
     """Evicting the same cells everywhere is what llama_memory_seq_rm does."""
     forced = random_tokens(24, N_VOCAB, 3)
     kw = {"flash_attn": fa, "type_k": k, "type_v": v}
-    with Engine(tiny_gqa, elastic={"policy": "local", "budget": 90.0, "min_cells": 8,
-                                   "n_sink": 4, "offset": 10}, **kw) as e:
+    with Engine(
+        tiny_gqa,
+        elastic={"policy": "local", "budget": 90.0, "min_cells": 8, "n_sink": 4, "offset": 10},
+        **kw,
+    ) as e:
         n = feed(e)
         assert e.session.compress(0) == 90
         kept = e.session.cells(0)["pos"]
@@ -73,9 +76,15 @@ def test_importance_is_the_column_sum(
 ) -> None:
     """Accumulated over ubatches, it is the column sum of softmax(q k / sqrt(d))."""
     capture = Capture("Qcur")
-    with Engine(request.getfixturevalue(model), n_ubatch=n_ubatch, flash_attn=fa, type_k="f32",
-                type_v="f32", cb_eval=capture.callback,
-                elastic={"policy": "elastic-evict", "budget": 0.5}) as e:
+    with Engine(
+        request.getfixturevalue(model),
+        n_ubatch=n_ubatch,
+        flash_attn=fa,
+        type_k="f32",
+        type_v="f32",
+        cb_eval=capture.callback,
+        elastic={"policy": "elastic-evict", "budget": 0.5},
+    ) as e:
         n = feed(e, 150)
         mass = e.session.mass(0)
         keys = [e.session.read_kv(0, il)[0] for il in range(mass.shape[0])]
@@ -83,8 +92,9 @@ def test_importance_is_the_column_sum(
         q = rotated(capture.seen[f"Qcur-{il}"])
         n_head, d = q.shape[1:]
         gqa = n_head // k.shape[1]
-        logits = np.einsum("mhd,nhd->hmn", q.astype(np.float64),
-                           np.repeat(k, gqa, axis=1).astype(np.float64)) / np.sqrt(d)
+        logits = np.einsum(
+            "mhd,nhd->hmn", q.astype(np.float64), np.repeat(k, gqa, axis=1).astype(np.float64)
+        ) / np.sqrt(d)
         logits[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         a = np.exp(logits - logits.max(-1, keepdims=True))
         a /= a.sum(-1, keepdims=True)
@@ -116,8 +126,14 @@ def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool) ->
     import llama_cpp
 
     callback = llama_cpp.ggml_backend_sched_eval_callback(both)
-    with Engine(tiny_gqa, flash_attn=fa, type_k="f32", type_v="f32", cb_eval=callback,
-                elastic={"policy": policy, "budget": 0.3, "min_cells": 8}) as e:
+    with Engine(
+        tiny_gqa,
+        flash_attn=fa,
+        type_k="f32",
+        type_v="f32",
+        cb_eval=callback,
+        elastic={"policy": policy, "budget": 0.3, "min_cells": 8},
+    ) as e:
         n = feed(e)
         capture_q.seen.clear()
         capture_o.seen.clear()
@@ -145,8 +161,12 @@ def test_save_load_continue(
 ) -> None:
     """Save, load into a fresh context and go on: as if nothing had been saved."""
     forced = random_tokens(30, N_VOCAB, 3)
-    kw = {"flash_attn": fa, "type_k": k, "type_v": v,
-          "elastic": {"policy": policy, "budget": 0.3, "min_cells": 8}}
+    kw = {
+        "flash_attn": fa,
+        "type_k": k,
+        "type_v": v,
+        "elastic": {"policy": policy, "budget": 0.3, "min_cells": 8},
+    }
     which = None if whole else 0
     with Engine(tiny_gqa, **kw) as e:
         n = feed(e)
@@ -180,8 +200,13 @@ def test_sequences_do_not_disturb_each_other(tiny_gqa: Path, unified: bool, fa: 
     """Two sequences in one cache, one long enough to be compressed: each as if alone."""
     forced = random_tokens(12, N_VOCAB, 3)
     short = random_tokens(50, N_VOCAB, 5)
-    kw = {"flash_attn": fa, "n_seq_max": 2, "unified": unified, "n_ctx": 2048,
-          "elastic": {"policy": "elastic", "budget": 0.3, "min_cells": 60}}
+    kw = {
+        "flash_attn": fa,
+        "n_seq_max": 2,
+        "unified": unified,
+        "n_ctx": 2048,
+        "elastic": {"policy": "elastic", "budget": 0.3, "min_cells": 60},
+    }
 
     def run(seqs: tuple[int, ...]) -> dict[int, list[np.ndarray]]:
         out: dict[int, list[np.ndarray]] = {s: [] for s in seqs}

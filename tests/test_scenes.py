@@ -7,9 +7,6 @@ import json
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="Pillow is needed to draw scenes")
-
 from elastic_llama.scenes import (
     COLORS,
     GRIDS,
@@ -35,8 +32,12 @@ LAYOUT_SHA256 = "78b2d1fa3f4ef64385020a413cfd4efa83c12d632a5f41d47b0e9a8c39e7ec3
 
 
 def test_layout_of_a_seed_never_changes():
-    text = "\n".join(make_scene(split, index, grid).caption()
-                     for split in SPLITS for grid in GRIDS for index in range(20))
+    text = "\n".join(
+        make_scene(split, index, grid).caption()
+        for split in SPLITS
+        for grid in GRIDS
+        for index in range(20)
+    )
     assert hashlib.sha256(text.encode()).hexdigest() == LAYOUT_SHA256
 
 
@@ -93,8 +94,9 @@ def test_answers_agree_with_the_scene():
                 assert q.text == f"Where is the {scene.at(*numbers)}?"
             elif kind in ("cell", "color", "shape"):
                 cell = scene.at(*numbers)
-                assert q.answer == {"cell": str(cell), "color": cell.color,
-                                    "shape": cell.shape}[kind]
+                assert (
+                    q.answer == {"cell": str(cell), "color": cell.color, "shape": cell.shape}[kind]
+                )
 
 
 def test_where_asks_only_for_unique_objects():

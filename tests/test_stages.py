@@ -10,8 +10,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-
 from elastic_llama import lib_dir
+
 from tests.support.engine import Engine, random_tokens
 from tests.support.tiny_llama import write_tiny_llama
 from tests.test_oracles import N_VOCAB, feed, image_rows
@@ -40,10 +40,10 @@ def test_batches_do_not_matter(tiny_gqa: Path, n_batch: int) -> None:
     with Engine(tiny_gqa, elastic=ELASTIC, n_batch=n_batch, n_ubatch=min(n_batch, 512)) as e:
         first, last = random_tokens(40, N_VOCAB, 1), random_tokens(20, N_VOCAB, 2)
         for start in range(0, 40, n_batch):
-            e.prompt(first[start:start + n_batch], start, logits=False)
+            e.prompt(first[start : start + n_batch], start, logits=False)
         e.image(image_rows(200, e.n_embd), 40)
         for start in range(0, 20, n_batch):
-            e.prompt(last[start:start + n_batch], 240 + start)
+            e.prompt(last[start : start + n_batch], 240 + start)
         e.token(20, n)
         assert e.session.stats()["compressions"] == 1
         # summing in another order may swap cells of nearly the same importance
@@ -178,12 +178,20 @@ def test_clear_starts_afresh(tiny_gqa: Path) -> None:
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), first)
 
 
-@pytest.mark.parametrize(("name", "value", "words"), [
-    ("policy", "nonsense", "elastic-paper"), ("budget", 0.0, "0 < f <= 1"),
-    ("budget", -0.5, "-0.5"), ("budget", 1.5, "1.5"), ("budget", math.nan, "nan"),
-    ("n_sink", -1, "n_sink"), ("offset", -3, "offset"), ("min_cells", 0, "min_cells"),
-    ("n_threads", -1, "n_threads"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("policy", "nonsense", "elastic-paper"),
+        ("budget", 0.0, "0 < f <= 1"),
+        ("budget", -0.5, "-0.5"),
+        ("budget", 1.5, "1.5"),
+        ("budget", math.nan, "nan"),
+        ("n_sink", -1, "n_sink"),
+        ("offset", -3, "offset"),
+        ("min_cells", 0, "min_cells"),
+        ("n_threads", -1, "n_threads"),
+    ],
+)
 def test_bad_parameters(tiny_gqa: Path, name: str, value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Engine(tiny_gqa, elastic={**ELASTIC, name: value})
@@ -220,9 +228,14 @@ def test_other_memories_are_refused(tmp_path: Path) -> None:
 
 
 class _Params(ctypes.Structure):
-    _fields_ = [("policy", ctypes.c_char_p), ("budget", ctypes.c_double),
-                ("n_sink", ctypes.c_int32), ("offset", ctypes.c_int32),
-                ("min_cells", ctypes.c_int32), ("n_threads", ctypes.c_int32)]
+    _fields_ = [
+        ("policy", ctypes.c_char_p),
+        ("budget", ctypes.c_double),
+        ("n_sink", ctypes.c_int32),
+        ("offset", ctypes.c_int32),
+        ("min_cells", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+    ]
 
 
 def test_c_interface(tiny_gqa: Path) -> None:

@@ -15,15 +15,19 @@ TILE = 192  # queries per tile; a causal tile skips the keys after it
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-                causal: bool) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         share = q.shape[0] // k.shape[0]
         bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[None], k.repeat_interleave(share, 0)[None], v.repeat_interleave(share, 0)[None],
-            0.0, causal, attn_mask=bias)
+            q[None],
+            k.repeat_interleave(share, 0)[None],
+            v.repeat_interleave(share, 0)[None],
+            0.0,
+            causal,
+            attn_mask=bias,
+        )
         ctx.save_for_backward(q, k, v, out[0], lse[0])
         ctx.mask, ctx.causal = mask, causal
         return out[0]
@@ -60,8 +64,9 @@ class _Attention(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
-           causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """Attention of queries over keys, scaled by head_dim ** -0.5.
 
     Parameters

@@ -8,10 +8,9 @@ picture and no tower in the loop. Phase A then teaches the tower to say these ve
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from lm import LanguageModel
 from targets import ATTRIBUTES, UNIT, PatchLabels, vocabulary
+from torch import Tensor, nn
 
 
 class Codebook(nn.Module):
@@ -21,17 +20,20 @@ class Codebook(nn.Module):
         super().__init__()
         words = lm.embed([i for (i,) in (lm.encode(w) for w in vocabulary())])
         n_color, n_shape = ATTRIBUTES["color"], ATTRIBUTES["shape"]
-        self.table = nn.ParameterDict({
-            name: nn.Parameter(torch.zeros(UNIT, n, words.shape[1]))
-            for name, n in ATTRIBUTES.items()})
+        self.table = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.zeros(UNIT, n, words.shape[1]))
+                for name, n in ATTRIBUTES.items()
+            }
+        )
         with torch.no_grad():
             self.table["row"][0] = words[0]
             self.table["row"][1] = words[2:6]
             self.table["column"][2] = words[1]
             self.table["column"][3] = words[2:6]
-            self.table["color"][4] = words[6:6 + n_color]
+            self.table["color"][4] = words[6 : 6 + n_color]
             self.table["shape"][5, 0] = words[6]
-            self.table["shape"][5, 1:] = words[6 + n_color:6 + n_color + n_shape - 1]
+            self.table["shape"][5, 1:] = words[6 + n_color : 6 + n_color + n_shape - 1]
 
     def forward(self, labels: PatchLabels) -> Tensor:
         said = 0.0

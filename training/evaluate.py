@@ -18,15 +18,15 @@ from elastic_llama.scenes import (
     score_caption,
     token_accuracy,
 )
-
 from prompts import FORMATS
 from readers import LlamaReader, TorchReader
 
 MMPROJ = Path(__file__).resolve().parents[1] / "python/elastic_llama/data/mmproj-scenes-f16.gguf"
 
 
-def evaluate(reader: TorchReader | LlamaReader, split: str, count: int, grid: int, style: str,
-             first: int = 0) -> dict[str, float]:
+def evaluate(
+    reader: TorchReader | LlamaReader, split: str, count: int, grid: int, style: str, first: int = 0
+) -> dict[str, float]:
     """Accuracy over `count` scenes of one grid size; every figure is a share, 0 to 1."""
     captions, tokens = CaptionScore(), []
     right: dict[str, list[bool]] = defaultdict(list)
@@ -42,9 +42,13 @@ def evaluate(reader: TorchReader | LlamaReader, split: str, count: int, grid: in
                 captions += score_caption(scene, answer)
                 tokens.append(token_accuracy(reader.encode(answer), reader.encode(q.answer)))
     c = captions
-    out = {"cells": c.cells / c.n_cells, "colors": c.colors / c.n_objects,
-           "shapes": c.shapes / c.n_objects, "positions": c.positions / c.n_cells,
-           "tokens": float(np.mean(tokens))}
+    out = {
+        "cells": c.cells / c.n_cells,
+        "colors": c.colors / c.n_objects,
+        "shapes": c.shapes / c.n_objects,
+        "positions": c.positions / c.n_cells,
+        "tokens": float(np.mean(tokens)),
+    }
     return {**out, **{f"q:{kind}": float(np.mean(hits)) for kind, hits in right.items()}}
 
 
@@ -73,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     for grid in args.grid or GRIDS:
         row = evaluate(reader, args.split, args.count, grid, args.style, args.first)
         table[f"{grid}x{grid}"] = row
-        print(f"{grid}x{grid}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in row.items()),
-              flush=True)
+        print(
+            f"{grid}x{grid}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in row.items()), flush=True
+        )
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 

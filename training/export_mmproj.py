@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
-
 from tower import Tower, TowerConfig
 
 
@@ -46,8 +45,10 @@ def export(tower: Tower, path: Path) -> None:
     writer = GGUFWriter(str(path), "clip")
     writer.add_type("mmproj")
     writer.add_name("Elastic Scenes mmproj for SmolLM2-135M-Instruct")
-    writer.add_description("Vision tower and projector that read synthetic grid scenes, trained in "
-                           "front of the frozen SmolLM2-135M-Instruct (Q4_1)")
+    writer.add_description(
+        "Vision tower and projector that read synthetic grid scenes, trained in "
+        "front of the frozen SmolLM2-135M-Instruct (Q4_1)"
+    )
     writer.add_license("mit")
     writer.add_size_label("2.9M")
     writer.add_file_type(1)  # mostly f16

@@ -29,8 +29,9 @@ class Team:
         [batch, n_patch, width].
     """
 
-    def __init__(self, work: Callable[[int, Tensor], dict], n_helpers: int,
-                 shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, work: Callable[[int, Tensor], dict], n_helpers: int, shape: tuple[int, int, int]
+    ) -> None:
         self.work, self.batch = work, shape[0]
         self.values = torch.zeros(shape).share_memory_()
         self.grads = torch.zeros(shape).share_memory_()

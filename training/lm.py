@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attention import attend
 from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-
-from attention import attend
 
 END = 2  # <|im_end|>, which ends every answer
 
@@ -35,11 +34,15 @@ class Branch:
 class LanguageModel:
     """A llama-architecture decoder with frozen weights."""
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16,
-                 compiled: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, dtype: torch.dtype = torch.bfloat16, compiled: bool = False
+    ) -> None:
         reader = GGUFReader(str(path))
-        meta = {key: field.contents() for key, field in reader.fields.items()
-                if key.startswith(("llama.", "tokenizer."))}
+        meta = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(("llama.", "tokenizer."))
+        }
         self.n_layer = int(meta["llama.block_count"])
         self.n_head = int(meta["llama.attention.head_count"])
         self.n_head_kv = int(meta["llama.attention.head_count_kv"])
@@ -69,13 +72,17 @@ class LanguageModel:
             k = _unpermute(load(p + "attn_k.weight", torch.float32), self.n_head_kv)
             v = load(p + "attn_v.weight", torch.float32)
             gate, up = load(p + "ffn_gate.weight"), load(p + "ffn_up.weight")
-            self.layers.append({
-                "attn_norm": load(p + "attn_norm.weight", torch.float32),
-                "qkv": torch.cat([q, k, v]).to(dtype),
-                "out": load(p + "attn_output.weight"),
-                "ffn_norm": load(p + "ffn_norm.weight", torch.float32),
-                "gate": gate, "up": up, "down": load(p + "ffn_down.weight"),
-            })
+            self.layers.append(
+                {
+                    "attn_norm": load(p + "attn_norm.weight", torch.float32),
+                    "qkv": torch.cat([q, k, v]).to(dtype),
+                    "out": load(p + "attn_output.weight"),
+                    "ffn_norm": load(p + "ffn_norm.weight", torch.float32),
+                    "gate": gate,
+                    "up": up,
+                    "down": load(p + "ffn_down.weight"),
+                }
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written in the text are recognised, none are added."""
@@ -96,8 +103,14 @@ class LanguageModel:
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
 
-    def hidden(self, x: Tensor, positions: Tensor, n_prefix: int, mask: Tensor | None,
-               cache: list | None = None) -> Tensor:
+    def hidden(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        n_prefix: int,
+        mask: Tensor | None,
+        cache: list | None = None,
+    ) -> Tensor:
         """Run the decoder over one sequence.
 
         Parameters
@@ -155,17 +168,18 @@ class LanguageModel:
         n_prefix = prefix.shape[0]
         lengths = [len(b.ids) for b in branches]
         x = torch.cat([prefix, self.embed([t for b in branches for t in b.ids])])
-        positions = torch.cat([torch.arange(n_prefix)]
-                              + [n_prefix + torch.arange(n) for n in lengths])
+        positions = torch.cat(
+            [torch.arange(n_prefix)] + [n_prefix + torch.arange(n) for n in lengths]
+        )
         mask = torch.zeros(sum(lengths), n_prefix + sum(lengths), dtype=torch.bool)
         mask[:, :n_prefix] = True
         rows, targets, start = [], [], 0
         for b, n in zip(branches, lengths):
             own = slice(start, start + n)
-            mask[own, n_prefix + start:n_prefix + start + n] = torch.ones(n, n).tril().bool()
+            mask[own, n_prefix + start : n_prefix + start + n] = torch.ones(n, n).tril().bool()
             first = n_prefix + start + n - b.n_answer
             rows += range(first - 1, first - 1 + b.n_answer)
-            targets += b.ids[-b.n_answer:]
+            targets += b.ids[-b.n_answer :]
             start += n
         out = self.logits(self.hidden(x, positions, n_prefix, mask)[rows])
         target = torch.tensor(targets)
@@ -174,8 +188,9 @@ class LanguageModel:
         return list(zip(loss.split(sizes), hit.split(sizes)))
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, prompts: list[list[int]],
-                 limits: list[int]) -> list[list[int]]:
+    def generate(
+        self, prefix: Tensor, prompts: list[list[int]], limits: list[int]
+    ) -> list[list[int]]:
         """Greedy answers of at most `limits` tokens to prompts after one prefix, END excluded."""
         cache: list = []
         n = prefix.shape[0]
@@ -195,30 +210,55 @@ class LanguageModel:
         return answers
 
     def _qkv(self, layer: dict, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return self.project_qkv(x, layer["attn_norm"], layer["qkv"], cos, sin, self.eps,
-                                self.n_head, self.n_head_kv)
+        return self.project_qkv(
+            x, layer["attn_norm"], layer["qkv"], cos, sin, self.eps, self.n_head, self.n_head_kv
+        )
 
     def _finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
-        return self.finish_layer(x, attended, layer["out"], layer["ffn_norm"], layer["gate"],
-                                 layer["up"], layer["down"], self.eps)
+        return self.finish_layer(
+            x,
+            attended,
+            layer["out"],
+            layer["ffn_norm"],
+            layer["gate"],
+            layer["up"],
+            layer["down"],
+            self.eps,
+        )
 
 
-def _project_qkv(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-                 n_head: int, n_head_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+def _project_qkv(
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    n_head: int,
+    n_head_kv: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, project and rotate: q [n_head, n, d], k and v [n_head_kv, n, d]."""
     n, d = x.shape[0], cos.shape[1]
     y = F.rms_norm(x, (x.shape[1],), norm, eps).to(weight.dtype)
     qkv = F.linear(y, weight).view(n, n_head + 2 * n_head_kv, d)
     n_qk = n_head + n_head_kv
     qk = qkv[:, :n_qk].float()
-    turned = torch.cat([-qk[..., d // 2:], qk[..., :d // 2]], dim=-1)
+    turned = torch.cat([-qk[..., d // 2 :], qk[..., : d // 2]], dim=-1)
     qk = (qk * cos[:, None] + turned * sin[:, None]).to(weight.dtype)
     q, k, v = qk[:, :n_head], qk[:, n_head:], qkv[:, n_qk:]
     return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
 
-def _finish_layer(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor,
-                  down: Tensor, eps: float) -> Tensor:
+def _finish_layer(
+    x: Tensor,
+    attended: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+) -> Tensor:
     """Attention output, residual, and the feed-forward half of a layer."""
     y = attended.transpose(0, 1).reshape(x.shape[0], out.shape[1])
     x = x + F.linear(y, out)
@@ -230,19 +270,30 @@ def _finish_layer(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate: 
 def _unpermute(weight: Tensor, n_head: int) -> Tensor:
     """Undo the GGUF row order (interleaved RoPE), giving the half-split one."""
     rows, columns = weight.shape
-    return (weight.view(n_head, rows // n_head // 2, 2, columns).transpose(1, 2)
-            .reshape(rows, columns).contiguous())
+    return (
+        weight.view(n_head, rows // n_head // 2, 2, columns)
+        .transpose(1, 2)
+        .reshape(rows, columns)
+        .contiguous()
+    )
 
 
 def _tokenizer(meta: dict) -> Tokenizer:
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                  for t, kind in zip(tokens, kinds) if kind == 3])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, kinds)
+            if kind == 3
+        ]
+    )
     return tokenizer

@@ -5,19 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from elastic_llama.scenes import Scene, make_scene, question
-from torch import Tensor, nn
-
 from codebook import Codebook
+from elastic_llama.scenes import Scene, make_scene, question
 from helper import Team
 from lm import END, Branch, LanguageModel
 from prompts import FORMATS, draw_format
 from targets import ATTRIBUTES, OUTLINE, PatchLabels, patch_labels
+from torch import Tensor, nn
 from tower import Tower, TowerConfig, normalise
 
 # Kind of question -> (how many per image, weight of one).
-BRANCHES = {"caption": (1, 3.0), "row": (1, 1.0), "cell": (3, 1.0), "where": (3, 1.0),
-            "color": (1, 0.5), "shape": (1, 0.5)}
+BRANCHES = {
+    "caption": (1, 3.0),
+    "row": (1, 1.0),
+    "cell": (3, 1.0),
+    "where": (3, 1.0),
+    "color": (1, 0.5),
+    "shape": (1, 0.5),
+}
 OUTLINE_WEIGHT = 4.0
 SHAPE_WEIGHT = 2.0  # of the shape head; shapes are learned last
 
@@ -78,16 +83,19 @@ class Reading:
     one image at a time, so that memory does not grow with the batch.
     """
 
-    def __init__(self, lm: LanguageModel, config: TowerConfig, batch: int,
-                 helpers: int = 0) -> None:
+    def __init__(
+        self, lm: LanguageModel, config: TowerConfig, batch: int, helpers: int = 0
+    ) -> None:
         self.lm, self.batch = lm, batch
         self.team = Team(self._one, helpers, (batch, config.n_patch, config.out_width))
 
     def gradient(self, said: Tensor, scenes: list[Scene]) -> tuple[Tensor, dict]:
         """Gradient of the mean loss to image tokens [b, n_patch, width], and figures."""
         grads, rows = self.team.run(said.detach(), [s.seed for s in scenes])
-        return grads, {key: float(np.mean([row[key] for row in rows if key in row]))
-                       for key in {k for row in rows for k in row}}
+        return grads, {
+            key: float(np.mean([row[key] for row in rows if key in row]))
+            for key in {k for row in rows for k in row}
+        }
 
     def _one(self, seed: int, leaf: Tensor) -> dict:
         """Loss of one image's questions; its gradient goes to `leaf`."""

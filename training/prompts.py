@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-_DEFAULT_SYSTEM = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
-                   "Hugging Face<|im_end|>\n")
-_LLAVA_SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. The "
-                 "assistant gives helpful, detailed, and polite answers to the human's questions. ")
+_DEFAULT_SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+    "Hugging Face<|im_end|>\n"
+)
+_LLAVA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
 _TURN = "<|im_end|>\n<|im_start|>assistant\n"
 
 # name -> (text before the image, text after it, share of training)

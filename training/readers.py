@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-
 from export_mmproj import load_tower
 from lm import LanguageModel
+from PIL import Image
 from prompts import FORMATS
 from tower import normalise
 
@@ -29,12 +28,14 @@ class TorchReader:
     def encode(self, text: str) -> list[int]:
         return self.lm.encode(text)
 
-    def answers(self, image: Image.Image, questions: list[str], style: str,
-                limits: list[int]) -> list[str]:
+    def answers(
+        self, image: Image.Image, questions: list[str], style: str, limits: list[int]
+    ) -> list[str]:
         """Greedy answers to questions about one image, each asked alone; limits in tokens."""
         before, after, _ = FORMATS[style]
-        prefix = torch.cat([self.lm.embed(self.lm.encode(before)),
-                            torch.from_numpy(self.embed(image))])
+        prefix = torch.cat(
+            [self.lm.embed(self.lm.encode(before)), torch.from_numpy(self.embed(image))]
+        )
         prompts = [self.lm.encode(after.format(question=q)) for q in questions]
         return [self.lm.decode(ids) for ids in self.lm.generate(prefix, prompts, limits)]
 
@@ -47,8 +48,14 @@ class LlamaReader:
         from llama_cpp import mtmd_cpp
 
         self.api, self.mtmd = llama_cpp, mtmd_cpp
-        self.llama = llama_cpp.Llama(lm, n_ctx=2048, n_threads=n_threads, n_gpu_layers=0,
-                                     n_threads_batch=n_threads, verbose=False)
+        self.llama = llama_cpp.Llama(
+            lm,
+            n_ctx=2048,
+            n_threads=n_threads,
+            n_gpu_layers=0,
+            n_threads_batch=n_threads,
+            verbose=False,
+        )
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads = False, False, n_threads
         self.vision = mtmd_cpp.mtmd_init_from_file(vision.encode(), self.llama.model, params)
@@ -69,8 +76,9 @@ class LlamaReader:
             values = self.mtmd.mtmd_get_output_embd(self.vision)
             return np.ctypeslib.as_array(values, (n * width,)).reshape(n, width).copy()
 
-    def answers(self, image: Image.Image, questions: list[str], style: str,
-                limits: list[int]) -> list[str]:
+    def answers(
+        self, image: Image.Image, questions: list[str], style: str, limits: list[int]
+    ) -> list[str]:
         """Greedy answers; the image is decoded once and each question rolled back."""
         before, after, _ = FORMATS[style]
         self.llama.reset()
@@ -78,12 +86,21 @@ class LlamaReader:
         n_past = self.api.llama_pos(0)
         with _Chunks(self, before, image) as chunks:
             rc = self.mtmd.mtmd_helper_eval_chunks(
-                self.vision, self.llama._ctx.ctx, chunks, self.api.llama_pos(0),
-                self.api.llama_seq_id(0), self.llama.n_batch, False, ctypes.byref(n_past))
+                self.vision,
+                self.llama._ctx.ctx,
+                chunks,
+                self.api.llama_pos(0),
+                self.api.llama_seq_id(0),
+                self.llama.n_batch,
+                False,
+                ctypes.byref(n_past),
+            )
         if rc != 0:
             raise RuntimeError("[evaluate] decoding the image failed")
-        return [self._answer(n_past.value, self.encode(after.format(question=q)), limit)
-                for q, limit in zip(questions, limits)]
+        return [
+            self._answer(n_past.value, self.encode(after.format(question=q)), limit)
+            for q, limit in zip(questions, limits)
+        ]
 
     def _answer(self, n_prefix: int, prompt: list[int], limit: int) -> str:
         self.llama._ctx.kv_cache_seq_rm(0, n_prefix, -1)

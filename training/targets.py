@@ -16,8 +16,14 @@ from torch import Tensor
 
 # Attribute -> number of classes. Class 0 of color and shape is "empty"; rows and columns from 0;
 # a place is 4 * row + column.
-ATTRIBUTES = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "row": 4, "column": 4, "grid": 3,
-              "place": 16}
+ATTRIBUTES = {
+    "color": 1 + len(COLORS),
+    "shape": 1 + len(SHAPES),
+    "row": 4,
+    "column": 4,
+    "grid": 3,
+    "place": 16,
+}
 UNIT = 6  # words of one repetition
 OUTLINE = 10  # pixels per side of an object's outline
 
@@ -49,8 +55,13 @@ class PatchLabels:
 
 def vocabulary() -> list[str]:
     """Words an image token can say, each one token of the language model."""
-    return ([" row", " column"] + [str(i + 1) for i in range(4)]
-            + [f" {EMPTY}"] + [f" {c}" for c in COLORS] + [f" {s}" for s in SHAPES])
+    return (
+        [" row", " column"]
+        + [str(i + 1) for i in range(4)]
+        + [f" {EMPTY}"]
+        + [f" {c}" for c in COLORS]
+        + [f" {s}" for s in SHAPES]
+    )
 
 
 def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
@@ -65,16 +76,24 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
         row = (index // per_cell)[:, None].expand(side, side)
         column = (index // per_cell)[None].expand(side, side)
         cell = row * scene.grid + column
-        color = torch.tensor([0 if c.is_empty else 1 + COLORS.index(c.color)
-                              for c in scene.cells])[cell]
-        shape = torch.tensor([0 if c.is_empty else 1 + SHAPES.index(c.shape)
-                              for c in scene.cells])[cell]
+        color = torch.tensor([0 if c.is_empty else 1 + COLORS.index(c.color) for c in scene.cells])[
+            cell
+        ]
+        shape = torch.tensor([0 if c.is_empty else 1 + SHAPES.index(c.shape) for c in scene.cells])[
+            cell
+        ]
         slot = (index[None] % per_cell + 4 * (index[:, None] % 2)) % UNIT
-        said = torch.stack([
-            torch.zeros_like(cell), 2 + row, torch.ones_like(cell), 2 + column,
-            torch.where(color == 0, 6, first_color + color - 1),
-            torch.where(shape == 0, 6, first_shape + shape - 1),
-        ], dim=-1)
+        said = torch.stack(
+            [
+                torch.zeros_like(cell),
+                2 + row,
+                torch.ones_like(cell),
+                2 + column,
+                torch.where(color == 0, 6, first_color + color - 1),
+                torch.where(shape == 0, 6, first_shape + shape - 1),
+            ],
+            dim=-1,
+        )
         known = torch.full((scene.grid**2,), -1)
         for p in placements(scene):
             known[p.cell] = len(outlines)
@@ -86,6 +105,10 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
             classes[name].append(value.reshape(-1))
         slots.append(slot.reshape(-1))
         words.append(said.gather(-1, slot[..., None]).reshape(-1))
-    return PatchLabels({name: torch.stack(v) for name, v in classes.items()},
-                       torch.stack(slots), torch.stack(words), torch.stack(outlines),
-                       torch.stack(objects))
+    return PatchLabels(
+        {name: torch.stack(v) for name, v in classes.items()},
+        torch.stack(slots),
+        torch.stack(words),
+        torch.stack(outlines),
+        torch.stack(objects),
+    )

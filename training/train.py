@@ -19,17 +19,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from elastic_llama.scenes import make_scene
-
 from codebook import Codebook
+from elastic_llama.scenes import make_scene
 from lm import LanguageModel
 from losses import Heads, PhaseA, PhaseB, PhaseC, Reading
 from tower import Tower
 
 # First scenes are far apart, so that no phase sees another's pictures.
-DEFAULTS = {"a": {"steps": 1200, "batch": 8, "lr": 1e-3, "first": 0},
-            "c": {"steps": 300, "batch": 2, "lr": 1.5e-3, "first": 10_000_000},
-            "b": {"steps": 900, "batch": 4, "lr": 2e-4, "first": 20_000_000}}
+DEFAULTS = {
+    "a": {"steps": 1200, "batch": 8, "lr": 1e-3, "first": 0},
+    "c": {"steps": 300, "batch": 2, "lr": 1.5e-3, "first": 10_000_000},
+    "b": {"steps": 900, "batch": 4, "lr": 2e-4, "first": 20_000_000},
+}
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -40,15 +41,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, x))))
 
 
-def make_optimizers(phase: str, trained: dict[str, torch.nn.Module],
-                    lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    phase: str, trained: dict[str, torch.nn.Module], lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the tower's blocks, AdamW for everything else.
 
     With Muon shapes appear after about 5 000 images, with AdamW after more than twice as many.
     In phase b the tower moves at half the rate of the projector, which has more to learn there.
     """
-    named = [(f"{part}.{name}", p) for part, module in trained.items()
-             for name, p in module.named_parameters()]
+    named = [
+        (f"{part}.{name}", p)
+        for part, module in trained.items()
+        for name, p in module.named_parameters()
+    ]
     tower_scale = 0.5 if phase == "b" else 1.0
     matrices, projector, rest = [], [], []
     for name, p in named:
@@ -57,12 +62,20 @@ def make_optimizers(phase: str, trained: dict[str, torch.nn.Module],
         else:
             (projector if name.startswith("tower.mm") else rest).append(p)
     groups = [{"params": projector, "scale": 1.0}, {"params": rest, "scale": tower_scale}]
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98),
-                             weight_decay=0.0 if phase == "c" else 0.01)
+    adam = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=lr,
+        betas=(0.9, 0.98),
+        weight_decay=0.0 if phase == "c" else 0.01,
+    )
     if not matrices:
         return [adam]
-    muon = torch.optim.Muon([{"params": matrices, "scale": tower_scale}], lr=lr,
-                            weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [{"params": matrices, "scale": tower_scale}],
+        lr=lr,
+        weight_decay=0.02,
+        adjust_lr_fn="match_rms_adamw",
+    )
     return [muon, adam]
 
 
@@ -95,14 +108,16 @@ def save(path: Path, **state: object) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("phase", choices=list(DEFAULTS))
     parser.add_argument("--lm", required=True, help="SmolLM2-135M-Instruct GGUF")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--init", type=Path, help="start from this checkpoint")
-    parser.add_argument("--codebook", type=Path,
-                        help="checkpoint of phase c; without it phase a says plain words")
+    parser.add_argument(
+        "--codebook", type=Path, help="checkpoint of phase c; without it phase a says plain words"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
@@ -110,8 +125,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=20, help="steps")
     parser.add_argument("--save-every", type=int, default=50, help="steps")
     parser.add_argument("--compile", action="store_true", help="fuse parts of the language model")
-    parser.add_argument("--helpers", type=int, default=0,
-                        help="extra processes in phases b and c, one core each")
+    parser.add_argument(
+        "--helpers", type=int, default=0, help="extra processes in phases b and c, one core each"
+    )
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.phase].items():
         if getattr(args, name) is None:
@@ -129,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     lm = LanguageModel(args.lm, compiled=args.compile)
     tower, codebook = Tower(), Codebook(lm)
     heads = Heads(tower.config.width)
-    trained = ({"codebook": codebook} if args.phase == "c" else {"tower": tower, "heads": heads})
+    trained = {"codebook": codebook} if args.phase == "c" else {"tower": tower, "heads": heads}
     optimizers = make_optimizers(args.phase, trained, args.lr)
     start = 0
     if path.exists():
@@ -149,8 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         run = partial(PhaseA(codebook).backward, tower, heads)
     else:
         reading = Reading(lm, tower.config, args.batch, args.helpers)
-        run = (partial(PhaseB(reading).backward, tower, heads) if args.phase == "b"
-               else partial(PhaseC(reading, tower.config).backward, codebook))
+        run = (
+            partial(PhaseB(reading).backward, tower, heads)
+            if args.phase == "b"
+            else partial(PhaseC(reading, tower.config).backward, codebook)
+        )
     parameters = [p for module in trained.values() for p in module.parameters()]
     log = Log(args.out / f"phase-{args.phase}.log")
     for step in range(start, args.steps):
@@ -165,8 +184,12 @@ def main(argv: list[str] | None = None) -> None:
         for optimizer in optimizers:
             optimizer.step()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save(path, **{name: module.state_dict() for name, module in trained.items()},
-                 optimizers=[o.state_dict() for o in optimizers], step=step + 1)
+            save(
+                path,
+                **{name: module.state_dict() for name, module in trained.items()},
+                optimizers=[o.state_dict() for o in optimizers],
+                step=step + 1,
+            )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ static py::dict build_info() {
     for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
         backends.emplace_back(ggml_backend_reg_name(ggml_backend_reg_get(i)));
     }
-    const py::list patches = py::str(ELASTIC_PATCHES).attr("split")(",");
+    const py::list patches = py::str(ELASTIC_PATCHES).attr("replace")(",", " ").attr("split")();
 
     return py::dict("version"_a = ELASTIC_VERSION, "llama_cpp_commit"_a = ELASTIC_LLAMA_CPP_COMMIT,
                     "archive_sha256"_a = ELASTIC_ARCHIVE_SHA256, "series_hash"_a = ELASTIC_SERIES_HASH, "patches"_a = patches,

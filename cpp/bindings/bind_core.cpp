@@ -138,7 +138,8 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
 // checked here because ggml aborts on a type without rows or an incomplete block
 static int64_t row_bytes(ggml_type type, bool transposed, int64_t n_head_kv, int64_t n_embd_head) {
     if (!rows_supported(type, transposed)) {
-        throw error(std::string("[rows] got type ") + ggml_type_name(type) + (transposed ? " transposed" : "") + ", which is not supported");
+        throw error(std::string("[rows] got type ") + ggml_type_name(type) + (transposed ? " transposed" : "") +
+                    ", which is not supported");
     }
     if (n_head_kv < 1 || n_embd_head < 1 || n_embd_head % ggml_blck_size(type) != 0) {
         throw error("[rows] n_embd_head: got " + std::to_string(n_embd_head) + ", expected a multiple of " +
@@ -187,8 +188,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
 
     std::vector<uint8_t> bytes_k(k.data(), k.data() + k.size());
     std::vector<uint8_t> bytes_v(v.data(), v.data() + v.size());
-    const kv_rows t_k = make_rows(bytes_k, type_k, false, n_rows, p.n_head_kv, n_embd_head);
-    const kv_rows t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
+    const kv_rows        t_k = make_rows(bytes_k, type_k, false, n_rows, p.n_head_kv, n_embd_head);
+    const kv_rows        t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
 
     const cell_state in = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
     for (const auto * m : { &in.mass, &in.count, &in.bias }) {
@@ -196,8 +197,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
             throw error("[merge_layer] mass, count and bias: expected [1, n_head_kv, n_cells] like the plan");
         }
     }
-    cell_state       out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
-    const combine_rule r = rule_from<combine_rule>(rule, 3);
+    cell_state         out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
+    const combine_rule r   = rule_from<combine_rule>(rule, 3);
     merge_layer(p, r, 0, t_k, t_v, rows_src, rows_dst, in, out);
 
     return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.mass), to_array(out.count), to_array(out.bias));
@@ -231,32 +232,42 @@ static py::array_t<float> dequantize_rows(const std::string & type, const u8_arr
 void bind_core(py::module_ & m) {
     py::module_ core = m.def_submodule("core", "The pure functions of the core, for tests and inspection; prone to change.");
 
-    core.def("budget_cells", [](double value, int64_t n_tokens) { return budget::from_value(value).cells_for(n_tokens); },
-             py::arg("value"), py::arg("n_tokens"), "Cells that a budget (fraction kept, or number of cells) allows for n_tokens.");
-    core.def("policies", [] {
-        py::list res;
-        for (const auto & p : policies()) {
-            res.append(py::dict("name"_a = p.name, "score"_a = rule_name(p.score), "select"_a = rule_name(p.select),
-                                "combine"_a = rule_name(p.combine), "generate"_a = rule_name(p.generate), "summary"_a = p.summary));
-        }
-        return res;
-    }, "The table of policies.");
+    core.def(
+        "budget_cells", [](double value, int64_t n_tokens) { return budget::from_value(value).cells_for(n_tokens); }, py::arg("value"),
+        py::arg("n_tokens"), "Cells that a budget (fraction kept, or number of cells) allows for n_tokens.");
+    core.def(
+        "policies",
+        [] {
+            py::list res;
+            for (const auto & p : policies()) {
+                res.append(py::dict("name"_a = p.name, "score"_a = rule_name(p.score), "select"_a = rule_name(p.select),
+                                    "combine"_a = rule_name(p.combine), "generate"_a = rule_name(p.generate), "summary"_a = p.summary));
+            }
+            return res;
+        },
+        "The table of policies.");
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
              py::arg("importance"), py::arg("keys") = py::none(), py::arg("n_threads") = 1,
              "Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted) and positions [N].");
-    core.def("split_budget", [](int32_t n_keep, int32_t n_text, int32_t n_image) {
-        const auto s = split_budget(n_keep, n_text, n_image);
-        return py::make_tuple(s.n_text, s.n_image);
-    }, py::arg("n_keep"), py::arg("n_text"), py::arg("n_image"), "Text and image cells that stay of n_keep.");
-    core.def("leaving_cell", [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_prompt, int32_t offset,
-                                int32_t n_sink, const std::vector<float> & total) {
-        const cells c = make_cells(kind, pinned);
-        if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
-            throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
-        }
-        return leaving_cell(rule_from<generate_rule>(rule, 3), c, n_prompt, offset, n_sink, total);
-    }, py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
-             "Logical index of the cell that leaves, -1 for none.");
+    core.def(
+        "split_budget",
+        [](int32_t n_keep, int32_t n_text, int32_t n_image) {
+            const auto s = split_budget(n_keep, n_text, n_image);
+            return py::make_tuple(s.n_text, s.n_image);
+        },
+        py::arg("n_keep"), py::arg("n_text"), py::arg("n_image"), "Text and image cells that stay of n_keep.");
+    core.def(
+        "leaving_cell",
+        [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_prompt, int32_t offset, int32_t n_sink,
+           const std::vector<float> & total) {
+            const cells c = make_cells(kind, pinned);
+            if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
+                throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
+            }
+            return leaving_cell(rule_from<generate_rule>(rule, 3), c, n_prompt, offset, n_sink, total);
+        },
+        py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
+        "Logical index of the cell that leaves, -1 for none.");
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
              py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"),

@@ -20,8 +20,8 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads) :
-        ctx(reinterpret_cast<llama_context *>(address)) {
+            int32_t n_threads)
+        : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
@@ -73,7 +73,7 @@ static py::array_t<float> to_array(const head_map & m) {
 
 // K and V of the sequence's cells of one layer as f32 [n_cells, n_head_kv, n_embd_head]
 static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
-    auto & cache = self.cache(seq_id);
+    auto &       cache = self.cache(seq_id);
     const auto & shape = cache.geometry();
     if (il < 0 || il >= shape.n_layer) {
         throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
@@ -98,9 +98,9 @@ static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) 
 }
 
 static py::dict read_cells(const session & self, llama_seq_id seq_id) {
-    auto & cache = self.cache(seq_id);
-    const auto & kv   = cache.cache();
-    const auto   strm = kv.get_stream(seq_id);
+    auto &       cache = self.cache(seq_id);
+    const auto & kv    = cache.cache();
+    const auto   strm  = kv.get_stream(seq_id);
 
     std::vector<int32_t> index;
     std::vector<int32_t> pos;
@@ -115,7 +115,7 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
 }
 
 static py::dict read_plan(const session & self) {
-    const auto & p = self.cache().last_plan();
+    const auto &         p = self.cache().last_plan();
     py::array_t<int32_t> kept({ p.n_layer, p.n_head_kv, p.n_keep });
     py::array_t<int32_t> bucket({ p.n_layer, p.n_head_kv, p.n_cells });
     std::copy(p.kept.begin(), p.kept.end(), kept.mutable_data());
@@ -136,28 +136,37 @@ RuntimeError when the cache holds cells already.)pbdoc")
              "Switch the elastic cache off. RuntimeError while some cell carries an attention bias.")
         .def("forget", &session::forget, "Forget the context without touching it; for when it is about to be freed.")
         .def_property_readonly("is_attached", &session::is_attached)
-        .def("hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
-             "While held, one-token batches belong to the prompt and nothing is compressed.")
-        .def("compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
-             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
-             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
-        .def("n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); },
-             py::arg("seq_id") = 0, "Cells the sequence holds.")
-        .def("n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
-             py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
-        .def("stats", [](const session & self) { return stats_dict(self.cache().stats); },
-             "Counters since the last reset; times in microseconds, sizes in bytes.")
+        .def(
+            "hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
+            "While held, one-token batches belong to the prompt and nothing is compressed.")
+        .def(
+            "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
+            py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+            "Compress the prompt of a sequence now; returns the number of cells it holds after.")
+        .def(
+            "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); }, py::arg("seq_id") = 0,
+            "Cells the sequence holds.")
+        .def(
+            "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
+            py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
+        .def(
+            "stats", [](const session & self) { return stats_dict(self.cache().stats); },
+            "Counters since the last reset; times in microseconds, sizes in bytes.")
         .def("reset_stats", [](const session & self) { self.cache().stats = {}; })
-        .def("kv_bytes_per_cell", [](const session & self) { return self.cache().cell_bytes(); },
-             "Bytes of K, V and bias that one cell takes in all layers.")
+        .def(
+            "kv_bytes_per_cell", [](const session & self) { return self.cache().cell_bytes(); },
+            "Bytes of K, V and bias that one cell takes in all layers.")
         .def("cells", &read_cells, py::arg("seq_id") = 0,
              "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
-        .def("mass", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).mass); },
-             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
-        .def("count", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).count); },
-             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
-        .def("bias", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).bias); },
-             py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
+        .def(
+            "mass", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).mass); },
+            py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
+        .def(
+            "count", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).count); },
+            py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
+        .def(
+            "bias", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).bias); },
+            py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
         .def("read_kv", &read_kv, py::arg("seq_id"), py::arg("layer"),
              "K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).")
         .def("last_plan", &read_plan, "Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].");

@@ -10,7 +10,9 @@ int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int3
 
     n_sink = std::max(n_sink, 0);
 
-    const auto may_leave = [&](int32_t i) { return i >= n_sink && i < n_last && !c.pinned[i]; };
+    const auto may_leave = [&](int32_t i) {
+        return i >= n_sink && i < n_last && !c.pinned[i];
+    };
 
     if (rule == generate_rule::keep || n_sink >= n_last) {
         return -1;

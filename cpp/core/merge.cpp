@@ -16,7 +16,9 @@ struct groups {
     std::vector<int32_t> members;  // logical indices, ascending within a bucket
 
     groups(const int32_t * bucket, const int32_t * kept, int32_t n_cells, int32_t n_keep) : first(n_keep + 1, 0) {
-        const auto joins = [&](int32_t i) { return bucket[i] >= 0 && kept[bucket[i]] != i; };
+        const auto joins = [&](int32_t i) {
+            return bucket[i] >= 0 && kept[bucket[i]] != i;
+        };
         for (int32_t i = 0; i < n_cells; ++i) {
             if (joins(i)) {
                 first[bucket[i] + 1]++;
@@ -53,8 +55,8 @@ void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<in
 // one head of K or V on its way: what only moves as stored bytes, what is merged as f32
 class head_rows {
   public:
-    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const int32_t * kept, int32_t n_keep, int32_t ih, bool merges) :
-        t(t), ih(ih) {
+    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const int32_t * kept, int32_t n_keep, int32_t ih, bool merges)
+        : t(t), ih(ih) {
         std::vector<int32_t> moved(n_keep);
         for (int32_t j = 0; j < n_keep; ++j) {
             moved[j] = rows_src[kept[j]];
@@ -81,8 +83,8 @@ class head_rows {
   private:
     const kv_rows &      t;
     const int32_t        ih;
-    std::vector<uint8_t> raw;     // [n_keep][head_bytes]
-    std::vector<float>   all;     // [n_cells][n_embd_head]
+    std::vector<uint8_t> raw;  // [n_keep][head_bytes]
+    std::vector<float>   all;  // [n_cells][n_embd_head]
     std::vector<int32_t> rows_merged;
     std::vector<float>   merged;  // [rows_merged][n_embd_head]
 };
@@ -93,8 +95,8 @@ void check_shape(const kv_rows & t, const plan & p, const char * what) {
                     std::to_string(p.n_head_kv));
     }
     if (!rows_supported(t.type, t.transposed)) {
-        throw error(std::string("[merge_layer] ") + what + ": got type " + ggml_type_name(t.type) +
-                    (t.transposed ? " transposed" : "") + ", which is not supported");
+        throw error(std::string("[merge_layer] ") + what + ": got type " + ggml_type_name(t.type) + (t.transposed ? " transposed" : "") +
+                    ", which is not supported");
     }
 }
 
@@ -110,8 +112,8 @@ void check_rows(const std::vector<int32_t> & rows, const kv_rows & k, const kv_r
 
 }  // namespace
 
-void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v,
-                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out) {
+void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v, const std::vector<int32_t> & rows_src,
+                 const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out) {
     if ((int32_t) rows_src.size() != p.n_cells || (int32_t) rows_dst.size() != p.n_keep) {
         throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
                     ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));

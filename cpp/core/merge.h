@@ -20,8 +20,7 @@ struct cell_state {
 //   mass:         V = sum(mass_i V_i) / sum(mass_i), K of the anchor, bias += ln(sum(mass_i) / mass_anchor)
 //                 (mass_anchor == 0: plain mean and ln of the number of cells)
 // `out` must be sized [n_layer][n_head_kv][n_keep]; layer il of it is filled.
-void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v,
-                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst,
-                 const cell_state & in, cell_state & out);
+void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v, const std::vector<int32_t> & rows_src,
+                 const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out);
 
 }  // namespace elastic

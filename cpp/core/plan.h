@@ -17,12 +17,8 @@ struct plan {
     // for each cell: the rank in `kept` of the anchor it joins (its own rank when it is kept), -1: evicted
     std::vector<int32_t> bucket;  // [n_layer][n_head_kv][n_cells]
 
-    const int32_t * kept_row(int32_t il, int32_t ih) const {
-        return kept.data() + ((size_t) il * n_head_kv + ih) * n_keep;
-    }
-    const int32_t * bucket_row(int32_t il, int32_t ih) const {
-        return bucket.data() + ((size_t) il * n_head_kv + ih) * n_cells;
-    }
+    const int32_t * kept_row(int32_t il, int32_t ih) const { return kept.data() + ((size_t) il * n_head_kv + ih) * n_keep; }
+    const int32_t * bucket_row(int32_t il, int32_t ih) const { return bucket.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
 };
 
 // throws elastic::error naming the first broken rule: kept ascending and unique, in range; the first

@@ -38,7 +38,9 @@ const policy & find_policy(const std::string & name) {
 }
 
 static void check(const policy & pol, const plan_params & params, const cells & c, const head_map & importance, const key_source * keys) {
-    const auto refuse = [](const std::string & what) { throw error("[make_plan] " + what); };
+    const auto refuse = [](const std::string & what) {
+        throw error("[make_plan] " + what);
+    };
 
     const int32_t n = c.size();
     if (n < 1) {

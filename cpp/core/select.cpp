@@ -20,8 +20,8 @@ namespace {
 
 // a run of cells that share one number of kept cells, the same in all layers and heads: so rank j is of one kind everywhere
 struct segment {
-    std::vector<int32_t> cells;      // logical indices, ascending
-    std::vector<uint8_t> protect;    // [cells]
+    std::vector<int32_t> cells;    // logical indices, ascending
+    std::vector<uint8_t> protect;  // [cells]
     bool                 image     = false;
     int32_t              n_protect = 0;
     int32_t              n_keep    = 0;
@@ -33,7 +33,7 @@ bool is_image(const cells & c, int32_t i) {
 
 // protected: sinks, the last cell, pinned cells
 std::vector<uint8_t> protected_cells(const plan_params & params, const cells & c) {
-    const int32_t n = c.size();
+    const int32_t        n = c.size();
     std::vector<uint8_t> res(n, 0);
     res[n - 1] = 1;
     for (int32_t i = 0; i < std::min(params.n_sink, params.n_keep - 1); ++i) {
@@ -112,9 +112,8 @@ void select_head(const segment & s, const float * score, std::vector<uint8_t> & 
     }
     const int32_t n = s.n_keep - s.n_protect;
     if (n < (int32_t) scratch.size()) {
-        std::nth_element(scratch.begin(), scratch.begin() + n, scratch.end(), [&](int32_t a, int32_t b) {
-            return score[a] != score[b] ? score[a] > score[b] : a < b;
-        });
+        std::nth_element(scratch.begin(), scratch.begin() + n, scratch.end(),
+                         [&](int32_t a, int32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
         scratch.resize(n);
     }
     for (const int32_t i : scratch) {

@@ -40,11 +40,8 @@ struct head_map {
     std::vector<float> data;  // [n_layer][n_head_kv][n_cells]
 
     head_map() = default;
-    head_map(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, float fill = 0.0f) :
-        n_layer(n_layer),
-        n_head_kv(n_head_kv),
-        n_cells(n_cells),
-        data((size_t) n_layer * n_head_kv * n_cells, fill) {}
+    head_map(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, float fill = 0.0f)
+        : n_layer(n_layer), n_head_kv(n_head_kv), n_cells(n_cells), data((size_t) n_layer * n_head_kv * n_cells, fill) {}
 
     float *       row(int32_t il, int32_t ih) { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
     const float * row(int32_t il, int32_t ih) const { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
@@ -55,9 +52,9 @@ struct kv_rows {
     ggml_type type        = GGML_TYPE_F16;
     uint8_t * data        = nullptr;
     int32_t   n_head_kv   = 0;
-    int32_t   n_embd_head = 0;  // elements of one head of one row
-    int64_t   n_rows      = 0;  // cells in the stream
-    int64_t   row_bytes   = 0;  // rows:       bytes from one cell to the next
+    int32_t   n_embd_head = 0;      // elements of one head of one row
+    int64_t   n_rows      = 0;      // cells in the stream
+    int64_t   row_bytes   = 0;      // rows:       bytes from one cell to the next
     bool      transposed  = false;  // transposed: element (cell, e) lies at (e*n_rows + cell), plain types only
 };
 

@@ -79,12 +79,12 @@ using namespace elastic;
 
 elastic_params elastic_default_params(void) {
     return {
-        /*.policy    =*/ "elastic",
-        /*.budget    =*/ 0.2,
-        /*.n_sink    =*/ 1,
-        /*.offset    =*/ 25,
-        /*.min_cells =*/ 64,
-        /*.n_threads =*/ 0,
+        /*.policy    =*/"elastic",
+        /*.budget    =*/0.2,
+        /*.n_sink    =*/1,
+        /*.offset    =*/25,
+        /*.min_cells =*/64,
+        /*.n_threads =*/0,
     };
 }
 

@@ -211,8 +211,7 @@ void cell_store::upload_bias(uint32_t strm, int32_t cell_min, int32_t cell_max) 
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         ggml_tensor * t = bias_tensors[il];
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            ggml_backend_tensor_set(t, bias[strm].row(il, ih) + cell_min,
-                                    strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
+            ggml_backend_tensor_set(t, bias[strm].row(il, ih) + cell_min, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
                                     (cell_max - cell_min) * sizeof(float));
         }
     }

@@ -22,13 +22,13 @@ struct elastic_params {
 };
 
 struct elastic_stats {
-    int64_t n_compressions;     // prompts compressed
-    int64_t n_evictions;        // cells that left while generating
-    int64_t n_cells_before;     // cells of the last compressed prompt, before
-    int64_t n_cells_after;      // and after
-    int64_t n_bytes_before;     // K, V and bias bytes of those cells
+    int64_t n_compressions;  // prompts compressed
+    int64_t n_evictions;     // cells that left while generating
+    int64_t n_cells_before;  // cells of the last compressed prompt, before
+    int64_t n_cells_after;   // and after
+    int64_t n_bytes_before;  // K, V and bias bytes of those cells
     int64_t n_bytes_after;
-    int64_t t_score_us;         // reading and accumulating importance
+    int64_t t_score_us;  // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;
 };

@@ -93,12 +93,10 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
     return shape;
 }
 
-elastic_cache::elastic_cache(llama_context & ctx, const config & cfg) :
-    cfg(cfg),
-    ctx(ctx),
-    kv(plain_kv_cache(ctx)),
-    shape(read_shape(ctx, kv)) {
-    for (const auto & [name, type, trans] : { std::make_tuple("K", kv.type_k(), false), std::make_tuple("V", kv.type_v(), kv.get_v_trans()) }) {
+elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
+    : cfg(cfg), ctx(ctx), kv(plain_kv_cache(ctx)), shape(read_shape(ctx, kv)) {
+    for (const auto & [name, type, trans] :
+         { std::make_tuple("K", kv.type_k(), false), std::make_tuple("V", kv.type_v(), kv.get_v_trans()) }) {
         if (!rows_supported(type, trans)) {
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
@@ -175,7 +173,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     std::map<llama_seq_id, seen> in_batch;
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
-            auto & s = in_batch[batch.seq_id[i][j]];
+            auto & s  = in_batch[batch.seq_id[i][j]];
             s.pos_min = s.n == 0 ? batch.pos[i] : std::min(s.pos_min, batch.pos[i]);
             s.logits |= batch.logits && batch.logits[i];
             s.n++;
@@ -249,9 +247,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
             const size_t       i      = s * sinfo.size() + ii;
             const llama_seq_id seq_id = ubatch.seq_id[i][0];
 
-            const cell_kind kind = !ubatch.token       ? cell_kind::image
-                                   : is_prompt(seq_id) ? cell_kind::text
-                                                       : cell_kind::generated;
+            const cell_kind kind = !ubatch.token ? cell_kind::image : is_prompt(seq_id) ? cell_kind::text : cell_kind::generated;
             store->reset_cell(sinfo.strm[s], (int32_t) sinfo.idxs[s][ii], kind);
 
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
@@ -333,8 +329,8 @@ bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         const auto   hi  = all.lower_bound({ p1, 0 });
         const auto   n   = std::distance(lo, hi);
         if (n > 0 && n < (int64_t) all.size() && lo->first <= seqs[id].pos_compressed) {
-            LLAMA_LOG_WARN("%s: sequence %d is compressed up to position %d, cannot remove [%d, %d) from it; remove all of it\n",
-                           __func__, id, seqs[id].pos_compressed, p0, p1);
+            LLAMA_LOG_WARN("%s: sequence %d is compressed up to position %d, cannot remove [%d, %d) from it; remove all of it\n", __func__,
+                           id, seqs[id].pos_compressed, p0, p1);
             return false;
         }
         n_removed[id] = n;

@@ -36,10 +36,10 @@ struct config {
 config make_config(const elastic_params & params);  // throws elastic::error
 
 struct sequence_state {
-    int64_t   n_tokens       = 0;   // decoded since the sequence was last empty
-    llama_pos pos_prompt     = -1;  // last position that came in as a prompt
-    llama_pos pos_compressed = -1;  // cells up to here may stand for several tokens
-    int32_t   n_prompt_cells = 0;   // held right after the last prompt (P)
+    int64_t   n_tokens       = 0;      // decoded since the sequence was last empty
+    llama_pos pos_prompt     = -1;     // last position that came in as a prompt
+    llama_pos pos_compressed = -1;     // cells up to here may stand for several tokens
+    int32_t   n_prompt_cells = 0;      // held right after the last prompt (P)
     bool      pending        = false;  // prompt tokens wait to be compressed
 };
 
@@ -83,12 +83,12 @@ class elastic_cache : public llama_elastic_i {
     int64_t        cell_bytes() const { return shape.cell_bytes + store->bias_bytes_per_cell(); }
 
     // for tests and pictures
-    std::vector<int32_t> logical_cells(llama_seq_id seq_id) const;  // cell indices in order of position
-    cell_state           gather(llama_seq_id seq_id) const;
+    std::vector<int32_t>   logical_cells(llama_seq_id seq_id) const;  // cell indices in order of position
+    cell_state             gather(llama_seq_id seq_id) const;
     const llama_kv_cache & cache() const { return kv; }
-    const kv_shape & geometry() const { return shape; }
-    const cell_store & cells_store() const { return *store; }
-    const plan & last_plan() const { return plan_last; }
+    const kv_shape &       geometry() const { return shape; }
+    const cell_store &     cells_store() const { return *store; }
+    const plan &           last_plan() const { return plan_last; }
 
     elastic_stats stats = {};
     const config  cfg;

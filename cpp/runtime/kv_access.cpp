@@ -7,10 +7,8 @@
 
 namespace elastic {
 
-kv_layer_access::kv_layer_access(const llama_kv_cache & kv, const kv_shape & shape, int32_t il_cache, uint32_t strm) :
-    t_k(kv.get_k_storage(shape.layer_ids[il_cache])),
-    t_v(kv.get_v_storage(shape.layer_ids[il_cache])),
-    strm(strm) {
+kv_layer_access::kv_layer_access(const llama_kv_cache & kv, const kv_shape & shape, int32_t il_cache, uint32_t strm)
+    : t_k(kv.get_k_storage(shape.layer_ids[il_cache])), t_v(kv.get_v_storage(shape.layer_ids[il_cache])), strm(strm) {
     k.type        = t_k->type;
     k.n_head_kv   = shape.n_head_kv;
     k.n_embd_head = shape.n_embd_head_k;

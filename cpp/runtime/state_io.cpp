@@ -118,7 +118,8 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (h.n_layer != shape.n_layer || h.n_head_kv != shape.n_head_kv) {
         throw std::runtime_error("elastic state: saved with another model (layers or KV heads differ)");
     }
-    if ((h.has_bias && !store->has_bias_map()) || h.has_mass != (uint32_t) store->has_mass() || h.has_count != (uint32_t) store->has_count()) {
+    if ((h.has_bias && !store->has_bias_map()) || h.has_mass != (uint32_t) store->has_mass() ||
+        h.has_count != (uint32_t) store->has_count()) {
         throw std::runtime_error("elastic state: saved with a policy that keeps other data per cell; load it with the same policy");
     }
 

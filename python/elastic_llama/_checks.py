@@ -39,19 +39,34 @@ def check_arguments(elastic: ElasticConfig | None, n_ctx: int, kwargs: dict[str,
             raise ConfigError(text("config", name, repr(value), "a whole number >= 1"))
     type_v = kwargs.get("type_v")
     if type_v not in (None, *_PLAIN_TYPES) and not kwargs.get("flash_attn"):
-        raise ConfigError(text("config", "a quantized V cache without flash attention",
-                               f"type_v={type_v}", do="pass flash_attn=True"))
+        raise ConfigError(
+            text(
+                "config",
+                "a quantized V cache without flash attention",
+                f"type_v={type_v}",
+                do="pass flash_attn=True",
+            )
+        )
     if elastic is not None and elastic.policy != "full" and kwargs.get("draft_model") is not None:
-        raise ConfigError(text("config", "draft_model together with an elastic cache",
-                               do="pass elastic=None"))
+        raise ConfigError(
+            text("config", "draft_model together with an elastic cache", do="pass elastic=None")
+        )
 
 
 def load_error(path: str, error: ValueError) -> ElasticError:
     if "context" in str(error):
-        return ConfigError(text("load", path, str(error), "parameters that llama.cpp accepts",
-                                "try other KV types or a smaller n_ctx; verbose=True says why"))
-    return ModelFileError(text("load", path, str(error), "a model that llama.cpp can load",
-                               "verbose=True says why"))
+        return ConfigError(
+            text(
+                "load",
+                path,
+                str(error),
+                "parameters that llama.cpp accepts",
+                "try other KV types or a smaller n_ctx; verbose=True says why",
+            )
+        )
+    return ModelFileError(
+        text("load", path, str(error), "a model that llama.cpp can load", "verbose=True says why")
+    )
 
 
 def decode_error(error: RuntimeError) -> ElasticError:
@@ -70,13 +85,26 @@ def translated_errors() -> Iterator[None]:
     except ValueError as e:
         message = str(e)
         if "exceed" in message or ("error code 1" in message and "evaluate" in message):
-            raise ContextOverflowError(text(
-                "prompt", "the context is too small", message, "a prompt that fits n_ctx",
-                "raise n_ctx or shorten the prompt")) from e
+            raise ContextOverflowError(
+                text(
+                    "prompt",
+                    "the context is too small",
+                    message,
+                    "a prompt that fits n_ctx",
+                    "raise n_ctx or shorten the prompt",
+                )
+            ) from e
         if "bitmap" in message or "tokenize input" in message:
-            raise ImageError(text("image", message,
-                                  do="pass one readable image per image_url")) from e
+            raise ImageError(
+                text("image", message, do="pass one readable image per image_url")
+            ) from e
         if "mtmd context" in message or "Vision is not supported" in message:
-            raise ModelFileError(text("mmproj", message, expected="a vision tower for this model",
-                                      do="use the mmproj of this model")) from e
+            raise ModelFileError(
+                text(
+                    "mmproj",
+                    message,
+                    expected="a vision tower for this model",
+                    do="use the mmproj of this model",
+                )
+            ) from e
         raise

@@ -33,8 +33,15 @@ def lib_dir() -> Path:
     """
     path = find_lib_dir()
     if path is None or not path.is_dir():
-        raise ElasticError(text("import", "native libraries", path or "no _core extension",
-                                "a built package", "install it with pip install ."))
+        raise ElasticError(
+            text(
+                "import",
+                "native libraries",
+                path or "no _core extension",
+                "a built package",
+                "install it with pip install .",
+            )
+        )
     return path
 
 
@@ -52,8 +59,14 @@ def use_our_libraries() -> None:
     loaded = sys.modules.get("llama_cpp.llama_cpp")
     theirs = getattr(getattr(loaded, "_lib", None), "_name", None)
     if theirs is not None and Path(theirs).resolve().parent != ours:
-        raise LibraryConflictError(text(
-            "import", "llama_cpp was imported before elastic_llama, with other libraries", theirs,
-            f"libraries of {ours}", "import elastic_llama first"))
+        raise LibraryConflictError(
+            text(
+                "import",
+                "llama_cpp was imported before elastic_llama, with other libraries",
+                theirs,
+                f"libraries of {ours}",
+                "import elastic_llama first",
+            )
+        )
     for name in _VARIABLES:
         os.environ[name] = str(ours)

@@ -56,8 +56,9 @@ class ElasticConfig:
         for name, least in (("n_sink", 0), ("offset", 0), ("min_cells", 1), ("n_threads", 0)):
             object.__setattr__(self, name, _whole(name, getattr(self, name), least))
         if self.policy not in policy_names():
-            raise ConfigError(text("config", "policy", repr(self.policy),
-                                   "one of " + ", ".join(policy_names())))
+            raise ConfigError(
+                text("config", "policy", repr(self.policy), "one of " + ", ".join(policy_names()))
+            )
 
     @classmethod
     def off(cls) -> ElasticConfig:
@@ -72,9 +73,15 @@ class ElasticConfig:
     def check_cells(self, n_ctx: int) -> None:
         """Refuse a budget of more cells than the context has."""
         if self.budget > n_ctx:
-            raise ConfigError(text("config", "budget in cells", self.budget,
-                                   f"at most the {n_ctx} cells of the context",
-                                   "raise n_ctx or lower the budget"))
+            raise ConfigError(
+                text(
+                    "config",
+                    "budget in cells",
+                    self.budget,
+                    f"at most the {n_ctx} cells of the context",
+                    "raise n_ctx or lower the budget",
+                )
+            )
 
 
 def _budget(value: object) -> float | int:
@@ -91,7 +98,10 @@ def _budget(value: object) -> float | int:
 
 
 def _whole(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) \
-            or not least <= int(value) < 2**31:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Integral)
+        or not least <= int(value) < 2**31
+    ):
         raise ConfigError(text("config", name, repr(value), f"a whole number >= {least}"))
     return int(value)

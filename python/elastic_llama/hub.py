@@ -17,11 +17,17 @@ def fetch(repo: str, filename: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as e:
-        raise DownloadError(text("hub", "huggingface_hub is not installed",
-                                 do="pip install huggingface_hub")) from e
+        raise DownloadError(
+            text("hub", "huggingface_hub is not installed", do="pip install huggingface_hub")
+        ) from e
     try:
         return Path(hf_hub_download(repo_id=repo, filename=filename))
     except Exception as e:  # the Hub's errors have no common base
-        raise DownloadError(text("hub", f"could not fetch {filename} of {repo}",
-                                 f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
-                                 "a file of a public repository, and a network")) from e
+        raise DownloadError(
+            text(
+                "hub",
+                f"could not fetch {filename} of {repo}",
+                f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
+                "a file of a public repository, and a network",
+            )
+        ) from e

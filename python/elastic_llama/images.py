@@ -45,8 +45,9 @@ def load_image(source: ImageSource) -> Image.Image:
             with Image.open(io.BytesIO(data)) as image:
                 return _rgb(image, name)
     except UnidentifiedImageError:
-        raise ImageError(text("image", name, "no known image format",
-                              "PNG, JPEG, WebP, GIF, BMP or TIFF")) from None
+        raise ImageError(
+            text("image", name, "no known image format", "PNG, JPEG, WebP, GIF, BMP or TIFF")
+        ) from None
     except Image.DecompressionBombError:
         raise _too_large(name) from None
 
@@ -90,8 +91,15 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _too_large(name: str) -> ImageError:
-    return ImageError(text("image", name, f"more than {MAX_PIXELS // 1_000_000} megapixels",
-                           f"at most {MAX_PIXELS // 1_000_000}", "scale it down first"))
+    return ImageError(
+        text(
+            "image",
+            name,
+            f"more than {MAX_PIXELS // 1_000_000} megapixels",
+            f"at most {MAX_PIXELS // 1_000_000}",
+            "scale it down first",
+        )
+    )
 
 
 def _read(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
@@ -116,5 +124,6 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
     except binascii.Error as e:
         raise ImageError(text("image", "data URI", f"bad base64 ({e})", "base64 data")) from None
     except (OSError, ValueError) as e:  # unreadable, bad URL, NUL in a path
-        raise ImageError(text("image", name[:200], f"an unreadable file ({e})",
-                              "an image file")) from e
+        raise ImageError(
+            text("image", name[:200], f"an unreadable file ({e})", "an image file")
+        ) from e

@@ -103,8 +103,13 @@ class ElasticLlama(llama_cpp.Llama):
         self.elastic = elastic
         route(verbose)
         try:
-            super().__init__(os.fspath(model_path), n_ctx=n_ctx, verbose=verbose,
-                             chat_handler=chat_handler, **kwargs)
+            super().__init__(
+                os.fspath(model_path),
+                n_ctx=n_ctx,
+                verbose=verbose,
+                chat_handler=chat_handler,
+                **kwargs,
+            )
         except ValueError as e:
             raise load_error(str(model_path), e) from e
         # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
@@ -120,12 +125,17 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
 
     def _attach(self, elastic: ElasticConfig) -> None:
-        address = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value
+        address = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
         try:
             self._session = _core.Session(
-                address, policy=elastic.policy, budget=float(elastic.budget),
-                n_sink=elastic.n_sink, offset=elastic.offset, min_cells=elastic.min_cells,
-                n_threads=elastic.n_threads)
+                address,
+                policy=elastic.policy,
+                budget=float(elastic.budget),
+                n_sink=elastic.n_sink,
+                offset=elastic.offset,
+                min_cells=elastic.min_cells,
+                n_threads=elastic.n_threads,
+            )
         except NotImplementedError as e:
             raise UnsupportedModelError(str(e)) from e
         except ValueError as e:
@@ -145,10 +155,23 @@ class ElasticLlama(llama_cpp.Llama):
             return ElasticStats(cells=self.n_tokens, tokens=self.n_tokens)
         s = self._session.stats()
         return ElasticStats(
-            **{k: s[k] for k in ("compressions", "evictions", "cells_before", "cells_after",
-                                 "bytes_before", "bytes_after")},
-            score_ms=s["score_us"] / 1000, plan_ms=s["plan_us"] / 1000,
-            merge_ms=s["merge_us"] / 1000, cells=self._session.n_cells(0), tokens=self.n_tokens)
+            **{
+                k: s[k]
+                for k in (
+                    "compressions",
+                    "evictions",
+                    "cells_before",
+                    "cells_after",
+                    "bytes_before",
+                    "bytes_after",
+                )
+            },
+            score_ms=s["score_us"] / 1000,
+            plan_ms=s["plan_us"] / 1000,
+            merge_ms=s["merge_us"] / 1000,
+            cells=self._session.n_cells(0),
+            tokens=self.n_tokens,
+        )
 
     @contextmanager
     def prompt_phase(self) -> Iterator[None]:
@@ -180,13 +203,25 @@ class ElasticLlama(llama_cpp.Llama):
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
         if used + n_new > self.n_ctx():
-            raise ContextOverflowError(text(
-                "prompt", "the context is too small", f"{n_new} tokens on top of {used} cells",
-                f"at most n_ctx = {self.n_ctx()} together", "raise n_ctx or shorten the prompt"))
+            raise ContextOverflowError(
+                text(
+                    "prompt",
+                    "the context is too small",
+                    f"{n_new} tokens on top of {used} cells",
+                    f"at most n_ctx = {self.n_ctx()} together",
+                    "raise n_ctx or shorten the prompt",
+                )
+            )
         if self.n_tokens + n_new > len(self.input_ids):
-            raise ContextOverflowError(text(
-                "prompt", "past the positions of the model", self.n_tokens + n_new,
-                f"at most {len(self.input_ids)}", "start over"))
+            raise ContextOverflowError(
+                text(
+                    "prompt",
+                    "past the positions of the model",
+                    self.n_tokens + n_new,
+                    f"at most {len(self.input_ids)}",
+                    "start over",
+                )
+            )
 
     # -- llama_cpp.Llama
 
@@ -211,8 +246,13 @@ class ElasticLlama(llama_cpp.Llama):
         """
         tokens = list(tokens)
         if any(token < 0 for token in tokens):
-            raise StateError(text("eval", "the places of image tokens cannot be decoded again",
-                                  do="ask with create_chat_completion"))
+            raise StateError(
+                text(
+                    "eval",
+                    "the places of image tokens cannot be decoded again",
+                    do="ask with create_chat_completion",
+                )
+            )
         self.check_room(len(tokens))
         phase = self._phase
         if phase is _Phase.FIRST:
@@ -267,8 +307,14 @@ class ElasticLlama(llama_cpp.Llama):
             super().load_state(state)
         except (RuntimeError, ValueError) as e:
             super().load_state(before)
-            raise StateError(text("load_state", "llama.cpp refused the state", str(e),
-                                  "one saved with this model, n_ctx, KV types and policy")) from e
+            raise StateError(
+                text(
+                    "load_state",
+                    "llama.cpp refused the state",
+                    str(e),
+                    "one saved with this model, n_ctx, KV types and policy",
+                )
+            ) from e
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

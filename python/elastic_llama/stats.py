@@ -28,9 +28,11 @@ class ElasticStats:
 
     def __str__(self) -> str:
         cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f} ms"
-        return (f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
-                f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
-                f"{self.compressions} compressions, {self.evictions} evictions; {cost}")
+        return (
+            f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
+            f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
+            f"{self.compressions} compressions, {self.evictions} evictions; {cost}"
+        )
 
 
 @dataclass

@@ -53,8 +53,14 @@ class Vision:
             path = os.fspath(mmproj_path).encode()
             self.ctx = mtmd_cpp.mtmd_init_from_file(path, llm.model, params)
         if self.ctx is None:
-            raise ModelFileError(text("mmproj", str(mmproj_path), "a file that libmtmd refuses",
-                                      "a vision tower for this model"))
+            raise ModelFileError(
+                text(
+                    "mmproj",
+                    str(mmproj_path),
+                    "a file that libmtmd refuses",
+                    "a vision tower for this model",
+                )
+            )
 
     def close(self) -> None:
         if self.ctx is not None:
@@ -76,10 +82,18 @@ class Vision:
             array = (mtmd_cpp.mtmd_bitmap_p_ctypes * max(1, len(bitmaps)))(*bitmaps)
             code = mtmd_cpp.mtmd_tokenize(self.ctx, chunks, ctypes.byref(inp), array, len(bitmaps))
             if code:
-                raise ImageError(text("prompt", "libmtmd could not place the images in it",
-                                      f"code {code}", "one marker per readable image"))
-            yield [self._chunk(mtmd_cpp.mtmd_input_chunks_get(chunks, i))
-                   for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks))]
+                raise ImageError(
+                    text(
+                        "prompt",
+                        "libmtmd could not place the images in it",
+                        f"code {code}",
+                        "one marker per readable image",
+                    )
+                )
+            yield [
+                self._chunk(mtmd_cpp.mtmd_input_chunks_get(chunks, i))
+                for i in range(mtmd_cpp.mtmd_input_chunks_size(chunks))
+            ]
         finally:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
             for bitmap in bitmaps:
@@ -99,10 +113,17 @@ class Vision:
         """Put an encoded image into the KV cache at `n_past`; returns the next position."""
         n_past_new = llama_cpp.llama_pos(0)
         code = mtmd_cpp.mtmd_helper_decode_image_chunk(
-            self.ctx, self.llm._ctx.ctx, chunk.native,
+            self.ctx,
+            self.llm._ctx.ctx,
+            chunk.native,
             embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            llama_cpp.llama_pos(n_past), llama_cpp.llama_seq_id(0), self.llm.n_batch,
-            ctypes.byref(n_past_new), mtmd_cpp.mtmd_helper_post_decode_callback(0), None)
+            llama_cpp.llama_pos(n_past),
+            llama_cpp.llama_seq_id(0),
+            self.llm.n_batch,
+            ctypes.byref(n_past_new),
+            mtmd_cpp.mtmd_helper_post_decode_callback(0),
+            None,
+        )
         if code == 1:
             raise ContextOverflowError(text("image", "no free cells for it", do="raise n_ctx"))
         if code:

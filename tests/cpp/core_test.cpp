@@ -24,23 +24,23 @@ using namespace elastic;
 
 static int n_failed = 0;
 
-#define CHECK(x)                                                     \
-    do {                                                             \
-        if (!(x)) {                                                  \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);  \
-            n_failed++;                                              \
-        }                                                            \
+#define CHECK(x)                                                                                                                           \
+    do {                                                                                                                                   \
+        if (!(x)) {                                                                                                                        \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
+            n_failed++;                                                                                                                    \
+        }                                                                                                                                  \
     } while (0)
 
-#define CHECK_THROWS(x)              \
-    do {                             \
-        bool thrown = false;         \
-        try {                        \
-            x;                       \
-        } catch (const error &) {    \
-            thrown = true;           \
-        }                            \
-        CHECK(thrown && #x);         \
+#define CHECK_THROWS(x)                                                                                                                    \
+    do {                                                                                                                                   \
+        bool thrown = false;                                                                                                               \
+        try {                                                                                                                              \
+            x;                                                                                                                             \
+        } catch (const error &) {                                                                                                          \
+            thrown = true;                                                                                                                 \
+        }                                                                                                                                  \
+        CHECK(thrown && #x);                                                                                                               \
     } while (0)
 
 static std::mt19937 rng(42);
@@ -53,8 +53,8 @@ struct random_keys : key_source {
     int32_t            n_head_kv, n_cells, d;
     std::vector<float> data;
 
-    random_keys(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, int32_t d) :
-        n_head_kv(n_head_kv), n_cells(n_cells), d(d), data((size_t) n_layer * n_head_kv * n_cells * d) {
+    random_keys(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, int32_t d)
+        : n_head_kv(n_head_kv), n_cells(n_cells), d(d), data((size_t) n_layer * n_head_kv * n_cells * d) {
         for (auto & x : data) {
             x = uniform(-1.0f, 1.0f);
         }
@@ -173,7 +173,7 @@ static void test_plans() {
     plan bad = p;
     std::swap(bad.kept[0], bad.kept[1]);
     CHECK_THROWS(validate(bad, c, 1));
-    bad = p;
+    bad         = p;
     bad.kept[0] = -1;
     CHECK_THROWS(validate(bad, c, 1));
     bad = p;
@@ -248,10 +248,9 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     const char * name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
     const plan   p    = make_plan(find_policy(name), { n_keep, 1 }, c, make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), &keys);
 
-    const cell_state in  = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
-                             head_map(n_layer, n_head_kv, n) };
-    cell_state       out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep),
-                             head_map(n_layer, n_head_kv, n_keep) };
+    const cell_state in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
+                            head_map(n_layer, n_head_kv, n) };
+    cell_state out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep) };
     const int32_t        il     = 1;
     std::vector<uint8_t> before = k.bytes;
 
@@ -367,10 +366,9 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
         void    load(int32_t il, int32_t ih, float * dst) const override { read_f32(k[il % k.size()].t, rows, ih, dst); }
     };
     const stream_keys keys(k, src);
-    const cell_state  in  = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
-                              head_map(n_layer, n_head_kv, n) };
-    cell_state        out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep),
-                              head_map(n_layer, n_head_kv, n_keep) };
+    const cell_state  in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
+                             head_map(n_layer, n_head_kv, n) };
+    cell_state out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep) };
 
     std::vector<double> t_plan, t_merge;
     for (int i = 0; i < 5; ++i) {

@@ -6,14 +6,17 @@ import ctypes
 
 import llama_cpp
 import numpy as np
-
 from elastic_llama import lib_dir
 
 _ggml = ctypes.CDLL(str(next(lib_dir().glob("libggml-base.*"))))
 _ggml.ggml_get_name.restype = ctypes.c_char_p
 _ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
 _ggml.ggml_backend_tensor_get.argtypes = [
-    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+]
 _ggml.ggml_nbytes.restype = ctypes.c_size_t
 _ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
 
@@ -21,8 +24,12 @@ _ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
 class _Head(ctypes.Structure):
     """The first fields of ggml_tensor."""
 
-    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4),
-                ("nb", ctypes.c_size_t * 4)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+    ]
 
 
 class Capture:

@@ -13,8 +13,17 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8,
-              "iq4_nl": 20, "bf16": 30}
+GGML_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
 
 _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
@@ -73,8 +82,9 @@ class Engine:
         if self.elastic is not None:
             from elastic_llama import _core
 
-            self.session = _core.Session(ctypes.cast(self.ctx, ctypes.c_void_p).value,
-                                         **self.elastic)
+            self.session = _core.Session(
+                ctypes.cast(self.ctx, ctypes.c_void_p).value, **self.elastic
+            )
 
     def close(self) -> None:
         if self.ctx:
@@ -114,7 +124,7 @@ class Engine:
         """Rows of embeddings [n, n_embd], as an image comes in."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         for start in range(0, len(embeddings), self.n_batch):
-            part = embeddings[start:start + self.n_batch]
+            part = embeddings[start : start + self.n_batch]
             batch = llama_cpp.llama_batch_init(len(part), self.n_embd, 1)
             batch.n_tokens = len(part)
             ctypes.memmove(batch.embd, part.ctypes.data, part.nbytes)

@@ -20,7 +20,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="elastic-llama", description="Chat about images with an elastic KV cache.")
+        prog="elastic-llama", description="Chat about images with an elastic KV cache."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parser(commands)

@@ -15,10 +15,15 @@ _HELP = """/image FILE   show the next question this image (several are possible
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="a conversation about images", epilog=_HELP,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", action="append", default=[], metavar="FILE",
-                        help="image of the first question")
+    parser = commands.add_parser(
+        "chat",
+        help="a conversation about images",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image of the first question"
+    )
     parser.add_argument("--system", help="system prompt")
     options.add_model_options(parser)
     options.add_elastic_options(parser)
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
                 return
             try:
                 if line.startswith("/image"):
-                    waiting.append(load_image(line[len("/image"):].strip()))
+                    waiting.append(load_image(line[len("/image") :].strip()))
                     print("(image ready)")
                 elif line == "/clear":
                     chat.clear()

@@ -30,8 +30,10 @@ def run(args: argparse.Namespace) -> None:
     elastic = options.elastic_config(args)
     print(f"image: {path}\nprompt: {args.prompt}\n")
     rows = []
-    for name, config in (("full", ElasticConfig.off()),
-                         (f"{elastic.policy} {elastic.budget:g}", elastic)):
+    for name, config in (
+        ("full", ElasticConfig.off()),
+        (f"{elastic.policy} {elastic.budget:g}", elastic),
+    ):
         print(f"--- {name}")
         rows.append((name, answer(args, config, [image], args.prompt)))
     print_table(rows)

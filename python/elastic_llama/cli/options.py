@@ -8,8 +8,17 @@ from typing import Any
 from ..config import ElasticConfig
 from ..errors import ConfigError, text
 
-_KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_0": 6, "q5_1": 7, "q4_0": 2, "q4_1": 3,
-             "iq4_nl": 20}
+_KV_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +28,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf-repo", metavar="REPO", help="Hugging Face repository to fetch from")
     group.add_argument("--hf-file", metavar="NAME", help="language model in --hf-repo")
     group.add_argument("--hf-mmproj", metavar="NAME", help="vision tower in --hf-repo")
-    group.add_argument("-c", "--ctx-size", type=int, default=2048, metavar="N",
-                       help="context size in tokens (2048)")
+    group.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="context size in tokens (2048)",
+    )
     group.add_argument("-t", "--threads", type=int, metavar="N")
-    group.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N",
-                       help="layers on the GPU (0)")
+    group.add_argument(
+        "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
+    )
     group.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="off")
     group.add_argument("-ctk", "--cache-type-k", choices=tuple(_KV_TYPES), default="f16")
     group.add_argument("-ctv", "--cache-type-v", choices=tuple(_KV_TYPES), default="f16")
@@ -32,27 +48,48 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_elastic_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("elastic cache")
-    group.add_argument("--kv-budget", type=float, default=0.2, metavar="B",
-                       help="fraction of cells kept (0 < B <= 1) or number of cells (B > 1); 0.2")
+    group.add_argument(
+        "--kv-budget",
+        type=float,
+        default=0.2,
+        metavar="B",
+        help="fraction of cells kept (0 < B <= 1) or number of cells (B > 1); 0.2",
+    )
     group.add_argument("--policy", default="elastic", help="row of the policy table (elastic)")
     group.add_argument("--n-sink", type=int, default=1, metavar="N", help="first cells that stay")
-    group.add_argument("--offset", type=int, default=25, metavar="N",
-                       help="distance of the cell that leaves from the prompt's end (25)")
-    group.add_argument("--min-cells", type=int, default=64, metavar="N",
-                       help="fewer cells than this are left alone (64)")
+    group.add_argument(
+        "--offset",
+        type=int,
+        default=25,
+        metavar="N",
+        help="distance of the cell that leaves from the prompt's end (25)",
+    )
+    group.add_argument(
+        "--min-cells",
+        type=int,
+        default=64,
+        metavar="N",
+        help="fewer cells than this are left alone (64)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
-    group.add_argument("-n", "--predict", type=int, default=256, metavar="N",
-                       help="most tokens of an answer (256)")
+    group.add_argument(
+        "-n", "--predict", type=int, default=256, metavar="N", help="most tokens of an answer (256)"
+    )
     group.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (0)")
     group.add_argument("-s", "--seed", type=int, default=0)
 
 
 def elastic_config(args: argparse.Namespace) -> ElasticConfig:
-    return ElasticConfig(budget=args.kv_budget, policy=args.policy, n_sink=args.n_sink,
-                         offset=args.offset, min_cells=args.min_cells)
+    return ElasticConfig(
+        budget=args.kv_budget,
+        policy=args.policy,
+        n_sink=args.n_sink,
+        offset=args.offset,
+        min_cells=args.min_cells,
+    )
 
 
 def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
@@ -62,8 +99,9 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         from ..hub import fetch
 
         if not args.hf_file:
-            raise ConfigError(text("options", "--hf-repo without --hf-file",
-                                   do="name the language model's file"))
+            raise ConfigError(
+                text("options", "--hf-repo without --hf-file", do="name the language model's file")
+            )
         model = str(fetch(args.hf_repo, args.hf_file))
         mmproj = str(fetch(args.hf_repo, args.hf_mmproj)) if args.hf_mmproj else mmproj
     if mmproj and not model:
@@ -79,11 +117,27 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     flash = {"on": True, "off": False, "auto": False}[args.flash_attn]
     if args.cache_type_v not in ("f32", "f16", "bf16") and not flash:
         if args.flash_attn == "off":
-            raise ConfigError(text("options", "--cache-type-v", args.cache_type_v,
-                                   "f32, f16 or bf16 without flash attention", "add -fa on"))
+            raise ConfigError(
+                text(
+                    "options",
+                    "--cache-type-v",
+                    args.cache_type_v,
+                    "f32, f16 or bf16 without flash attention",
+                    "add -fa on",
+                )
+            )
         flash = True
     return ElasticLlama(
-        model, mmproj_path=mmproj, elastic=elastic, n_ctx=args.ctx_size, n_threads=args.threads,
-        n_threads_batch=args.threads, n_gpu_layers=args.gpu_layers, flash_attn=flash,
-        type_k=_KV_TYPES[args.cache_type_k], type_v=_KV_TYPES[args.cache_type_v],
-        seed=args.seed, verbose=args.verbose)
+        model,
+        mmproj_path=mmproj,
+        elastic=elastic,
+        n_ctx=args.ctx_size,
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
+        n_gpu_layers=args.gpu_layers,
+        flash_attn=flash,
+        type_k=_KV_TYPES[args.cache_type_k],
+        type_v=_KV_TYPES[args.cache_type_v],
+        seed=args.seed,
+        verbose=args.verbose,
+    )

@@ -10,9 +10,14 @@ from .layout import SPLITS, make_scene
 from .questions import KINDS, questions
 
 
-def write_dataset(folder: str | Path, split: str = "test", count: int = 40,
-                  grid: int | None = None, first: int = 0,
-                  kinds: tuple[str, ...] = KINDS) -> Path:
+def write_dataset(
+    folder: str | Path,
+    split: str = "test",
+    count: int = 40,
+    grid: int | None = None,
+    first: int = 0,
+    kinds: tuple[str, ...] = KINDS,
+) -> Path:
     """Write `count` scenes of a split.
 
     Returns

@@ -24,14 +24,14 @@ EMPTY_RATE = 0.12  # chance of a cell to hold nothing
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the grid; `color` and `shape` are both None when it is empty."""
+    """One cell of the grid; `color` and `shape` are both "" when it is empty."""
 
-    color: str | None = None
-    shape: str | None = None
+    color: str = ""
+    shape: str = ""
 
     @property
     def is_empty(self) -> bool:
-        return self.color is None
+        return not self.color
 
     def __str__(self) -> str:
         return EMPTY if self.is_empty else f"{self.color} {self.shape}"
@@ -58,8 +58,10 @@ class Scene:
     def at(self, row: int, column: int) -> Cell:
         """Cell at a 1-based row and column."""
         if not (1 <= row <= self.grid and 1 <= column <= self.grid):
-            raise ValueError(f"[scene] cell outside the grid, got row {row}, column {column}, "
-                             f"expected 1 to {self.grid}")
+            raise ValueError(
+                f"[scene] cell outside the grid, got row {row}, column {column}, "
+                f"expected 1 to {self.grid}"
+            )
         return self.cells[(row - 1) * self.grid + column - 1]
 
     def row(self, row: int) -> tuple[Cell, ...]:

@@ -40,8 +40,9 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question | No
         return Question(kind, f"What is in row {row}?", _row_text(scene, row))
     if kind == "where":
         found = [str(cell) for cell in scene.cells]
-        places = [p for p in places if not scene.at(*p).is_empty
-                  and found.count(str(scene.at(*p))) == 1]
+        places = [
+            p for p in places if not scene.at(*p).is_empty and found.count(str(scene.at(*p))) == 1
+        ]
     elif kind in ("color", "shape"):
         places = [p for p in places if not scene.at(*p).is_empty]
     elif kind != "cell":

@@ -85,8 +85,9 @@ def outline(shape: str, turn: float, size: int) -> np.ndarray:
 
 def _background(rng: np.random.Generator) -> Image.Image:
     """A pale gradient between two tints with fine grain."""
-    top, bottom = (_rgb(rng.random() * 360, 0.10 * rng.random(), 0.93 + 0.07 * rng.random())
-                   for _ in range(2))
+    top, bottom = (
+        _rgb(rng.random() * 360, 0.10 * rng.random(), 0.93 + 0.07 * rng.random()) for _ in range(2)
+    )
     angle = rng.random() * 2 * math.pi
     grain_seed = int(rng.integers(2**31))
     axis = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32)
@@ -99,13 +100,14 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
+    r, g, b = colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value)
+    return round(255 * r), round(255 * g), round(255 * b)
 
 
 def _color(name: str, u: np.ndarray) -> tuple[int, int, int]:
     """The named colour moved a little; `u` holds three numbers in [0, 1)."""
     hue, saturation, value = _HSV[name]
-    move = 2 * u - 1
+    move = [2 * float(x) - 1 for x in u]
     return _rgb(
         hue + 6 * move[0],
         min(1.0, saturation + 0.07 * move[1]),
@@ -123,11 +125,14 @@ def _paste(image: Image.Image, shape: str, p: Placement) -> None:
     image.paste(p.color, (left, top), mask.reduce(SUPERSAMPLE))
 
 
-def _fill(mask: Image.Image, shape: str, center: tuple[float, float], radius: float,
-          turn: float) -> None:
+def _fill(
+    mask: Image.Image, shape: str, center: tuple[float, float], radius: float, turn: float
+) -> None:
     cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-    points = [(center[0] + radius * (x * cos - y * sin), center[1] + radius * (x * sin + y * cos))
-              for x, y in _OUTLINES[shape]]
+    points = [
+        (center[0] + radius * (x * cos - y * sin), center[1] + radius * (x * sin + y * cos))
+        for x, y in _OUTLINES[shape]
+    ]
     ImageDraw.Draw(mask).polygon(points, fill=255)
 
 
@@ -155,8 +160,20 @@ def _heart() -> list[tuple[float, float]]:
 
 def _cross() -> list[tuple[float, float]]:
     a, b = 0.32, 0.96
-    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    return [
+        (-a, -b),
+        (a, -b),
+        (a, -a),
+        (b, -a),
+        (b, a),
+        (a, a),
+        (a, b),
+        (-a, b),
+        (-a, a),
+        (-b, a),
+        (-b, -a),
+        (-a, -a),
+    ]
 
 
 # Outlines in a unit circle around the origin, y downwards.

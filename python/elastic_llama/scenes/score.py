@@ -35,8 +35,9 @@ class CaptionScore:
     whole: int = 0
 
     def __add__(self, other: CaptionScore) -> CaptionScore:
-        return CaptionScore(*(getattr(self, f) + getattr(other, f)
-                              for f in self.__dataclass_fields__))
+        return CaptionScore(
+            *(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__)
+        )
 
 
 def parse_caption(text: str) -> list[list[Cell | None]]:

@@ -1,0 +1,62 @@
+# make demo: set everything up and describe the embedded image. make test: run the tests.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+export CMAKE_ARGS += -DLLAMA_BUILD=OFF
+
+.PHONY: demo test build lint format sanitize stubs check-stubs clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/elastic-llama demo
+
+test: $(VENV)/.installed
+	$(PY) -m pytest
+
+# what an isolated build would bring; here, so that rebuilding after a change takes seconds
+$(VENV)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q scikit-build-core pybind11 patch-ng cmake ninja
+	$(PY) -m pip install -q llama-cpp-python==0.3.36
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools
+	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+build: $(VENV)/.tools
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PY) -m pip install -q -e ".[dev]" --no-build-isolation
+	touch $@
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp')
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp')
+
+# the core alone, under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.tools
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build-sanitize -G Ninja -DELASTIC_ONLY_CORE=ON \
+		-DELASTIC_BUILD_TESTS=ON -DELASTIC_INTERNAL_CHECKS=ON -DELASTIC_SANITIZE=address,undefined \
+		-DSKBUILD_PROJECT_VERSION=0 -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build-sanitize --target core_test
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build-sanitize --output-on-failure
+
+stubs: $(VENV)/.dev
+	$(PY) scripts/make_stubs.py
+
+check-stubs: $(VENV)/.dev
+	$(PY) scripts/make_stubs.py --check
+
+clean:
+	rm -rf build build-sanitize $(VENV)

@@ -1,0 +1,109 @@
+"""
+Native part of elastic_llama: the elastic KV cache.
+"""
+
+from __future__ import annotations
+import numpy
+import numpy.typing
+import typing
+from . import core
+
+__all__ = ["Session", "build_info", "core"]
+
+class Session:
+    """
+    The elastic KV cache of one llama_context.
+    """
+    @staticmethod
+    def _pybind11_conduit_v1_(*args, **kwargs): ...
+    def __init__(
+        self,
+        ctx: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        policy: str = "elastic",
+        budget: typing.SupportsFloat | typing.SupportsIndex = 0.2,
+        n_sink: typing.SupportsInt | typing.SupportsIndex = 1,
+        offset: typing.SupportsInt | typing.SupportsIndex = 25,
+        min_cells: typing.SupportsInt | typing.SupportsIndex = 64,
+        n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        Attach an elastic cache to the llama_context at address `ctx`.
+
+        Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
+        RuntimeError when the cache holds cells already.
+        """
+    def bias(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Attention bias, f32 [n_layer, n_head_kv, n_cells].
+        """
+    def cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
+        """
+        Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).
+        """
+    def compress(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Compress the prompt of a sequence now; returns the number of cells it holds after.
+        """
+    def count(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].
+        """
+    def detach(self) -> None:
+        """
+        Switch the elastic cache off. RuntimeError while some cell carries an attention bias.
+        """
+    def forget(self) -> None:
+        """
+        Forget the context without touching it; for when it is about to be freed.
+        """
+    def hold(self, value: bool) -> None:
+        """
+        While held, one-token batches belong to the prompt and nothing is compressed.
+        """
+    def kv_bytes_per_cell(self) -> int:
+        """
+        Bytes of K, V and bias that one cell takes in all layers.
+        """
+    def last_plan(self) -> dict:
+        """
+        Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].
+        """
+    def mass(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Importance, f32 [n_layer, n_head_kv, n_cells].
+        """
+    def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Cells the sequence holds.
+        """
+    def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Tokens decoded since the sequence was last empty.
+        """
+    def read_kv(
+        self,
+        seq_id: typing.SupportsInt | typing.SupportsIndex,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).
+        """
+    def reset_stats(self) -> None: ...
+    def stats(self) -> dict:
+        """
+        Counters since the last reset; times in microseconds, sizes in bytes.
+        """
+    @property
+    def is_attached(self) -> bool: ...
+
+def build_info() -> dict:
+    """
+    What this build is made of: llama.cpp commit, patches, backends, CPU features.
+    """

@@ -1,0 +1,106 @@
+"""
+The pure functions of the core, for tests and inspection; prone to change.
+"""
+
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+
+__all__ = [
+    "budget_cells",
+    "dequantize_rows",
+    "leaving_cell",
+    "make_plan",
+    "merge_layer",
+    "policies",
+    "quantize_rows",
+    "split_budget",
+]
+
+def budget_cells(
+    value: typing.SupportsFloat | typing.SupportsIndex,
+    n_tokens: typing.SupportsInt | typing.SupportsIndex,
+) -> int:
+    """
+    Cells that a budget (fraction kept, or number of cells) allows for n_tokens.
+    """
+
+def dequantize_rows(
+    type: str,
+    bytes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    d: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float32]:
+    """
+    Stored bytes as f32 [n, d].
+    """
+
+def leaving_cell(
+    rule: str,
+    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    n_prompt: typing.SupportsInt | typing.SupportsIndex,
+    offset: typing.SupportsInt | typing.SupportsIndex,
+    n_sink: typing.SupportsInt | typing.SupportsIndex,
+    total: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+) -> int:
+    """
+    Logical index of the cell that leaves, -1 for none.
+    """
+
+def make_plan(
+    policy: str,
+    n_keep: typing.SupportsInt | typing.SupportsIndex,
+    n_sink: typing.SupportsInt | typing.SupportsIndex,
+    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    importance: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    keys: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
+    n_threads: typing.SupportsInt | typing.SupportsIndex = 1,
+) -> dict:
+    """
+    Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted) and positions [N].
+    """
+
+def merge_layer(
+    rule: str,
+    kept: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    bucket: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    k: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    type_k: str,
+    v: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    type_v: str,
+    v_transposed: bool,
+    n_embd_head: typing.SupportsInt | typing.SupportsIndex,
+    n_rows: typing.SupportsInt | typing.SupportsIndex,
+    rows_src: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    rows_dst: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    mass: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    count: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    bias: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+) -> tuple:
+    """
+    Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).
+    """
+
+def policies() -> list:
+    """
+    The table of policies.
+    """
+
+def quantize_rows(
+    type: str, x: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]
+) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    Rows of f32 [n, d] as stored bytes.
+    """
+
+def split_budget(
+    n_keep: typing.SupportsInt | typing.SupportsIndex,
+    n_text: typing.SupportsInt | typing.SupportsIndex,
+    n_image: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[int, int]:
+    """
+    Text and image cells that stay of n_keep.
+    """

@@ -1,0 +1,100 @@
+"""Shows that off is off: logits of our libraries against a stock build, bit by bit.
+
+Each library folder answers in a process of its own: a prompt of tokens, embeddings (as an image
+comes in) and tokens, then forced tokens, with and without flash attention, for several KV types.
+`budget 1.0` has an elastic cache attached that keeps everything.
+
+    python scripts/compare_stock.py [--model FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+RUNS = [(False, "f16", "f16"), (False, "q8_0", "f16"), (True, "f16", "f16"), (True, "q8_0", "q8_0")]
+
+
+def name_of(fa: bool, k: str, v: str) -> str:
+    return f"flash attention {'on ' if fa else 'off'}, K {k}, V {v}"
+
+
+def answer(model: str, target: str, elastic: bool) -> None:
+    """Runs in the child: all logits of all runs into an npz."""
+    if elastic:
+        import elastic_llama  # noqa: F401  (chooses the libraries)
+    from tests.support.engine import Engine, random_tokens
+
+    out = {}
+    for fa, k, v in RUNS:
+        config = {"policy": "elastic", "budget": 1.0, "min_cells": 8} if elastic else None
+        kw = {"flash_attn": fa, "type_k": k, "type_v": v, "n_ctx": 1024, "elastic": config}
+        with Engine(model, **kw) as e:
+            rows = np.random.default_rng(0).normal(scale=0.3, size=(576, e.n_embd))
+            e.prompt(random_tokens(30, min(e.n_vocab, 300), 1), 0, logits=False)
+            e.image(rows.astype(np.float32), 30)
+            e.prompt(random_tokens(20, min(e.n_vocab, 300), 2), 606)
+            logits = [e.logits(-1), *e.forced(random_tokens(16, min(e.n_vocab, 300), 3), 626)]
+        out[name_of(fa, k, v)] = np.stack(logits)
+    np.savez(target, **out)
+
+
+def run_child(lib_dir: Path, model: str, target: Path, elastic: bool) -> dict[str, np.ndarray]:
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib_dir), "MTMD_CPP_LIB": str(lib_dir)}
+    command = [sys.executable, __file__, "--child", str(target), "--model", model]
+    subprocess.run([*command, *(["--elastic"] if elastic else [])], env=env, check=True)
+    with np.load(target) as data:
+        return dict(data)
+
+
+def compare(model: str, stock_dir: Path, our_dir: Path) -> list[tuple[str, str, bool, float]]:
+    """Rows of (run, which of ours, identical, largest difference)."""
+    with tempfile.TemporaryDirectory() as temp:
+        stock = run_child(stock_dir, model, Path(temp) / "stock.npz", False)
+        rows = []
+        for label, elastic in (("off", False), ("budget 1.0", True)):
+            ours = run_child(our_dir, model, Path(temp) / "ours.npz", elastic)
+            for run, expected in stock.items():
+                same = bool(np.array_equal(expected.view(np.uint32), ours[run].view(np.uint32)))
+                rows.append((run, label, same, float(np.abs(expected - ours[run]).max())))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="GGUF; default: a tiny random one")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--elastic", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        answer(args.model, args.child, args.elastic)
+        return 0
+
+    import elastic_llama
+
+    from tests.support.stock import stock_lib_dir
+    from tests.support.tiny_llama import write_tiny_llama
+
+    with tempfile.TemporaryDirectory() as temp:
+        model = args.model or str(
+            write_tiny_llama(Path(temp) / "tiny.gguf", n_layer=4, n_embd=256, n_head=4, n_head_kv=2)
+        )
+        rows = compare(model, stock_lib_dir(), elastic_llama.lib_dir())
+    for run, label, same, largest in rows:
+        print(f"{run:44} {label:10} {'identical' if same else f'DIFFERS by {largest:g}'}")
+    return 0 if all(same for _, _, same, _ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

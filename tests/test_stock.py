@@ -1,0 +1,26 @@
+"""Off is off, and a budget of 1.0 is off: the same logits as a stock build of the same source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from elastic_llama import lib_dir
+
+from scripts.compare_stock import RUNS, compare
+from tests.support.stock import stock_lib_dir
+
+
+def check(model: Path) -> None:
+    rows = compare(str(model), stock_lib_dir(), lib_dir())
+    assert len(rows) == 2 * len(RUNS)
+    assert [row for row in rows if not row[2]] == []
+
+
+def test_off_is_bit_identical(tiny_gqa: Path) -> None:
+    check(tiny_gqa)
+
+
+@pytest.mark.model
+def test_off_is_bit_identical_on_a_real_model(embedded_model: Path) -> None:
+    check(embedded_model)
