@@ -161,11 +161,14 @@ def prepare(pin: dict[str, str], patches: list[Path], archive: Path | None, cach
         apply_series(patches, work)
         lines = [*(p.name for p in patches), f"sha256 {tree_hash(work)}"]
         (work / STAMP).write_text("".join(line + "\n" for line in lines))
+        if tree.exists() and not (tree / STAMP).is_file():
+            shutil.rmtree(tree)  # left by a build that was killed
         try:
             os.replace(work, tree)
         except OSError:
             if not (tree / STAMP).is_file():  # else another build was faster
-                raise
+                shutil.rmtree(tree)  # left half removed by a build that was killed
+                os.replace(work, tree)
     return tree
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-pytest.importorskip("patch_ng", reason="patch-ng, a build requirement, is needed to apply patches")
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "one\ntwo\nthree\nfour\nfive\nsix\nseven\n"
@@ -49,15 +48,10 @@ index 0000000..0000001
 
 
 @pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "prepare_llama_cpp", ROOT / "cmake" / "prepare_llama_cpp.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def prepare() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "cmake")  # as for the script: its helper lies beside it
+        yield importlib.import_module("prepare_llama_cpp")
 
 
 class Project:

@@ -1,4 +1,4 @@
-"""What the wheel carries: the package, one extension and its libraries, nothing of llama.cpp else."""
+"""What the wheel carries: the package, one extension and its libraries, no more of llama.cpp."""
 
 from __future__ import annotations
 
