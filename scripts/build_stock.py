@@ -79,8 +79,10 @@ def build(archive: Path | None = None, jobs: int | None = None) -> Path:
     with locked(cache / f"{target.name}.lock"):
         if target.is_dir():  # another process built it meanwhile
             return target
-        tree = source.prepare(pin, [], archive, source.cache_dir())
         work, env = cache / f"{target.name}.build", environment()
+        tree = source.prepare(pin, [], archive, source.cache_dir())
+        # at the place where the package's build has it: ccache then knows what is not patched
+        tree = source.mirror(tree, work / "llama.cpp-src")
         cmake = shutil.which("cmake", path=env["PATH"])
         if cmake is None:
             raise BuildError("there is no cmake: pip install cmake ninja")
