@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     options.add_sampling_options(parser)
     parser.add_argument("--image", metavar="FILE", help="another image")
     parser.add_argument("-p", "--prompt", default="Describe the image row by row.")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, predict=48)
 
 
 def run(args: argparse.Namespace) -> None:
