@@ -44,7 +44,7 @@ class Heads(nn.Module):
             total = total + weight * F.cross_entropy(logits, target)
             right[name] = (logits.argmax(-1) == target).float().mean().item()
         # Drawing the whole object makes a patch gather its cell; the shape's name alone is too
-        # thin a signal (it stays near chance for thousands of images).
+        # thin a signal (near chance after 5 000 images).
         has = labels.objects >= 0
         drawn = self.outline(features[has]).float()
         shown = labels.outlines[labels.objects[has]]

@@ -46,7 +46,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the tower's blocks, AdamW for everything else.
 
-    With Muon shapes appear after about 5 000 images, with AdamW after more than twice as many.
+    Shapes stalled with AdamW alone and came after the change to Muon (with smaller objects and the
+    outline head, at the same time).
     In phase b the tower moves at half the rate of the projector, which has more to learn there.
     """
     named = [
