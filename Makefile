@@ -18,7 +18,7 @@ test: $(VENV)/.installed
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q scikit-build-core pybind11 cmake ninja
+	$(PY) -m pip install -q scikit-build-core pybind11==3.1.0 cmake ninja  # the stubs depend on pybind11
 	$(PY) -m pip install -q llama-cpp-python==0.3.36
 	touch $@
 
