@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+# what the compiled part is made of; Python files need no rebuild
+NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* patches/*.p*)
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 
@@ -22,12 +24,13 @@ $(VENV)/.tools: pyproject.toml
 	$(PY) -m pip install -q llama-cpp-python==0.3.36
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.tools
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
 	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
 build: $(VENV)/.tools
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch -c $(VENV)/.installed
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PY) -m pip install -q -e ".[dev]" --no-build-isolation

@@ -32,21 +32,32 @@ class BuildError(RuntimeError):
     """A step of the build failed; its output is the message."""
 
 
-def stock_key(pin: dict[str, str]) -> str:
-    """Names everything that the libraries depend on."""
-    digest = hashlib.sha256()
-    for path in (CMAKE / "llama_cpp_options.cmake", CMAKE / "stock" / "CMakeLists.txt"):
-        digest.update(path.read_bytes() + b"\0")
-    for name in ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"):
-        digest.update(f"{name}={os.environ.get(name, '')}\0".encode())
-    digest.update(f"{platform.system()} {platform.machine()} {pin['sha256']}".encode())
-    return f"{pin['commit']}-{digest.hexdigest()[:12]}"
+def cmake_args() -> list[str]:
+    """Options of the environment, without the one that is for llama-cpp-python."""
+    return [a for a in os.environ.get("CMAKE_ARGS", "").split() if a != "-DLLAMA_BUILD=OFF"]
 
 
 def environment() -> dict[str, str]:
-    """PATH with the tools of this Python's environment behind those that are there."""
+    """The compilers of the package's build, and the tools of this Python's environment in PATH."""
     path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-    return {**os.environ, "PATH": path}
+    env = {**os.environ, "PATH": path}
+    for name in ("CC", "CXX"):  # as scikit-build-core chooses them
+        words = (sysconfig.get_config_var(name) or "").split()
+        if words and name not in env and shutil.which(words[0]):
+            env[name] = words[0]
+    return env
+
+
+def stock_key(pin: dict[str, str], env: dict[str, str]) -> str:
+    """Names everything that the libraries depend on."""
+    digest = hashlib.sha256()
+    for name in ("llama_cpp_options.cmake", "llama_cpp_targets.cmake", "stock/CMakeLists.txt"):
+        digest.update((CMAKE / name).read_bytes() + b"\0")
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"):
+        digest.update(f"{name}={env.get(name, '')}\0".encode())
+    digest.update(" ".join(cmake_args()).encode() + b"\0")
+    digest.update(f"{platform.system()} {platform.machine()} {pin['sha256']}".encode())
+    return f"{pin['commit']}-{digest.hexdigest()[:12]}"
 
 
 def run(command: list[str], env: dict[str, str]) -> None:
@@ -72,14 +83,15 @@ def build(archive: Path | None = None, jobs: int | None = None) -> Path:
     """The folder of the stock libraries."""
     pin = source.read_pin(ROOT / "patches" / "llama-cpp.pin")
     cache = source.cache_dir() / "stock"
-    target = cache / stock_key(pin)
+    env = environment()
+    target = cache / stock_key(pin, env)
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{target.name}.lock"):
         if target.is_dir():  # another process built it meanwhile
             return target
-        work, env = cache / f"{target.name}.build", environment()
+        work = cache / f"{target.name}.build"
         tree = source.prepare(pin, [], archive, source.cache_dir())
         # at the place where the package's build has it: ccache then knows what is not patched
         tree = source.mirror(tree, work / "llama.cpp-src")
@@ -88,7 +100,7 @@ def build(archive: Path | None = None, jobs: int | None = None) -> Path:
             raise BuildError("there is no cmake: pip install cmake ninja")
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
         options = ["-DCMAKE_BUILD_TYPE=Release", f"-DSTOCK_TREE={tree}"]
-        options += os.environ.get("CMAKE_ARGS", "").split()
+        options += cmake_args()
         run([cmake, "-S", str(CMAKE / "stock"), "-B", str(work), *generator, *options], env)
         parallel = str(jobs or os.cpu_count() or 1)
         run([cmake, "--build", str(work), "--target", "stock", "--parallel", parallel], env)
