@@ -53,6 +53,19 @@ class Heads(nn.Module):
         return total + OUTLINE_WEIGHT * outline, right
 
 
+def look(
+    tower: Tower, heads: Heads, scenes: list[Scene]
+) -> tuple[PatchLabels, Tensor, Tensor, dict]:
+    """Patch labels, image tokens [b, n_patch, width] in f32, the heads' loss, their hits."""
+    labels = patch_labels(scenes, tower.config.side)
+    pixels = normalise([s.render() for s in scenes], tower.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = tower.features(pixels)
+        loss, right = heads.loss(features, labels)
+        said = tower.project(features).float()
+    return labels, said, loss, right
+
+
 class PhaseA:
     """No language model in the loop: patches learn what is where and which word to say.
 
@@ -64,12 +77,7 @@ class PhaseA:
 
     def backward(self, tower: Tower, heads: Heads, scenes: list[Scene]) -> dict:
         """Add the gradients of one batch; returns figures for the log."""
-        labels = patch_labels(scenes, tower.config.side)
-        pixels = normalise([s.render() for s in scenes], tower.config)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = tower.features(pixels)
-            loss, right = heads.loss(features, labels)
-            said = tower.project(features).float()
+        labels, said, loss, right = look(tower, heads, scenes)
         target = self.codebook(labels)
         distance = F.mse_loss(said, target) / target.flatten(0, 1).var(0).mean()
         (loss + 2 * distance).backward()
@@ -135,12 +143,7 @@ class PhaseB:
 
     def backward(self, tower: Tower, heads: Heads, scenes: list[Scene]) -> dict:
         """Add the gradients of one batch; returns figures for the log."""
-        labels = patch_labels(scenes, tower.config.side)
-        pixels = normalise([s.render() for s in scenes], tower.config)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = tower.features(pixels)
-            aux, right = heads.loss(features, labels)
-            said = tower.project(features).float()
+        _, said, aux, right = look(tower, heads, scenes)
         grads, figures = self.reading.gradient(said, scenes)
         torch.autograd.backward([said, self.aux * aux], [grads, None])
         return {"aux_color": right["color"], "aux_shape": right["shape"], **figures}

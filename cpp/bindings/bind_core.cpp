@@ -1,5 +1,6 @@
 // _core.core: the pure functions, for tests and inspection.
 
+#include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "core/budget.h"
 #include "core/generate.h"
@@ -8,7 +9,6 @@
 #include "core/rows.h"
 #include "core/select.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <numeric>
@@ -82,18 +82,6 @@ static head_map make_map(const f32_array & a, const char * what) {
     return m;
 }
 
-static py::array_t<float> to_array(const head_map & m) {
-    py::array_t<float> res({ m.n_layer, m.n_head_kv, m.n_cells });
-    std::copy(m.data.begin(), m.data.end(), res.mutable_data());
-    return res;
-}
-
-template <typename T> static py::array_t<T> to_array(const std::vector<T> & v) {
-    py::array_t<T> res((py::ssize_t) v.size());
-    std::copy(v.begin(), v.end(), res.mutable_data());
-    return res;
-}
-
 // keys given as an array [n_layer, n_head_kv, n_cells, n_embd_head]
 struct array_keys : key_source {
     explicit array_keys(const f32_array & a) : a(a) {
@@ -130,9 +118,9 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
         p = make_plan(find_policy(name), { n_keep, n_sink }, c, m, source ? &*source : nullptr, n_threads);
         validate(p, c, n_sink);
     }
-    const auto kept   = to_array(p.kept).reshape({ p.n_layer, p.n_head_kv, p.n_keep });
-    const auto bucket = to_array(p.bucket).reshape({ p.n_layer, p.n_head_kv, p.n_cells });
-    return py::dict("kept"_a = kept, "bucket"_a = bucket, "positions"_a = to_array(rank_positions(p)));
+    py::dict res     = to_dict(p);
+    res["positions"] = to_array(rank_positions(p));
+    return res;
 }
 
 // checked here because ggml aborts on a type without rows or an incomplete block

@@ -1,13 +1,9 @@
 // _core.Session: the elastic cache of one llama_context, by address of the context.
 
+#include "bindings/arrays.h"
 #include "bindings/bindings.h"
-#include "core/rows.h"
 #include "runtime/attach.h"
 
-#include "llama-context.h"
-#include "llama-kv-cache.h"
-
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 namespace py = pybind11;
@@ -65,62 +61,22 @@ static py::dict stats_dict(const elastic_stats & s) {
                     "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
 }
 
-static py::array_t<float> to_array(const head_map & m) {
-    py::array_t<float> res({ m.n_layer, m.n_head_kv, m.n_cells });
-    std::copy(m.data.begin(), m.data.end(), res.mutable_data());
-    return res;
-}
-
-// K and V of the sequence's cells of one layer as f32 [n_cells, n_head_kv, n_embd_head]
 static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
-    auto &       cache = self.cache(seq_id);
-    const auto & shape = cache.geometry();
-    if (il < 0 || il >= shape.n_layer) {
-        throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
-    }
-    kv_layer_access layer(cache.cache(), shape, il, cache.cache().get_stream(seq_id));
-    layer.load_k();
-    layer.load_v();
-
-    const auto rows = cache.logical_cells(seq_id);
-    const auto read = [&](const kv_rows & t) {
-        py::array_t<float> res({ (py::ssize_t) rows.size(), (py::ssize_t) t.n_head_kv, (py::ssize_t) t.n_embd_head });
-        std::vector<float> head(rows.size() * t.n_embd_head);
-        for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
-            read_f32(t, rows, ih, head.data());
-            for (size_t i = 0; i < rows.size(); ++i) {
-                std::copy_n(head.data() + i * t.n_embd_head, t.n_embd_head, res.mutable_data(i, ih, 0));
-            }
-        }
-        return res;
-    };
-    return py::make_tuple(read(layer.k), read(layer.v));
+    const auto x = self.cache(seq_id).read_kv(seq_id, il);
+    return py::make_tuple(to_array(x.k).reshape({ x.n_cells, x.n_head_kv, x.n_embd_head_k }),
+                          to_array(x.v).reshape({ x.n_cells, x.n_head_kv, x.n_embd_head_v }));
 }
 
 static py::dict read_cells(const session & self, llama_seq_id seq_id) {
-    auto &       cache = self.cache(seq_id);
-    const auto & kv    = cache.cache();
-    const auto   strm  = kv.get_stream(seq_id);
-
     std::vector<int32_t> index;
     std::vector<int32_t> pos;
     std::vector<int32_t> kind;
-    for (const auto & [p, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-        index.push_back((int32_t) cell);
-        pos.push_back(p);
-        kind.push_back((int32_t) cache.cells_store().kind(strm, (int32_t) cell));
+    for (const auto & cell : self.cache(seq_id).describe_cells(seq_id)) {
+        index.push_back(cell.index);
+        pos.push_back(cell.pos);
+        kind.push_back((int32_t) cell.kind);
     }
-    return py::dict("index"_a = py::array_t<int32_t>(py::cast(index)), "pos"_a = py::array_t<int32_t>(py::cast(pos)),
-                    "kind"_a = py::array_t<int32_t>(py::cast(kind)));
-}
-
-static py::dict read_plan(const session & self) {
-    const auto &         p = self.cache().last_plan();
-    py::array_t<int32_t> kept({ p.n_layer, p.n_head_kv, p.n_keep });
-    py::array_t<int32_t> bucket({ p.n_layer, p.n_head_kv, p.n_cells });
-    std::copy(p.kept.begin(), p.kept.end(), kept.mutable_data());
-    std::copy(p.bucket.begin(), p.bucket.end(), bucket.mutable_data());
-    return py::dict("kept"_a = kept, "bucket"_a = bucket);
+    return py::dict("index"_a = to_array(index), "pos"_a = to_array(pos), "kind"_a = to_array(kind));
 }
 
 void bind_session(py::module_ & m) {
@@ -169,7 +125,9 @@ RuntimeError when the cache holds cells already.)pbdoc")
             py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
         .def("read_kv", &read_kv, py::arg("seq_id"), py::arg("layer"),
              "K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).")
-        .def("last_plan", &read_plan, "Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].");
+        .def(
+            "last_plan", [](const session & self) { return to_dict(self.cache().last_plan()); },
+            "Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].");
 }
 
 }  // namespace elastic

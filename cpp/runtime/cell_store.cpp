@@ -199,8 +199,8 @@ float * cell_store::mass_row(uint32_t strm, int32_t il, int32_t ih) {
 }
 
 ggml_tensor * cell_store::bias_tensor(int32_t il_model) const {
-    const auto it = std::find(shape.layer_ids.begin(), shape.layer_ids.end(), il_model);
-    return it == shape.layer_ids.end() ? nullptr : bias_tensors[it - shape.layer_ids.begin()];
+    const int32_t il = shape.index_of(il_model);
+    return il < 0 ? nullptr : bias_tensors[il];
 }
 
 int64_t cell_store::bias_bytes_per_cell() const {

@@ -275,11 +275,10 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
 
     std::vector<float> data;
     for (const auto & [il_model, t] : res->t_attn_sums) {
-        const auto it = std::find(shape.layer_ids.begin(), shape.layer_ids.end(), il_model);
-        if (it == shape.layer_ids.end()) {
+        const int32_t il = shape.index_of(il_model);
+        if (il < 0) {
             continue;
         }
-        const int32_t il = (int32_t) (it - shape.layer_ids.begin());
 
         data.resize(ggml_nelements(t));
         ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));

@@ -43,6 +43,22 @@ struct sequence_state {
     bool      pending        = false;  // prompt tokens wait to be compressed
 };
 
+struct cell_info {
+    int32_t   index;  // in its stream
+    llama_pos pos;
+    cell_kind kind;
+};
+
+// one layer of a sequence as f32, as stored (after RoPE)
+struct kv_values {
+    int32_t            n_cells;
+    int32_t            n_head_kv;
+    int32_t            n_embd_head_k;
+    int32_t            n_embd_head_v;
+    std::vector<float> k;  // [n_cells][n_head_kv][n_embd_head_k]
+    std::vector<float> v;  // [n_cells][n_head_kv][n_embd_head_v]
+};
+
 class elastic_cache : public llama_elastic_i {
   public:
     elastic_cache(llama_context & ctx, const config & cfg);
@@ -82,12 +98,11 @@ class elastic_cache : public llama_elastic_i {
     bool           empty() const;
     int64_t        cell_bytes() const { return shape.cell_bytes + store->bias_bytes_per_cell(); }
 
-    // for tests and pictures
-    std::vector<int32_t>   logical_cells(llama_seq_id seq_id) const;  // cell indices in order of position
+    // for tests and pictures (inspect.cpp); in order of position
+    std::vector<cell_info> describe_cells(llama_seq_id seq_id) const;
+    kv_values              read_kv(llama_seq_id seq_id, int32_t il) const;  // throws elastic::error out of range
+    std::vector<int32_t>   logical_cells(llama_seq_id seq_id) const;        // cell indices in order of position
     cell_state             gather(llama_seq_id seq_id) const;
-    const llama_kv_cache & cache() const { return kv; }
-    const kv_shape &       geometry() const { return shape; }
-    const cell_store &     cells_store() const { return *store; }
     const plan &           last_plan() const { return plan_last; }
 
     elastic_stats stats = {};

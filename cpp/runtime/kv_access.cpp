@@ -5,7 +5,14 @@
 #include "ggml-backend.h"
 #include "llama-kv-cache.h"
 
+#include <algorithm>
+
 namespace elastic {
+
+int32_t kv_shape::index_of(int32_t il_model) const {
+    const auto it = std::find(layer_ids.begin(), layer_ids.end(), il_model);
+    return it == layer_ids.end() ? -1 : (int32_t) (it - layer_ids.begin());
+}
 
 kv_layer_access::kv_layer_access(const llama_kv_cache & kv, const kv_shape & shape, int32_t il_cache, uint32_t strm)
     : t_k(kv.get_k_storage(shape.layer_ids[il_cache])), t_v(kv.get_v_storage(shape.layer_ids[il_cache])), strm(strm) {

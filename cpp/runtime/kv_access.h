@@ -21,6 +21,9 @@ struct kv_shape {
     int32_t              kv_size       = 0;  // cells per stream
     int32_t              n_stream      = 0;
     int64_t              cell_bytes    = 0;  // K and V of one cell, all layers
+
+    // cache layer of a model layer, -1 if it has none
+    int32_t index_of(int32_t il_model) const;
 };
 
 // K and V of one layer in host memory. Device buffers are copied in by load() and back by store().

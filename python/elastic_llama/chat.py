@@ -40,6 +40,11 @@ def template_for(template: str | None) -> str:
     return PLAIN_CHATML if "<|im_start|>" in template else VICUNA
 
 
+def without_marker(text: str, marker: str) -> str:
+    """What a person wrote, in which the marker of an image stands for no image."""
+    return text.replace(marker, marker.strip("<>"))
+
+
 class ElasticChatHandler(formats.MTMDChatHandler):
     """llama-cpp-python's handler for images, with a template that knows images."""
 
@@ -52,7 +57,7 @@ class ElasticChatHandler(formats.MTMDChatHandler):
         for message in messages:
             content = message.get("content")
             if isinstance(content, str):
-                content = content.replace(media_marker, media_marker.strip("<>"))
+                content = without_marker(content, media_marker)
             elif isinstance(content, list):
                 parts = [_plain(part, media_marker) for part in content]
                 content = sorted(parts, key=lambda part: part.get("type") != "image_url")
@@ -69,7 +74,7 @@ def _plain(part: dict[str, Any], marker: str) -> dict[str, Any]:
     """A part of a message in whose text the marker stands for no image."""
     if part.get("type") != "text":
         return part
-    return {**part, "text": str(part.get("text", "")).replace(marker, marker.strip("<>"))}
+    return {**part, "text": without_marker(str(part.get("text", "")), marker)}
 
 
 def make_chat_handler(

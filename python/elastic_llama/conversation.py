@@ -19,7 +19,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from .chat import template_for
+from .chat import template_for, without_marker
 from .errors import ConfigError, ContextOverflowError, text
 from .images import ImageSource, load_image
 from .llama import ElasticLlama
@@ -119,9 +119,8 @@ class Conversation:
                     "pass mmproj_path",
                 )
             )
-        # in the question itself the marker is plain text, not a place for an image
-        question = question.replace(MARKER, MARKER.strip("<>"))
-        message = {"role": "user", "content": MARKER * len(loaded) + question}
+        content = MARKER * len(loaded) + without_marker(question, MARKER)
+        message = {"role": "user", "content": content}
         prompt = self._render([*self._messages, message], generation=True)
         if not prompt.startswith(self._decoded):
             raise ConfigError(

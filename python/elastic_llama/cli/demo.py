@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from . import options
-from .report import print_table
 
 
 def add_parser(commands: Any) -> None:
@@ -20,20 +19,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..config import ElasticConfig
     from ..embedded import demo_image
     from ..images import load_image
-    from .describe import answer
+    from .describe import answer_all
 
     path = args.image or str(demo_image())
     image = load_image(path)
-    elastic = options.elastic_config(args)
     print(f"image: {path}\nprompt: {args.prompt}\n")
-    rows = []
-    for name, config in (
-        ("full", ElasticConfig.off()),
-        (f"{elastic.policy} {elastic.budget:g}", elastic),
-    ):
-        print(f"--- {name}")
-        rows.append((name, answer(args, config, [image], args.prompt)))
-    print_table(rows)
+    answer_all(args, [image], compare=True)

@@ -22,13 +22,19 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..config import ElasticConfig
     from ..images import load_image
 
     images = [load_image(name) for name in args.image]  # before the model, which takes longer
+    answer_all(args, images, compare=args.compare)
+
+
+def answer_all(args: argparse.Namespace, images: list[Any], compare: bool) -> None:
+    """Answer with the elastic cache, to compare with the full one first, and print the table."""
+    from ..config import ElasticConfig
+
     elastic = options.elastic_config(args)
     runs = [(f"{elastic.policy} {elastic.budget:g}", elastic)]
-    if args.compare:
+    if compare:
         runs.insert(0, ("full", ElasticConfig.off()))
     rows = []
     for name, config in runs:

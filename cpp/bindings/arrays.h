@@ -1,0 +1,32 @@
+#pragma once
+
+// Plain data of the core as NumPy arrays; all of them are copies.
+
+#include "core/plan.h"
+
+#include <pybind11/numpy.h>
+
+#include <algorithm>
+
+namespace elastic {
+
+template <typename T> pybind11::array_t<T> to_array(const std::vector<T> & v) {
+    pybind11::array_t<T> res((pybind11::ssize_t) v.size());
+    std::copy(v.begin(), v.end(), res.mutable_data());
+    return res;
+}
+
+// [n_layer, n_head_kv, n_cells]
+inline pybind11::array_t<float> to_array(const head_map & m) {
+    return to_array(m.data).reshape({ m.n_layer, m.n_head_kv, m.n_cells });
+}
+
+// kept [n_layer, n_head_kv, n_keep], bucket [n_layer, n_head_kv, n_cells]
+inline pybind11::dict to_dict(const plan & p) {
+    pybind11::dict res;
+    res["kept"]   = to_array(p.kept).reshape({ p.n_layer, p.n_head_kv, p.n_keep });
+    res["bucket"] = to_array(p.bucket).reshape({ p.n_layer, p.n_head_kv, p.n_cells });
+    return res;
+}
+
+}  // namespace elastic
