@@ -2,9 +2,10 @@
 
 Each library folder answers in a process of its own: a prompt of tokens, embeddings (as an image
 comes in) and tokens, then forced tokens, with and without flash attention, for several KV types.
-`budget 1.0` has an elastic cache attached that keeps everything.
+`budget 1.0` has an elastic cache attached that keeps everything. With --mmproj the embeddings are
+an image's, encoded by the libraries under test.
 
-    python scripts/compare_stock.py [--model FILE]
+    python scripts/compare_stock.py [--model FILE [--mmproj FILE]]
 """
 
 from __future__ import annotations
@@ -28,7 +29,22 @@ def name_of(fa: bool, k: str, v: str) -> str:
     return f"flash attention {'on ' if fa else 'off'}, K {k}, V {v}"
 
 
-def answer(model: str, target: str, elastic: bool) -> None:
+def embeddings(model: str, mmproj: str | None, n_embd: int) -> np.ndarray:
+    """Rows [n, n_embd] that come in as an image does; of a picture where there is a tower."""
+    if mmproj is None:
+        return np.random.default_rng(0).normal(scale=0.3, size=(576, n_embd)).astype(np.float32)
+    from elastic_llama.scenes import make_scene
+
+    from tests.support.encode_images import encode
+
+    image = np.asarray(make_scene("test", 0, 3).render())
+    with tempfile.TemporaryDirectory() as temp:
+        lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
+        (features,) = encode(lib_dir, Path(model), [Path(mmproj)], image, Path(temp)).values()
+    return features
+
+
+def answer(model: str, mmproj: str | None, target: str, elastic: bool) -> None:
     """Runs in the child: all logits of all runs into an npz."""
     if elastic:
         import elastic_llama  # noqa: F401  (chooses the libraries)
@@ -39,30 +55,38 @@ def answer(model: str, target: str, elastic: bool) -> None:
         config = {"policy": "elastic", "budget": 1.0, "min_cells": 8} if elastic else None
         kw = {"flash_attn": fa, "type_k": k, "type_v": v, "n_ctx": 1024, "elastic": config}
         with Engine(model, **kw) as e:
-            rows = np.random.default_rng(0).normal(scale=0.3, size=(576, e.n_embd))
+            rows = embeddings(model, mmproj, e.n_embd)
+            n = 30 + len(rows)
             e.prompt(random_tokens(30, min(e.n_vocab, 300), 1), 0, logits=False)
-            e.image(rows.astype(np.float32), 30)
-            e.prompt(random_tokens(20, min(e.n_vocab, 300), 2), 606)
-            logits = [e.logits(-1), *e.forced(random_tokens(16, min(e.n_vocab, 300), 3), 626)]
+            e.image(rows, 30)
+            e.prompt(random_tokens(20, min(e.n_vocab, 300), 2), n)
+            logits = [e.logits(-1), *e.forced(random_tokens(16, min(e.n_vocab, 300), 3), n + 20)]
         out[name_of(fa, k, v)] = np.stack(logits)
+    if mmproj is not None:
+        out["image features"] = rows
     np.savez(target, **out)
 
 
-def run_child(lib_dir: Path, model: str, target: Path, elastic: bool) -> dict[str, np.ndarray]:
+def run_child(
+    lib_dir: Path, model: str, mmproj: str | None, target: Path, elastic: bool
+) -> dict[str, np.ndarray]:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib_dir), "MTMD_CPP_LIB": str(lib_dir)}
     command = [sys.executable, __file__, "--child", str(target), "--model", model]
+    command += ["--mmproj", mmproj] if mmproj else []
     subprocess.run([*command, *(["--elastic"] if elastic else [])], env=env, check=True)
     with np.load(target) as data:
         return dict(data)
 
 
-def compare(model: str, stock_dir: Path, our_dir: Path) -> list[tuple[str, str, bool, float]]:
+def compare(
+    model: str, stock_dir: Path, our_dir: Path, mmproj: str | None = None
+) -> list[tuple[str, str, bool, float]]:
     """Rows of (run, which of ours, identical, largest difference)."""
     with tempfile.TemporaryDirectory() as temp:
-        stock = run_child(stock_dir, model, Path(temp) / "stock.npz", False)
+        stock = run_child(stock_dir, model, mmproj, Path(temp) / "stock.npz", False)
         rows = []
         for label, elastic in (("off", False), ("budget 1.0", True)):
-            ours = run_child(our_dir, model, Path(temp) / "ours.npz", elastic)
+            ours = run_child(our_dir, model, mmproj, Path(temp) / "ours.npz", elastic)
             for run, expected in stock.items():
                 same = bool(np.array_equal(expected.view(np.uint32), ours[run].view(np.uint32)))
                 rows.append((run, label, same, float(np.abs(expected - ours[run]).max())))
@@ -74,12 +98,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="GGUF; default: a tiny random one")
+    parser.add_argument("--mmproj", help="GGUF of a vision tower for --model")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--elastic", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        answer(args.model, args.child, args.elastic)
+        answer(args.model, args.mmproj, args.child, args.elastic)
         return 0
+
+    if args.mmproj and not args.model:
+        parser.error("--mmproj needs --model")
 
     import elastic_llama
 
@@ -90,7 +118,7 @@ def main() -> int:
         model = args.model or str(
             write_tiny_llama(Path(temp) / "tiny.gguf", n_layer=4, n_embd=256, n_head=4, n_head_kv=2)
         )
-        rows = compare(model, stock_lib_dir(), elastic_llama.lib_dir())
+        rows = compare(model, stock_lib_dir(), elastic_llama.lib_dir(), args.mmproj)
     for run, label, same, largest in rows:
         print(f"{run:44} {label:10} {'identical' if same else f'DIFFERS by {largest:g}'}")
     return 0 if all(same for _, _, same, _ in rows) else 1

@@ -12,8 +12,8 @@ from tests.support import oracle_generate as oracle
 
 core = _core.core
 
-RULES = ("keep", "distance", "score")
-TEXT, IMAGE, GENERATED = 0, 1, 2
+RULES = ("keep", "distance", "lowest", "heavy")
+GENERATED = 2
 
 
 @st.composite
@@ -29,7 +29,11 @@ def problems(draw, rules=RULES):
         "n_prompt": draw(st.integers(0, n_cells + 5)),
         "offset": draw(st.sampled_from([0, 1, 25, 1000])),
         "n_sink": draw(st.sampled_from([0, 1, 4, 59, 100])),
-        "total": rng.integers(0, draw(st.sampled_from([1, 3, 1000])), n_cells).astype(np.float32),
+        "total": np.where(
+            rng.random(n_cells) < draw(st.sampled_from([0.0, 0.5, 1.0])),
+            np.inf,
+            rng.integers(0, draw(st.sampled_from([1, 3, 1000])), n_cells),
+        ).astype(np.float32),
     }
 
 
@@ -50,6 +54,27 @@ def make_problem(rule, n_cells, **changes):
 @given(problems())
 def test_leaving_cell_equals_oracle(problem):
     assert core.leaving_cell(**problem) == oracle.leaving_cell(**problem)
+
+
+@settings(deadline=None, max_examples=300)
+@given(problems(rules=("heavy", "per_head")))
+def test_candidates_equal_oracle(problem):
+    for name in ("n_prompt", "offset"):
+        del problem[name]
+    assert core.leaving_candidates(**problem) == oracle.leaving_candidates(**problem)
+
+
+def test_per_head_spares_new_tokens_and_in_short_answers_whole_text():
+    kind = np.array([0, 1, 1, 0, 1] + [0] * 12 + [2] * 4, np.uint8)
+    total = np.full(21, INF, np.float32)
+    args = {"rule": "per_head", "pinned": np.zeros(21, np.uint8), "n_sink": 1, "total": total}
+    assert core.leaving_candidates(kind=kind, **args) == [1, 2, 4]
+    total[3] = 1.0  # text of which some had to go: the rest may follow
+    assert core.leaving_candidates(kind=kind, **args) == [1, 2, 3, 4]
+    kind[:5], total[:] = 0, INF  # nothing else is left
+    assert core.leaving_candidates(kind=kind, **args) == [1, 2, 3, 4]
+    kind[1:5], kind[16] = [1, 1, 0, 1], 2  # the answer is long
+    assert core.leaving_candidates(kind=kind, **args) == [1, 2, 3, 4]
 
 
 @settings(deadline=None, max_examples=300)
@@ -91,22 +116,37 @@ def test_a_pinned_place_moves_later_then_earlier():
     assert core.leaving_cell(**problem) == 74
 
 
-def test_score_order():
-    problem = make_problem("score", 12, n_prompt=8)
-    problem["kind"][:] = [0, 1, 1, 1, 0, 1, 0, 0, 2, 2, 2, 2]
-    problem["total"][:] = [0, 5, 3, 4, 0, 3, 0, 0, 9, 1, 1, 1]
+def leaving_order(rule, kind, total):
+    problem = make_problem(rule, len(kind), n_prompt=8)
+    problem["kind"][:], problem["total"][:] = kind, total
     left = []
     while (i := core.leaving_cell(**problem)) != -1:
         left.append(problem["total"][i])
         for name in ("kind", "pinned", "total"):
             problem[name] = np.delete(problem[name], i)
-    # images from the lowest on, generated tokens from the oldest on, then the rest
-    assert left == [3, 3, 4, 5, 9, 1, 1, 0, 0, 0]
+    return left
+
+
+INF = np.inf
+
+
+def test_lowest_order():
+    kind = [0, 1, 1, 1, 0, 1, 0, 0, 2, 2, 2, 2]
+    total = [INF, 5, 3, 4, 2, 3, INF, 1, INF, INF, INF, INF]
+    assert leaving_order("lowest", kind, total) == [1, 2, 3, 3, 4, 5, INF, INF, INF, INF]
+
+
+def test_heavy_spares_the_recent_half():
+    problem = make_problem("heavy", 9)
+    problem["total"][:] = [9, 5, 3, 4, 7, 1, 1, 1, 1]
+    assert core.leaving_cell(**problem) == 2  # the last four are recent
+    problem["total"][:] = [0, 5, 6, 6, 7, 1, 1, 1, 1]
+    assert core.leaving_cell(**problem) == 1  # not the sink
 
 
 def test_equal_scores_leave_from_the_earliest():
-    problem = make_problem("score", 9)
-    problem["kind"][2:7] = IMAGE
+    problem = make_problem("lowest", 9)
+    problem["total"][:2] = INF
     assert core.leaving_cell(**problem) == 2
 
 
@@ -124,7 +164,7 @@ def test_nothing_leaves_when_all_is_pinned():
 )
 def test_lengths_that_do_not_agree_are_refused(changes):
     with pytest.raises(ValueError, match="one entry per cell"):
-        core.leaving_cell(**make_problem("score", 10, **changes))
+        core.leaving_cell(**make_problem("lowest", 10, **changes))
 
 
 def test_unknown_rule_is_refused():

@@ -13,7 +13,8 @@ from tests.support import oracle_plan as oracle
 core = _core.core
 
 POLICIES = {p["name"]: p for p in core.policies()}
-NEEDS_IMPORTANCE = sorted(set(POLICIES) - {"full", "local"})
+NEEDS_IMPORTANCE = sorted(set(POLICIES) - {"full", "local", "random"})
+RANKED = {name for name, p in POLICIES.items() if p["generate"] == "lowest"}
 D = 8
 
 
@@ -39,10 +40,12 @@ def problems(draw, policies=tuple(POLICIES)):
     # whole numbers: sums are exact and ties are many
     levels = draw(st.sampled_from([1, 3, 20, 1 << 20]))
     importance = rng.integers(0, levels, size=(n_layer, n_head, n_cells)).astype(np.float32)
+    recent = rng.integers(0, levels, size=importance.shape).astype(np.float32)
     keys = rng.standard_normal((n_layer, n_head, n_cells, D)).astype(np.float32)
     if draw(st.booleans()):  # equal keys, and some of length zero
         keys = keys[:, :, rng.integers(0, n_cells, n_cells)]
         keys[:, :, rng.random(n_cells) < 0.1] = 0
+    values = rng.standard_normal(keys.shape).astype(np.float32)
     return {
         "policy": draw(st.sampled_from(sorted(policies))),
         "n_keep": draw(st.integers(1, n_cells)),
@@ -50,7 +53,9 @@ def problems(draw, policies=tuple(POLICIES)):
         "kind": kind,
         "pinned": pinned,
         "importance": importance,
+        "recent": recent,
         "keys": keys,
+        "values": values,
     }
 
 
@@ -63,18 +68,25 @@ def make_problem(policy="elastic", n_cells=10, n_keep=5, **changes):
         "kind": np.array(([0, 1, 1, 1] * n_cells)[:n_cells], dtype=np.uint8),
         "pinned": np.zeros(n_cells, dtype=np.uint8),
         "importance": rng.random((2, 3, n_cells), dtype=np.float32),
+        "recent": rng.random((2, 3, n_cells), dtype=np.float32),
         "keys": rng.standard_normal((2, 3, n_cells, D)).astype(np.float32),
+        "values": rng.standard_normal((2, 3, n_cells, D)).astype(np.float32),
     }
     return {**problem, **changes}
 
 
-def oracle_kept(problem):
+def oracle_score(problem):
     rules = POLICIES[problem["policy"]]
+    return oracle.scores(rules["score"], problem["kind"], problem["importance"], problem["recent"])
+
+
+def oracle_kept(problem, score=None):
     return oracle.select(
-        rules["select"],
+        POLICIES[problem["policy"]]["select"],
+        problem["policy"] in RANKED,
         problem["kind"],
         problem["pinned"],
-        oracle.scores(rules["score"], problem["importance"]),
+        oracle_score(problem) if score is None else score,
         problem["n_keep"],
         problem["n_sink"],
     )
@@ -83,17 +95,28 @@ def oracle_kept(problem):
 @settings(deadline=None, max_examples=500)
 @given(problems())
 def test_plan_equals_oracle(problem):
-    kept = oracle_kept(problem)
+    score = oracle_score(problem)
+    kept = oracle_kept(problem, score)
     if kept is None:
         with pytest.raises(ValueError, match=r"\[select\] \d+ cells must stay"):
             core.make_plan(**problem)
         return
     plan = core.make_plan(**problem)
+    rules = POLICIES[problem["policy"]]
+    found = np.full(score.shape, -1)
+    if rules["select"] == "image_cover":
+        names = ("kind", "pinned", "keys", "values", "n_sink")
+        own = {name: problem[name] for name in names}
+        kept, found = oracle.cover(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
-    rule = POLICIES[problem["policy"]]["combine"]
-    bucket = oracle.buckets(rule, kept, problem["kind"], problem["pinned"], problem["keys"])
+    bucket = oracle.buckets(rules["combine"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)
-    np.testing.assert_array_equal(plan["positions"], kept.max(axis=(0, 1)))
+    np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
+    if rules["select"] not in ("all", "image_cover"):  # nothing leaves by rank there
+        ranks = oracle.rank_scores(
+            rules["select"], problem["kind"], problem["pinned"], score, kept, problem["n_sink"]
+        )
+        np.testing.assert_allclose(plan["rank_score"], ranks, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=150)
@@ -105,11 +128,12 @@ def test_invariants(problem):
     kept, bucket = plan["kept"], plan["bucket"]
     n_cells, n_keep = bucket.shape[2], kept.shape[2]
     assert n_keep == (n_cells if problem["policy"] == "full" else problem["n_keep"])
-    assert (np.diff(kept, axis=2) > 0).all()
+    assert (np.diff(np.sort(kept, axis=2), axis=2) > 0).all()
     assert kept.min() >= 0
     assert (kept[..., -1] == n_cells - 1).all()
-    n_sink = min(problem["n_sink"], n_keep - 1)
+    n_sink, n_last = oracle.ends(POLICIES[problem["policy"]]["select"], n_keep, problem["n_sink"])
     assert (kept[..., :n_sink] == np.arange(n_sink)).all()
+    assert (np.sort(kept, axis=2)[..., n_keep - n_last :] >= n_cells - n_last).all()
     assert bucket.min() >= -1
     assert bucket.max() < n_keep
     own = np.take_along_axis(bucket, kept.astype(np.int64), axis=2)
@@ -118,7 +142,7 @@ def test_invariants(problem):
         assert (kept == i).any(axis=2).all()
         assert all((row == row[i]).sum() == 1 for row in bucket.reshape(-1, n_cells))
     assert (np.diff(plan["positions"]) > 0).all()
-    if POLICIES[problem["policy"]]["select"] == "image_first":
+    if POLICIES[problem["policy"]]["select"].startswith("image_"):
         # rank j is of one kind in all layers and heads
         is_image = problem["kind"][kept] == oracle.IMAGE
         assert (is_image == is_image[0, 0]).all()
@@ -163,7 +187,10 @@ def test_bad_importance_is_refused(policy, bad):
         ({"n_keep": 11}, "n_keep: got 11"),
         ({"n_sink": -1}, "n_sink: got -1"),
         ({"pinned": np.zeros(9, np.uint8)}, "pinned: got 9 entries"),
-        ({"importance": np.zeros((2, 3, 9), np.float32), "keys": None}, "importance: its shape"),
+        (
+            {"importance": np.zeros((2, 3, 9), np.float32), "keys": None, "values": None},
+            "importance: its shape",
+        ),
         ({"kind": np.full(10, 3, np.uint8)}, "kind: got 3"),
     ],
 )
@@ -177,16 +204,44 @@ def test_no_cells_refused():
         core.make_plan(**make_problem("local", n_cells=0, n_keep=1))
 
 
-def test_mass_needs_keys():
-    with pytest.raises(ValueError, match="keys: got none"):
-        core.make_plan(**make_problem("elastic", keys=None))
+@pytest.mark.parametrize("missing", ["keys", "values"])
+def test_cover_needs_keys_and_values(missing):
+    with pytest.raises(ValueError, match="rows: got none"):
+        core.make_plan(**make_problem("elastic", **{missing: None}))
 
 
-def test_keys_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="keys: their shape"):
-        core.make_plan(**make_problem("elastic", keys=np.zeros((2, 2, 10, D), np.float32)))
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_rows_of_another_shape_are_refused(name):
+    wrong = {name: np.zeros((2, 2, 10, D), np.float32)}
+    with pytest.raises(ValueError, match="keys and values: their shape"):
+        core.make_plan(**make_problem("elastic", **wrong))
+
+
+def test_cover_spends_no_place_on_a_copy():
+    """Two groups of equal cells: the second place goes to the other group, however unimportant."""
+    problem = make_problem("elastic", n_cells=10, n_keep=4, n_sink=1)
+    problem["kind"][:] = [0] + [1] * 8 + [0]
+    problem["importance"][:] = [1, 9, 9, 9, 9, 1, 1, 1, 1, 1]
+    problem["keys"][:, :, 1:5], problem["keys"][:, :, 5:9] = 1.0, -1.0
+    problem["values"][:, :, 1:5], problem["values"][:, :, 5:9] = 1.0, -1.0
+    plan = core.make_plan(**problem)
+    np.testing.assert_array_equal(plan["kept"][0, 0], [0, 1, 5, 9])
+    np.testing.assert_array_equal(plan["bucket"][0, 0], [0, 1, 1, 1, 1, 2, 2, 2, 2, 3])
 
 
 def test_unknown_policy_lists_the_names():
-    with pytest.raises(ValueError, match="expected one of full, local"):
+    with pytest.raises(ValueError, match="expected one of full, random, local"):
         core.make_plan(**make_problem("nothing"))
+
+
+@pytest.mark.parametrize("recent", [None, np.zeros((2, 3, 9), np.float32)])
+def test_recent_scores_are_needed(recent):
+    with pytest.raises(ValueError, match="recent: its shape"):
+        core.make_plan(**make_problem("snapkv", recent=recent))
+
+
+def test_bad_recent_scores_are_refused():
+    problem = make_problem("snapkv")
+    problem["recent"][0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="expected finite values >= 0"):
+        core.make_plan(**problem)

@@ -19,7 +19,7 @@ class Codebook(nn.Module):
     def __init__(self, lm: LanguageModel) -> None:
         super().__init__()
         words = lm.embed([i for (i,) in (lm.encode(w) for w in vocabulary())])
-        n_color, n_shape = ATTRIBUTES["color"], ATTRIBUTES["shape"]
+        n_color = ATTRIBUTES["color"]
         self.table = nn.ParameterDict(
             {
                 name: nn.Parameter(torch.zeros(UNIT, n, words.shape[1]))
@@ -33,7 +33,8 @@ class Codebook(nn.Module):
             self.table["column"][3] = words[2:6]
             self.table["color"][4] = words[6 : 6 + n_color]
             self.table["shape"][5, 0] = words[6]
-            self.table["shape"][5, 1:] = words[6 + n_color : 6 + n_color + n_shape - 1]
+            self.table["shape"][5, 1:] = words[6 + n_color : -2]
+            self.table["end"][6] = words[-2:][[0, 1, 1]]
 
     def forward(self, labels: PatchLabels) -> Tensor:
         said = 0.0

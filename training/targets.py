@@ -1,8 +1,9 @@
 """What each image token should say: labels per patch, and words the language model can read.
 
-Every patch row of a cell spells "row 2 column 3 red circle" over and over, one word per patch, and
+Every patch row of a cell spells "row 2 column 3 red circle," over and over, one word per patch, and
 every second patch row starts it at the colour. So wherever the language model looks, a place is
-followed by what is there, and an object by where it is.
+followed by what is there, an object by where it is, and the last object of a row by a full stop:
+without that word, captions ran on at the end of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from elastic_llama.scenes.render import outline, placements
 from torch import Tensor
 
 # Attribute -> number of classes. Class 0 of color and shape is "empty"; rows and columns from 0;
-# a place is 4 * row + column.
+# a place is 4 * row + column; an end is 0 within a row, 1 at its last cell, 2 at the scene's.
 ATTRIBUTES = {
     "color": 1 + len(COLORS),
     "shape": 1 + len(SHAPES),
@@ -23,8 +24,9 @@ ATTRIBUTES = {
     "column": 4,
     "grid": 3,
     "place": 16,
+    "end": 3,
 }
-UNIT = 6  # words of one repetition
+UNIT = 7  # words of one repetition
 OUTLINE = 10  # pixels per side of an object's outline
 
 
@@ -61,6 +63,7 @@ def vocabulary() -> list[str]:
         + [f" {EMPTY}"]
         + [f" {c}" for c in COLORS]
         + [f" {s}" for s in SHAPES]
+        + [",", "."]
     )
 
 
@@ -71,6 +74,7 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
     slots, words, outlines, objects = [], [], [], []
     first_color = 7
     first_shape = first_color + len(COLORS)
+    first_stop = first_shape + len(SHAPES)
     for scene in scenes:
         per_cell = side // scene.grid
         row = (index // per_cell)[:, None].expand(side, side)
@@ -82,6 +86,8 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
         shape = torch.tensor([0 if c.is_empty else 1 + SHAPES.index(c.shape) for c in scene.cells])[
             cell
         ]
+        last = scene.grid - 1
+        end = (column == last).long() + ((column == last) & (row == last)).long()
         slot = (index[None] % per_cell + 4 * (index[:, None] % 2)) % UNIT
         said = torch.stack(
             [
@@ -91,6 +97,7 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
                 2 + column,
                 torch.where(color == 0, 6, first_color + color - 1),
                 torch.where(shape == 0, 6, first_shape + shape - 1),
+                first_stop + (end > 0).long(),
             ],
             dim=-1,
         )
@@ -101,7 +108,9 @@ def patch_labels(scenes: list[Scene], side: int) -> PatchLabels:
             outlines.append(torch.from_numpy(drawn).flatten())
         objects.append(known[cell].reshape(-1))
         grid = torch.full_like(cell, GRIDS.index(scene.grid))
-        for name, value in zip(ATTRIBUTES, (color, shape, row, column, grid, 4 * row + column)):
+        for name, value in zip(
+            ATTRIBUTES, (color, shape, row, column, grid, 4 * row + column, end)
+        ):
             classes[name].append(value.reshape(-1))
         slots.append(slot.reshape(-1))
         words.append(said.gather(-1, slot[..., None]).reshape(-1))

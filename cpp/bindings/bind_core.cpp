@@ -25,11 +25,11 @@ using i32_array = py::array_t<int32_t, py::array::c_style | py::array::forcecast
 using u8_array  = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
 
 static std::string rule_name(score_rule r) {
-    static const char * names[] = { "none", "frequency", "frequency_layer", "recency" };
+    static const char * names[] = { "none", "random", "recency", "frequency", "frequency_layer", "frequency_model", "window", "by_kind" };
     return names[(int) r];
 }
 static std::string rule_name(select_rule r) {
-    static const char * names[] = { "all", "top", "image_first" };
+    static const char * names[] = { "all", "top", "heavy_recent", "window_top", "image_first", "image_cover" };
     return names[(int) r];
 }
 static std::string rule_name(combine_rule r) {
@@ -37,7 +37,7 @@ static std::string rule_name(combine_rule r) {
     return names[(int) r];
 }
 static std::string rule_name(generate_rule r) {
-    static const char * names[] = { "keep", "distance", "score" };
+    static const char * names[] = { "keep", "distance", "lowest", "heavy", "per_head" };
     return names[(int) r];
 }
 
@@ -82,44 +82,59 @@ static head_map make_map(const f32_array & a, const char * what) {
     return m;
 }
 
-// keys given as an array [n_layer, n_head_kv, n_cells, n_embd_head]
-struct array_keys : key_source {
-    explicit array_keys(const f32_array & a) : a(a) {
-        if (a.ndim() != 4) {
-            throw error("[make_plan] keys: got " + std::to_string(a.ndim()) + " dimensions, expected 4");
+// keys and values given as arrays [n_layer, n_head_kv, n_cells, n_embd_head]
+struct array_rows : row_source {
+    array_rows(const f32_array & k, const f32_array & v, const f32_array & importance) : k(k), v(v) {
+        for (const auto * a : { &k, &v }) {
+            bool fits = a->ndim() == 4;
+            for (int i = 0; fits && i < 3; ++i) {
+                fits = a->shape(i) == importance.shape(i);
+            }
+            if (!fits) {
+                throw error("[make_plan] keys and values: their shape does not agree with the importance");
+            }
         }
     }
-    int32_t n_embd_head() const override { return (int32_t) a.shape(3); }
-    void    load(int32_t il, int32_t ih, float * dst) const override {
+    int32_t n_embd_head_k() const override { return (int32_t) k.shape(3); }
+    int32_t n_embd_head_v() const override { return (int32_t) v.shape(3); }
+    void    load_k(int32_t il, int32_t ih, float * dst) const override { load(k, il, ih, dst); }
+    void    load_v(int32_t il, int32_t ih, float * dst) const override { load(v, il, ih, dst); }
+
+  private:
+    f32_array k;
+    f32_array v;
+
+    static void load(const f32_array & a, int32_t il, int32_t ih, float * dst) {
         const float * src = a.data(il, ih, 0, 0);
         std::copy(src, src + a.shape(2) * a.shape(3), dst);
     }
-    f32_array a;
 };
 
 static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
-                             const f32_array & importance, const std::optional<f32_array> & keys, int32_t n_threads) {
+                             const f32_array & importance, const std::optional<f32_array> & recent, const std::optional<f32_array> & keys,
+                             const std::optional<f32_array> & values, int32_t n_threads) {
     const cells    c = make_cells(kind, pinned);
-    const head_map m = make_map(importance, "importance");
+    importance_map m = { make_map(importance, "importance"), {} };
+    if (recent) {
+        m.recent = make_map(*recent, "recent");
+    }
 
-    std::optional<array_keys> source;
-    if (keys) {
-        source.emplace(*keys);
-        for (int i = 0; i < 3; ++i) {
-            if (keys->shape(i) != importance.shape(i)) {
-                throw error("[make_plan] keys: their shape does not agree with the importance");
-            }
-        }
+    std::optional<array_rows> source;
+    if (keys && values) {
+        source.emplace(*keys, *values, importance);
     }
 
     plan p;
     {
         py::gil_scoped_release release;
-        p = make_plan(find_policy(name), { n_keep, n_sink }, c, m, source ? &*source : nullptr, n_threads);
-        validate(p, c, n_sink);
+        const policy &         pol    = find_policy(name);
+        const plan_params      params = { n_keep, n_sink };
+        p                             = make_plan(pol, params, c, m, source ? &*source : nullptr, n_threads);
+        validate(p, c, sink_cells(pol.select, { p.n_keep, n_sink }));
     }
-    py::dict res     = to_dict(p);
-    res["positions"] = to_array(rank_positions(p));
+    py::dict res      = to_dict(p);
+    res["positions"]  = to_array(rank_positions(p));
+    res["rank_score"] = to_array(p.rank_score);
     return res;
 }
 
@@ -172,7 +187,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     cells c;
     c.kind.assign(p.n_cells, cell_kind::text);
     c.pinned.assign(p.n_cells, 0);
-    validate(p, c, 0);
+    validate(p, c, 0);  // no sinks asked for
 
     std::vector<uint8_t> bytes_k(k.data(), k.data() + k.size());
     std::vector<uint8_t> bytes_v(v.data(), v.data() + v.size());
@@ -235,8 +250,9 @@ void bind_core(py::module_ & m) {
         },
         "The table of policies.");
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
-             py::arg("importance"), py::arg("keys") = py::none(), py::arg("n_threads") = 1,
-             "Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted) and positions [N].");
+             py::arg("importance"), py::arg("recent") = py::none(), py::arg("keys") = py::none(), py::arg("values") = py::none(),
+             py::arg("n_threads") = 1,
+             "Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N].");
     core.def(
         "split_budget",
         [](int32_t n_keep, int32_t n_text, int32_t n_image) {
@@ -252,10 +268,21 @@ void bind_core(py::module_ & m) {
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
                 throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
             }
-            return leaving_cell(rule_from<generate_rule>(rule, 3), c, n_prompt, offset, n_sink, total);
+            return leaving_cell(rule_from<generate_rule>(rule, 5), c, n_prompt, offset, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
         "Logical index of the cell that leaves, -1 for none.");
+    core.def(
+        "leaving_candidates",
+        [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_sink, const std::vector<float> & total) {
+            const cells c = make_cells(kind, pinned);
+            if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
+                throw error("[leaving_candidates] kind, pinned and total must have one entry per cell");
+            }
+            return leaving_candidates(rule_from<generate_rule>(rule, 5), c, n_sink, total);
+        },
+        py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
+        "Logical indices of the cells among which each head loses one of its own.");
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
              py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"),

@@ -16,12 +16,12 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads)
+            int32_t n_threads, bool record)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
-        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads };
+        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads, record };
         attach(*ctx, params);
     }
 
@@ -81,10 +81,13 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
 
 void bind_session(py::module_ & m) {
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t>(), py::arg("ctx"), py::kw_only(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, bool>(), py::arg("ctx"), py::kw_only(),
              py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1, py::arg("offset") = 25,
-             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::call_guard<py::gil_scoped_release>(),
+             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("record") = false, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
+
+With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
+under each of them.
 
 Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
 RuntimeError when the cache holds cells already.)pbdoc")

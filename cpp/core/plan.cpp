@@ -12,12 +12,13 @@ static void validate_head(const plan & p, const cells & c, int32_t n_sink, int32
     const int32_t * kept   = p.kept_row(il, ih);
     const int32_t * bucket = p.bucket_row(il, ih);
 
+    std::vector<uint8_t> seen(p.n_cells, 0);
     for (int32_t j = 0; j < p.n_keep; ++j) {
         if (kept[j] < 0 || kept[j] >= p.n_cells) {
             broken("kept cell " + std::to_string(kept[j]) + " is out of range", il, ih);
         }
-        if (j > 0 && kept[j] <= kept[j - 1]) {
-            broken("kept cells do not ascend at rank " + std::to_string(j), il, ih);
+        if (seen[kept[j]]++) {
+            broken("cell " + std::to_string(kept[j]) + " is kept twice", il, ih);
         }
         if (bucket[kept[j]] != j) {
             broken("kept cell " + std::to_string(kept[j]) + " is not in its own bucket", il, ih);
@@ -26,7 +27,7 @@ static void validate_head(const plan & p, const cells & c, int32_t n_sink, int32
     if (kept[p.n_keep - 1] != p.n_cells - 1) {
         broken("the last cell is not kept", il, ih);
     }
-    for (int32_t i = 0; i < std::min(n_sink, p.n_keep - 1); ++i) {
+    for (int32_t i = 0; i < n_sink; ++i) {
         if (kept[i] != i) {
             broken("sink " + std::to_string(i) + " is not kept", il, ih);
         }
@@ -60,11 +61,13 @@ void validate(const plan & p, const cells & c, int32_t n_sink) {
 
 std::vector<int32_t> rank_positions(const plan & p) {
     std::vector<int32_t> res(p.n_keep, 0);
+    std::vector<int32_t> sorted;
     for (int32_t il = 0; il < p.n_layer; ++il) {
         for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            const int32_t * kept = p.kept_row(il, ih);
+            sorted.assign(p.kept_row(il, ih), p.kept_row(il, ih) + p.n_keep);
+            std::sort(sorted.begin(), sorted.end());
             for (int32_t j = 0; j < p.n_keep; ++j) {
-                res[j] = std::max(res[j], kept[j]);
+                res[j] = std::max(res[j], sorted[j]);
             }
         }
     }

@@ -12,8 +12,10 @@ struct plan {
     int32_t n_cells   = 0;  // before
     int32_t n_keep    = 0;  // after, the same for all layers and heads
 
-    // logical indices of the kept cells, ascending  [n_layer][n_head_kv][n_keep]
+    // logical indices of the kept cells in rank order, which need not ascend  [n_layer][n_head_kv][n_keep]
     std::vector<int32_t> kept;
+    // score of a rank summed over layers and heads, infinite where a protected cell holds it  [n_keep]
+    std::vector<float>   rank_score;
     // for each cell: the rank in `kept` of the anchor it joins (its own rank when it is kept), -1: evicted
     std::vector<int32_t> bucket;  // [n_layer][n_head_kv][n_cells]
 
@@ -21,13 +23,13 @@ struct plan {
     const int32_t * bucket_row(int32_t il, int32_t ih) const { return bucket.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
 };
 
-// throws elastic::error naming the first broken rule: kept ascending and unique, in range; the first
-// n_sink cells (all but one place at most) and the last one kept; pinned cells kept and joined by none;
+// n_sink: as select.h's sink_cells. Throws elastic::error naming the first broken rule: kept unique and in range; the first
+// n_sink cells at the first ranks and the last one at the last; pinned cells kept and joined by none;
 // every bucket in [-1, n_keep); a kept cell's bucket is its own rank
 void validate(const plan & p, const cells & c, int32_t n_sink);
 
-// logical index whose position stands for rank j after compaction: the largest over layers and heads,
-// so that positions ascend and the last one is the sequence's true last  [n_keep]
+// logical index whose position stands for rank j after compaction: the largest over layers and heads of the j-th
+// kept cell in logical order, so that positions ascend and the last one is the sequence's true last  [n_keep]
 std::vector<int32_t> rank_positions(const plan & p);
 
 }  // namespace elastic

@@ -1,6 +1,7 @@
 #include "core/policy.h"
 
 #include "core/combine.h"
+#include "core/cover.h"
 #include "core/score.h"
 #include "core/select.h"
 
@@ -16,11 +17,15 @@ const std::vector<policy> & policies() {
 
     static const std::vector<policy> table = {
         // clang-format off
-        { "full",          s::none,            k::all,         c::evict,        g::keep,     "every cell stays" },
-        { "local",         s::recency,         k::top,         c::evict,        g::distance, "sinks and the most recent cells stay (StreamingLLM)" },
-        { "elastic-paper", s::frequency_layer, k::top,         c::nearest_mean, g::distance, "anchors per layer, neighbours averaged into them (Elastic Cache, section 3)" },
-        { "elastic-evict", s::frequency,       k::image_first, c::evict,        g::score,    "text stays, image cells per KV head, the others are lost" },
-        { "elastic",       s::frequency,       k::image_first, c::mass,         g::score,    "text stays, image cells per KV head, the others are merged and keep their attention mass" },
+        { "full",          s::none,            k::all,          c::evict,        g::keep,     "every cell stays" },
+        { "random",        s::random,          k::top,          c::evict,        g::lowest,   "cells drawn at random per KV head (the floor)" },
+        { "local",         s::recency,         k::top,          c::evict,        g::distance, "sinks and the most recent cells stay (StreamingLLM)" },
+        { "h2o",           s::frequency,       k::heavy_recent, c::evict,        g::heavy,    "half heavy hitters, half recent, per KV head, scores updated at every token (H2O)" },
+        { "h2o-shared",    s::frequency_model, k::heavy_recent, c::evict,        g::heavy,    "the same with one set for all layers and heads" },
+        { "snapkv",        s::window,          k::window_top,   c::evict,        g::lowest,   "attention of the last queries, pooled, per KV head (SnapKV)" },
+        { "elastic-paper", s::frequency_layer, k::top,          c::nearest_mean, g::distance, "anchors per layer, neighbours averaged into them (Elastic Cache, section 3)" },
+        { "elastic-evict", s::by_kind,         k::image_first,  c::evict,        g::per_head, "text stays, image cells per KV head, the others are lost" },
+        { "elastic",       s::by_kind,         k::image_cover,  c::mass,         g::per_head, "text stays, image cells per KV head, the others are merged and keep their attention mass" },
         // clang-format on
     };
     return table;
@@ -37,7 +42,8 @@ const policy & find_policy(const std::string & name) {
     throw error("[policy] got \"" + name + "\", expected one of " + names);
 }
 
-static void check(const policy & pol, const plan_params & params, const cells & c, const head_map & importance, const key_source * keys) {
+static void check(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance,
+                  const row_source * rows) {
     const auto refuse = [](const std::string & what) {
         throw error("[make_plan] " + what);
     };
@@ -49,9 +55,14 @@ static void check(const policy & pol, const plan_params & params, const cells & 
     if ((int32_t) c.pinned.size() != n) {
         refuse("pinned: got " + std::to_string(c.pinned.size()) + " entries, expected " + std::to_string(n));
     }
-    if (importance.n_layer < 1 || importance.n_head_kv < 1 || importance.n_cells != n ||
-        importance.data.size() != (size_t) importance.n_layer * importance.n_head_kv * n) {
+    const auto & sum    = importance.sum;
+    const auto & recent = importance.recent;
+    if (sum.n_layer < 1 || sum.n_head_kv < 1 || sum.n_cells != n || sum.data.size() != (size_t) sum.n_layer * sum.n_head_kv * n) {
         refuse("importance: its shape does not agree with " + std::to_string(n) + " cells");
+    }
+    if (pol.needs_recent() && (recent.n_layer != sum.n_layer || recent.n_head_kv != sum.n_head_kv || recent.n_cells != n ||
+                               recent.data.size() != sum.data.size())) {
+        refuse("recent: its shape does not agree with the importance, and the policy " + std::string(pol.name) + " looks at it");
     }
     if (params.n_keep < 1 || params.n_keep > n) {
         refuse("n_keep: got " + std::to_string(params.n_keep) + ", expected 1 <= n_keep <= " + std::to_string(n));
@@ -59,30 +70,40 @@ static void check(const policy & pol, const plan_params & params, const cells & 
     if (params.n_sink < 0) {
         refuse("n_sink: got " + std::to_string(params.n_sink) + ", expected >= 0");
     }
-    if (pol.combine == combine_rule::mass && !keys) {
-        refuse("keys: got none, but the policy " + std::string(pol.name) + " compares keys");
+    if (pol.needs_rows() && !rows) {
+        refuse("rows: got none, but the policy " + std::string(pol.name) + " compares keys and values");
     }
-    if (pol.needs_importance()) {
-        for (const float x : importance.data) {
+    const auto check_values = [&](const head_map & m) {
+        for (const float x : m.data) {
             if (!(x >= 0.0f) || std::isinf(x)) {
                 refuse("importance: got " + std::to_string(x) + ", expected finite values >= 0");
             }
         }
+    };
+    if (pol.needs_importance()) {
+        check_values(sum);
+    }
+    if (pol.needs_recent()) {
+        check_values(recent);
     }
 }
 
-plan make_plan(const policy & pol, const plan_params & params, const cells & c, const head_map & importance, const key_source * keys,
+plan make_plan(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance, const row_source * rows,
                int32_t n_threads) {
-    check(pol, params, c, importance, keys);
+    check(pol, params, c, importance, rows);
 
     plan p;
-    p.n_layer   = importance.n_layer;
-    p.n_head_kv = importance.n_head_kv;
+    p.n_layer   = importance.sum.n_layer;
+    p.n_head_kv = importance.sum.n_head_kv;
     p.n_cells   = c.size();
     p.n_keep    = pol.select == select_rule::all ? p.n_cells : params.n_keep;
 
-    select_cells(pol.select, params, c, score_cells(pol.score, importance), p);
-    assign_buckets(pol.combine, c, keys, p, n_threads);
+    const head_map score = score_cells(pol.score, c, importance);
+    select_cells(pol.select, pol.ranked(), { p.n_keep, params.n_sink }, c, score, p);
+    if (pol.select == select_rule::image_cover) {
+        cover_images({ p.n_keep, params.n_sink }, c, score, *rows, p, n_threads);
+    }
+    assign_buckets(pol.combine, c, p);
 
     return p;
 }

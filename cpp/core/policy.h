@@ -10,28 +10,48 @@ namespace elastic {
 
 enum class score_rule : int32_t {
     none,             // nothing is scored (full)
+    random,           // a fixed shuffle per layer and KV head (the floor)
+    recency,          // logical index (local: sinks + most recent)
     frequency,        // column sum of the prompt's attention, per KV head
     frequency_layer,  // the same, averaged over the heads of a layer (the paper)
-    recency,          // logical index (local: sinks + most recent)
+    frequency_model,  // the same, averaged over all layers and heads
+    window,           // attention of the last queries, pooled over neighbors, per KV head (SnapKV)
+    by_kind,          // image cells by frequency; text by frequency and the last queries together
 };
 
 enum class select_rule : int32_t {
-    all,          // every cell stays
-    top,          // highest score over all cells
-    image_first,  // text stays, image cells share what is left; see select.h
+    all,           // every cell stays
+    top,           // highest score over all cells
+    heavy_recent,  // the most recent cells take half of the places, the highest scores the other half (H2O)
+    window_top,    // the last window_size cells stay, the highest scores take the rest (SnapKV)
+    image_first,   // text stays, image cells share what is left; see select.h
+    image_cover,   // the same, image cells taken so that those left out have a near one; see cover.h
 };
 
 enum class combine_rule : int32_t {
     evict,         // dropped cells are lost
     nearest_mean,  // join the nearest anchor by logical index, K and V become the mean (the paper)
-    mass,          // image cells join the most similar kept image key, V weighted by importance, K kept, log bias
+    mass,          // image cells join the nearest kept one, V weighted by importance, K kept, log bias
 };
 
 enum class generate_rule : int32_t {
     keep,      // nothing leaves
     distance,  // the cell at logical index P - offset leaves (the paper's fixed point)
-    score,     // image cell of lowest stored importance, then the oldest generated token
+    lowest,    // lowest stored score among the prompt's cells, then the oldest generated token
+    heavy,     // lowest score among all but the most recent half, scores updated at every step (H2O)
+    per_head,  // in each head the lowest score, updated at every step, of all but the last tokens
 };
+
+// queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
+constexpr int32_t window_size     = 32;
+// how much the weight of a query shrinks with every later one in the recent score of score_rule::by_kind
+constexpr float   text_decay      = 15.0f / 16.0f;
+// generate_rule::per_head: the newest tokens that never leave
+constexpr int32_t per_head_recent = 16;
+// and the tokens up to which an answer counts as short: text that was kept whole stays as long
+constexpr int32_t short_answer    = 4;
+// neighbors that a recent score is averaged over
+constexpr int32_t pool_size       = 7;
 
 struct policy {
     const char *  name;
@@ -41,10 +61,22 @@ struct policy {
     generate_rule generate;
     const char *  summary;
 
-    bool needs_importance() const {
-        return score == score_rule::frequency || score == score_rule::frequency_layer || combine == combine_rule::mass;
-    }
+    bool needs_importance() const { return score >= score_rule::frequency || combine == combine_rule::mass || scores_generation(); }
     bool needs_bias() const { return combine == combine_rule::mass; }
+
+    // the recent score: a sum over the last n_window queries, or one in which a query's weight
+    // shrinks by this factor with every query after it
+    int32_t n_window() const { return score == score_rule::window ? window_size : 0; }
+    float   decay() const { return score == score_rule::by_kind ? text_decay : 0.0f; }
+    bool    needs_recent() const { return n_window() > 0 || decay() > 0.0f; }
+
+    // whether kept cells are ordered by score, so that the last of them may leave in all heads at once
+    bool ranked() const { return generate == generate_rule::lowest; }
+    bool needs_rows() const { return select == select_rule::image_cover; }
+    // whether scores go on while generating
+    bool scores_generation() const { return generate == generate_rule::heavy || generate == generate_rule::per_head; }
+    // whether each head lets a cell of its own leave while generating
+    bool leaves_per_head() const { return scores_generation() && score != score_rule::frequency_model; }
 };
 
 const std::vector<policy> & policies();
@@ -55,17 +87,26 @@ struct plan_params {
     int32_t n_sink = 1;  // first cells that always stay (clamped to n_keep - 1)
 };
 
-// keys of one layer as f32, needed by combine_rule::mass only: fills dst [n_cells][n_embd_head]
-struct key_source {
-    virtual ~key_source()                                           = default;
-    virtual int32_t n_embd_head() const                             = 0;
-    virtual void    load(int32_t il, int32_t ih, float * dst) const = 0;
+// what a score may look at; `recent` may be empty (n_cells == 0) for rules that do not look at it
+struct importance_map {
+    head_map sum;     // attention received from all queries  [n_layer][n_head_kv][n_cells]
+    head_map recent;  // from the last ones, see policy::n_window and policy::decay
 };
 
-// pure: the plan for one compression. importance: [n_layer][n_head_kv][n_cells] (shape always set,
-// values may be all zero for rules that need none). n_threads: layers are shared between them.
+// keys and values as f32, for select_rule::image_cover only
+struct row_source {
+    virtual ~row_source()                                             = default;
+    virtual int32_t n_embd_head_k() const                             = 0;
+    virtual int32_t n_embd_head_v() const                             = 0;
+    // fill dst [n_cells][n_embd_head]
+    virtual void    load_k(int32_t il, int32_t ih, float * dst) const = 0;
+    virtual void    load_v(int32_t il, int32_t ih, float * dst) const = 0;
+};
+
+// pure: the plan for one compression. The shape of importance.sum is always set; its values may be all zero for
+// rules that need none. n_threads: layers are shared between them.
 // throws elastic::error on NaN scores, sizes that do not agree, n_keep out of range
-plan make_plan(const policy & pol, const plan_params & params, const cells & c, const head_map & importance, const key_source * keys,
+plan make_plan(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance, const row_source * rows,
                int32_t n_threads = 1);
 
 }  // namespace elastic

@@ -1,42 +1,106 @@
 #include "core/score.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace elastic {
 
-static void average_heads(head_map & m) {
-    for (int32_t il = 0; il < m.n_layer; ++il) {
-        float * first = m.row(il, 0);
-        for (int32_t i = 0; i < m.n_cells; ++i) {
-            double sum = 0.0;
-            for (int32_t ih = 0; ih < m.n_head_kv; ++ih) {
-                sum += m.row(il, ih)[i];
-            }
-            first[i] = (float) (sum / m.n_head_kv);
+// every row of the group [first, first + n) becomes the group's mean
+static void average_rows(head_map & m, int32_t first, int32_t n) {
+    float * rows = m.data.data() + (size_t) first * m.n_cells;
+    for (int32_t i = 0; i < m.n_cells; ++i) {
+        double sum = 0.0;
+        for (int32_t r = 0; r < n; ++r) {
+            sum += rows[(size_t) r * m.n_cells + i];
         }
-        for (int32_t ih = 1; ih < m.n_head_kv; ++ih) {
-            std::copy(first, first + m.n_cells, m.row(il, ih));
+        rows[i] = (float) (sum / n);
+    }
+    for (int32_t r = 1; r < n; ++r) {
+        std::copy(rows, rows + m.n_cells, rows + (size_t) r * m.n_cells);
+    }
+}
+
+// mean over the pool_size cells around each, fewer at the ends
+static std::vector<float> pooled(const float * x, int32_t n) {
+    constexpr int32_t  half = pool_size / 2;
+    std::vector<float> res(n);
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t lo  = std::max(0, i - half);
+        const int32_t hi  = std::min(n, i + half + 1);
+        double        sum = 0.0;
+        for (int32_t j = lo; j < hi; ++j) {
+            sum += x[j];
+        }
+        res[i] = (float) (sum / (hi - lo));
+    }
+    return res;
+}
+
+static double total(const float * x, int32_t n) {
+    return std::accumulate(x, x + n, 0.0);
+}
+
+// in place: image cells keep the sum
+static void score_by_kind(const cells & c, const float * recent, float * score) {
+    const int32_t n    = c.size();
+    const auto    pool = pooled(recent, n);
+    const double  n0   = total(score, n);
+    const double  n1   = total(pool.data(), n);
+    for (int32_t i = 0; i < n; ++i) {
+        if (c.kind[i] != cell_kind::image) {
+            score[i] = (float) ((n0 > 0.0 ? score[i] / n0 : 0.0) + (n1 > 0.0 ? pool[i] / n1 : 0.0));
         }
     }
 }
 
-head_map score_cells(score_rule rule, const head_map & importance) {
-    head_map res = importance;
+// a hash, so that the draw depends on nothing but its place (splitmix64)
+static float uniform(uint64_t x) {
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return (float) ((x ^ (x >> 31)) >> 40) / (float) (1 << 24);
+}
+
+template <typename F> static void for_each_row(head_map & m, F fn) {
+    for (int32_t il = 0; il < m.n_layer; ++il) {
+        for (int32_t ih = 0; ih < m.n_head_kv; ++ih) {
+            fn(il, ih, m.row(il, ih));
+        }
+    }
+}
+
+head_map score_cells(score_rule rule, const cells & c, const importance_map & importance) {
+    head_map res = importance.sum;
     switch (rule) {
         case score_rule::none:
         case score_rule::frequency:
             break;
         case score_rule::frequency_layer:
-            average_heads(res);
+            for (int32_t il = 0; il < res.n_layer; ++il) {
+                average_rows(res, il * res.n_head_kv, res.n_head_kv);
+            }
+            break;
+        case score_rule::frequency_model:
+            average_rows(res, 0, res.n_layer * res.n_head_kv);
             break;
         case score_rule::recency:
-            for (int32_t il = 0; il < res.n_layer; ++il) {
-                for (int32_t ih = 0; ih < res.n_head_kv; ++ih) {
-                    for (int32_t i = 0; i < res.n_cells; ++i) {
-                        res.row(il, ih)[i] = (float) i;
-                    }
+            for_each_row(res, [&](int32_t, int32_t, float * row) { std::iota(row, row + res.n_cells, 0.0f); });
+            break;
+        case score_rule::random:
+            for_each_row(res, [&](int32_t il, int32_t ih, float * row) {
+                for (int32_t i = 0; i < res.n_cells; ++i) {
+                    row[i] = uniform(((uint64_t) il << 48) ^ ((uint64_t) ih << 32) ^ (uint64_t) i);
                 }
-            }
+            });
+            break;
+        case score_rule::window:
+            for_each_row(res, [&](int32_t il, int32_t ih, float * row) {
+                const auto pool = pooled(importance.recent.row(il, ih), res.n_cells);
+                std::copy(pool.begin(), pool.end(), row);
+            });
+            break;
+        case score_rule::by_kind:
+            for_each_row(res, [&](int32_t il, int32_t ih, float * row) { score_by_kind(c, importance.recent.row(il, ih), row); });
             break;
     }
     return res;

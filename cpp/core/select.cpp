@@ -1,6 +1,7 @@
 #include "core/select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace elastic {
@@ -14,6 +15,36 @@ split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image) {
     res.n_text  = std::min(n_text, n_keep - res.n_image);
     res.n_image = std::min(n_image, n_keep - res.n_text);
     return res;
+}
+
+int32_t recent_cells(select_rule rule, const plan_params & params) {
+    switch (rule) {
+        case select_rule::heavy_recent:
+            return std::max(1, params.n_keep / 2);
+        case select_rule::window_top:
+            return std::max(1, std::min(window_size, params.n_keep / 2));
+        default:
+            return 1;
+    }
+}
+
+int32_t sink_cells(select_rule rule, const plan_params & params) {
+    return std::min(params.n_sink, params.n_keep - recent_cells(rule, params));
+}
+
+std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c) {
+    const int32_t        n = c.size();
+    std::vector<uint8_t> res(n, 0);
+    std::fill(res.begin(), res.begin() + std::min(n, sink_cells(rule, params)), 1);
+    std::fill(res.end() - std::min(n, recent_cells(rule, params)), res.end(), 1);
+    for (int32_t i = 0; i < n; ++i) {
+        res[i] |= c.pinned[i] != 0;
+    }
+    return res;
+}
+
+static bool by_kind(select_rule rule) {
+    return rule == select_rule::image_first || rule == select_rule::image_cover;
 }
 
 namespace {
@@ -31,24 +62,10 @@ bool is_image(const cells & c, int32_t i) {
     return c.kind[i] == cell_kind::image;
 }
 
-// protected: sinks, the last cell, pinned cells
-std::vector<uint8_t> protected_cells(const plan_params & params, const cells & c) {
-    const int32_t        n = c.size();
-    std::vector<uint8_t> res(n, 0);
-    res[n - 1] = 1;
-    for (int32_t i = 0; i < std::min(params.n_sink, params.n_keep - 1); ++i) {
-        res[i] = 1;
-    }
-    for (int32_t i = 0; i < n; ++i) {
-        res[i] |= c.pinned[i] != 0;
-    }
-    return res;
-}
-
-std::vector<segment> make_segments(bool by_kind, const cells & c, const std::vector<uint8_t> & protect) {
+std::vector<segment> make_segments(bool split_kinds, const cells & c, const std::vector<uint8_t> & protect) {
     std::vector<segment> res;
     for (int32_t i = 0; i < c.size(); ++i) {
-        if (i == 0 || (by_kind && is_image(c, i) != is_image(c, i - 1))) {
+        if (i == 0 || (split_kinds && is_image(c, i) != is_image(c, i - 1))) {
             res.emplace_back();
             res.back().image = is_image(c, i);
         }
@@ -101,60 +118,95 @@ void share_by_kind(std::vector<segment> & segments, int32_t n_keep) {
     share(of[1], n_keep - n_text);
 }
 
-void select_head(const segment & s, const float * score, std::vector<uint8_t> & keep, std::vector<int32_t> & scratch) {
+// the kept cells of a run for one layer and head, in rank order; returns where they end
+int32_t * select_head(const segment & s, bool ranked, const float * score, std::vector<int32_t> & scratch, int32_t * kept) {
     scratch.clear();
     for (size_t k = 0; k < s.cells.size(); ++k) {
-        if (s.protect[k]) {
-            keep[s.cells[k]] = 1;
-        } else {
+        if (!s.protect[k]) {
             scratch.push_back(s.cells[k]);
         }
     }
+    const auto higher = [&](int32_t a, int32_t b) {
+        return score[a] != score[b] ? score[a] > score[b] : a < b;
+    };
     const int32_t n = s.n_keep - s.n_protect;
     if (n < (int32_t) scratch.size()) {
-        std::nth_element(scratch.begin(), scratch.begin() + n, scratch.end(),
-                         [&](int32_t a, int32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
+        std::nth_element(scratch.begin(), scratch.begin() + n, scratch.end(), higher);
         scratch.resize(n);
     }
-    for (const int32_t i : scratch) {
-        keep[i] = 1;
+
+    int32_t * first = kept;
+    size_t    k     = 0;
+    for (; k < s.cells.size() && s.protect[k]; ++k) {
+        *kept++ = s.cells[k];
+    }
+    if (ranked) {
+        std::sort(scratch.begin(), scratch.end(), higher);
+    }
+    kept = std::copy(scratch.begin(), scratch.end(), kept);
+    for (; k < s.cells.size(); ++k) {
+        if (s.protect[k]) {
+            *kept++ = s.cells[k];
+        }
+    }
+    if (!ranked) {
+        std::sort(first, kept);
+    }
+    return kept;
+}
+
+// a rank that holds a protected cell in any head, or text that was kept whole, never leaves by its score
+void sum_rank_scores(const std::vector<segment> & segments, const std::vector<uint8_t> & protect, const cells & c, const head_map & score,
+                     plan & p) {
+    std::vector<uint8_t> whole(c.size(), 0);
+    for (const auto & s : segments) {
+        if (!s.image && s.n_keep == (int32_t) s.cells.size()) {
+            for (const int32_t i : s.cells) {
+                whole[i] = 1;
+            }
+        }
+    }
+    for (int32_t il = 0; il < p.n_layer; ++il) {
+        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+            const int32_t * kept = p.kept_row(il, ih);
+            const float *   src  = score.row(il, ih);
+            for (int32_t j = 0; j < p.n_keep; ++j) {
+                const int32_t i = kept[j];
+                p.rank_score[j] = protect[i] || whole[i] ? HUGE_VALF : p.rank_score[j] + src[i];
+            }
+        }
     }
 }
 
 }  // namespace
 
-void select_cells(select_rule rule, const plan_params & params, const cells & c, const head_map & score, plan & p) {
+void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p) {
     p.kept.resize((size_t) p.n_layer * p.n_head_kv * p.n_keep);
+    p.rank_score.assign(p.n_keep, 0.0f);
 
-    const auto    protect   = protected_cells(params, c);
+    const auto    protect   = protected_cells(rule, params, c);
     const int32_t n_protect = std::accumulate(protect.begin(), protect.end(), 0);
     if (n_protect > p.n_keep) {
         throw error("[select] " + std::to_string(n_protect) + " cells must stay, got n_keep = " + std::to_string(p.n_keep));
     }
 
-    std::vector<segment> segments = make_segments(rule == select_rule::image_first, c, protect);
-    if (rule == select_rule::image_first) {
+    std::vector<segment> segments = make_segments(by_kind(rule), c, protect);
+    if (by_kind(rule)) {
         share_by_kind(segments, p.n_keep);
     } else {
         segments[0].n_keep = p.n_keep;
     }
 
-    std::vector<uint8_t> keep(p.n_cells);
     std::vector<int32_t> scratch;
     int32_t *            kept = p.kept.data();
     for (int32_t il = 0; il < p.n_layer; ++il) {
         for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            std::fill(keep.begin(), keep.end(), 0);
             for (const auto & s : segments) {
-                select_head(s, score.row(il, ih), keep, scratch);
-            }
-            for (int32_t i = 0; i < p.n_cells; ++i) {
-                if (keep[i]) {
-                    *kept++ = i;
-                }
+                kept = select_head(s, ranked, score.row(il, ih), scratch, kept);
             }
         }
     }
+    sum_rank_scores(segments, protect, c, score, p);
 }
 
 }  // namespace elastic

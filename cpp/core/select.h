@@ -4,7 +4,7 @@
 
 namespace elastic {
 
-// how many image cells and text cells stay when n_keep of the cells may (select_rule::image_first)
+// how many image cells and text cells stay when n_keep of the cells may (select_rule::image_first and image_cover)
 //   all text stays while it leaves image cells at least half of their proportional share
 //   (n_keep*n_image/(2*n_cells), rounded down); otherwise the image gets that share and text the rest
 struct split {
@@ -13,12 +13,23 @@ struct split {
 };
 split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image);
 
+// protected places at either end: first cells, and last cells (at least one)
+int32_t sink_cells(select_rule rule, const plan_params & params);
+int32_t recent_cells(select_rule rule, const plan_params & params);
+
+// 1 for the cells that stay whatever their score  [n_cells]
+std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c);
+
 // image_first works on runs of neighbouring cells of one kind: the kind's number of cells is shared between its runs in
 // proportion to their unprotected cells (rounded down, what is left over to the earlier runs), so that rank j is of the
 // same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.
 //
-// fills kept of the plan. Always kept: the first n_sink cells, the last cell, pinned cells. Ties go to the
+// fills kept and rank_score of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
+// heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most). Ties go to the
 // earlier cell. If the protected cells alone exceed n_keep, elastic::error says so.
-void select_cells(select_rule rule, const plan_params & params, const cells & c, const head_map & score, plan & p);
+//   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
+//   other protected cells: then the last of them is the least important one in every layer and head at once, and
+//   may leave without moving anything. Otherwise ranks are in logical order.
+void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p);
 
 }  // namespace elastic

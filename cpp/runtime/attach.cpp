@@ -85,6 +85,7 @@ elastic_params elastic_default_params(void) {
         /*.offset    =*/25,
         /*.min_cells =*/64,
         /*.n_threads =*/0,
+        /*.record    =*/false,
     };
 }
 

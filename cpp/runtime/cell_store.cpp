@@ -4,28 +4,38 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <stdexcept>
 
 namespace elastic {
 
-cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const policy & pol) : shape(shape) {
+cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg) : shape(shape) {
     const auto make = [&](float fill) {
         return std::vector<head_map>(shape.n_stream, head_map(shape.n_layer, shape.n_head_kv, shape.kv_size, fill));
     };
 
-    if (pol.needs_importance()) {
+    if (cfg.has_sum()) {
         mass = make(0.0f);
     }
-    if (pol.combine == combine_rule::nearest_mean) {
+    if (cfg.pol.combine == combine_rule::nearest_mean) {
         count = make(1.0f);
     }
 
+    if (cfg.decay() > 0.0f) {
+        fading = make(0.0f);
+    }
+    if (cfg.n_window() > 0) {
+        windowed = make(0.0f);
+        queries.assign(shape.n_stream, std::vector<head_map>(cfg.n_window(), head_map(shape.n_layer, shape.n_head_kv, shape.kv_size)));
+        last_query.assign(shape.n_stream, 0);
+    }
+
     kinds.assign(shape.n_stream, std::vector<cell_kind>(shape.kv_size, cell_kind::text));
-    totals.assign(shape.n_stream, std::vector<float>(shape.kv_size, 0.0f));
+    totals.assign(shape.n_stream, std::vector<float>(shape.kv_size, HUGE_VALF));
     biased.assign(shape.n_stream, std::vector<uint8_t>(shape.kv_size, 0));
 
-    if (!pol.needs_bias()) {
+    if (!cfg.pol.needs_bias()) {
         return;
     }
     bias = make(0.0f);
@@ -53,6 +63,14 @@ cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const 
     }
 }
 
+static std::vector<head_map> no_queries;
+
+static void fill(std::vector<head_map> & maps, float value) {
+    for (auto & m : maps) {
+        std::fill(m.data.begin(), m.data.end(), value);
+    }
+}
+
 void cell_store::set_biased(uint32_t strm, int32_t cell, bool value) {
     n_biased += (int64_t) value - (int64_t) biased[strm][cell];
     biased[strm][cell] = value;
@@ -60,12 +78,18 @@ void cell_store::set_biased(uint32_t strm, int32_t cell, bool value) {
 
 void cell_store::reset_cell(uint32_t strm, int32_t cell, cell_kind kind) {
     kinds[strm][cell]  = kind;
-    totals[strm][cell] = 0.0f;
+    totals[strm][cell] = HUGE_VALF;
 
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             if (has_mass()) {
                 mass[strm].row(il, ih)[cell] = 0.0f;
+            }
+            if (has_fading()) {
+                fading[strm].row(il, ih)[cell] = 0.0f;
+            }
+            if (has_window()) {
+                windowed[strm].row(il, ih)[cell] = 0.0f;
             }
             if (has_count()) {
                 count[strm].row(il, ih)[cell] = 1.0f;
@@ -76,6 +100,12 @@ void cell_store::reset_cell(uint32_t strm, int32_t cell, cell_kind kind) {
         }
     }
 
+    for (auto & m : queries.empty() ? no_queries : queries[strm]) {
+        for (int32_t r = 0; r < shape.n_layer * shape.n_head_kv; ++r) {
+            m.data[(size_t) r * shape.kv_size + cell] = 0.0f;
+        }
+    }
+
     if (biased[strm][cell]) {
         set_biased(strm, cell, false);
         upload_bias(strm, cell, cell + 1);
@@ -83,17 +113,16 @@ void cell_store::reset_cell(uint32_t strm, int32_t cell, cell_kind kind) {
 }
 
 void cell_store::reset() {
+    fill(mass, 0.0f);
+    fill(fading, 0.0f);
+    fill(windowed, 0.0f);
+    fill(count, 1.0f);
+    fill(bias, 0.0f);
+    for (auto & ring : queries) {
+        fill(ring, 0.0f);
+    }
     for (int32_t s = 0; s < shape.n_stream; ++s) {
-        if (has_mass()) {
-            std::fill(mass[s].data.begin(), mass[s].data.end(), 0.0f);
-        }
-        if (has_count()) {
-            std::fill(count[s].data.begin(), count[s].data.end(), 1.0f);
-        }
-        if (has_bias_map()) {
-            std::fill(bias[s].data.begin(), bias[s].data.end(), 0.0f);
-        }
-        std::fill(totals[s].begin(), totals[s].end(), 0.0f);
+        std::fill(totals[s].begin(), totals[s].end(), HUGE_VALF);
         std::fill(biased[s].begin(), biased[s].end(), 0);
     }
     for (auto & buf : bufs) {
@@ -109,6 +138,14 @@ void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst) {
     if (has_count()) {
         count[strm_dst] = count[strm_src];
     }
+    if (has_fading()) {
+        fading[strm_dst] = fading[strm_src];
+    }
+    if (has_window()) {
+        windowed[strm_dst]   = windowed[strm_src];
+        queries[strm_dst]    = queries[strm_src];
+        last_query[strm_dst] = last_query[strm_src];
+    }
     kinds[strm_dst]  = kinds[strm_src];
     totals[strm_dst] = totals[strm_src];
     for (int32_t i = 0; i < shape.kv_size; ++i) {
@@ -120,48 +157,74 @@ void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst) {
     }
 }
 
-cell_state cell_store::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
+head_map cell_store::take(const std::vector<head_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float fill) const {
     const int32_t n = (int32_t) rows.size();
-
-    const auto take = [&](const std::vector<head_map> & from, float fill) {
-        head_map res(shape.n_layer, shape.n_head_kv, n, fill);
-        if (!from.empty()) {
-            for (int32_t il = 0; il < shape.n_layer; ++il) {
-                for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-                    const float * src = from[strm].row(il, ih);
-                    float *       dst = res.row(il, ih);
-                    for (int32_t i = 0; i < n; ++i) {
-                        dst[i] = src[rows[i]];
-                    }
-                }
+    head_map      res(shape.n_layer, shape.n_head_kv, n, fill);
+    if (from.empty()) {
+        return res;
+    }
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+            const float * src = from[strm].row(il, ih);
+            float *       dst = res.row(il, ih);
+            for (int32_t i = 0; i < n; ++i) {
+                dst[i] = src[rows[i]];
             }
         }
-        return res;
-    };
+    }
+    return res;
+}
 
-    return { take(mass, 0.0f), take(count, 1.0f), take(bias, 0.0f) };
+void cell_store::put(std::vector<head_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from) const {
+    if (to.empty()) {
+        return;
+    }
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+            const float * src = from.row(il, ih);
+            float *       dst = to[strm].row(il, ih);
+            for (size_t i = 0; i < rows.size(); ++i) {
+                dst[rows[i]] = src[i];
+            }
+        }
+    }
+}
+
+cell_state cell_store::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
+    return { take(mass, strm, rows, 0.0f), take(count, strm, rows, 1.0f), take(bias, strm, rows, 0.0f) };
+}
+
+head_map cell_store::gather_fading(uint32_t strm, const std::vector<int32_t> & rows) const {
+    return has_fading() ? take(fading, strm, rows, 0.0f) : head_map();
+}
+
+head_map cell_store::gather_window(uint32_t strm, const std::vector<int32_t> & rows) const {
+    if (!has_window()) {
+        return {};
+    }
+    head_map res = take(windowed, strm, rows, 0.0f);
+    for (const auto & q : queries[strm]) {
+        for (int32_t r = 0; r < shape.n_layer * shape.n_head_kv; ++r) {
+            for (size_t i = 0; i < rows.size(); ++i) {
+                res.data[r * rows.size() + i] += q.data[(size_t) r * shape.kv_size + rows[i]];
+            }
+        }
+    }
+    return res;
+}
+
+void cell_store::scatter_fading(uint32_t strm, const std::vector<int32_t> & rows, const head_map & m) {
+    put(fading, strm, rows, m);
+}
+
+void cell_store::scatter_window(uint32_t strm, const std::vector<int32_t> & rows, const head_map & m) {
+    put(windowed, strm, rows, m);
 }
 
 void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const cell_state & state) {
-    const auto put = [&](std::vector<head_map> & to, const head_map & from) {
-        if (to.empty()) {
-            return;
-        }
-        for (int32_t il = 0; il < shape.n_layer; ++il) {
-            for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-                const float * src = from.row(il, ih);
-                float *       dst = to[strm].row(il, ih);
-                for (size_t i = 0; i < rows.size(); ++i) {
-                    dst[rows[i]] = src[i];
-                }
-            }
-        }
-    };
-
-    put(mass, state.mass);
-    put(count, state.count);
-    put(bias, state.bias);
-    update_totals(strm, rows);
+    put(mass, strm, rows, state.mass);
+    put(count, strm, rows, state.count);
+    put(bias, strm, rows, state.bias);
 
     if (!has_bias_map() || rows.empty()) {
         return;
@@ -177,21 +240,76 @@ void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     upload_bias(strm, *lo, *hi + 1);
 }
 
-void cell_store::update_totals(uint32_t strm, const std::vector<int32_t> & rows) {
-    if (!has_mass()) {
-        return;
+void cell_store::set_totals(uint32_t strm, const std::vector<int32_t> & rows, const std::vector<float> & values) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+        totals[strm][rows[i]] = values[i];
     }
-    for (const int32_t cell : rows) {
-        totals[strm][cell] = 0.0f;
-    }
-    for (int32_t il = 0; il < shape.n_layer; ++il) {
-        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            const float * src = mass[strm].row(il, ih);
-            for (const int32_t cell : rows) {
-                totals[strm][cell] += src[cell];
-            }
+}
+
+std::vector<float> cell_store::sum_mass(uint32_t strm, const std::vector<int32_t> & rows) const {
+    std::vector<float> res(rows.size(), 0.0f);
+    for (int32_t r = 0; has_mass() && r < shape.n_layer * shape.n_head_kv; ++r) {
+        const float * src = mass[strm].data.data() + (size_t) r * shape.kv_size;
+        for (size_t i = 0; i < rows.size(); ++i) {
+            res[i] += src[rows[i]];
         }
     }
+    return res;
+}
+
+void cell_store::rate_image_cells(uint32_t strm, const std::vector<int32_t> & rows) {
+    std::vector<int32_t> image;
+    for (const int32_t row : rows) {
+        if (kinds[strm][row] == cell_kind::image) {
+            image.push_back(row);
+        }
+    }
+    set_totals(strm, image, sum_mass(strm, image));
+}
+
+void cell_store::begin_query(uint32_t strm) {
+    auto & old = windowed[strm].data;
+    if (std::any_of(old.begin(), old.end(), [](float x) { return x != 0.0f; })) {
+        std::fill(old.begin(), old.end(), 0.0f);  // what came with a saved state is older
+    }
+    auto & i = last_query[strm];
+    i        = (i + 1) % (int32_t) queries[strm].size();
+    auto & m = queries[strm][i];
+    std::fill(m.data.begin(), m.data.end(), 0.0f);
+}
+
+float * cell_store::query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih) {
+    const int32_t n = (int32_t) queries[strm].size();
+    return queries[strm][(last_query[strm] + n - ago) % n].row(il, ih);
+}
+
+void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value) {
+    float & x = bias[strm].row(il, ih)[cell];
+    if (x == value) {
+        return;
+    }
+    x = value;
+    if (value != 0.0f) {
+        set_biased(strm, cell, true);
+    }
+    ggml_tensor * t = bias_tensors[il];
+    ggml_backend_tensor_set(t, &x, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
+}
+
+void cell_store::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
+    for (auto * maps : { &mass, &count, &fading, &windowed }) {
+        if (!maps->empty()) {
+            float * row = (*maps)[strm].row(il, ih);
+            row[dst]    = row[src];
+        }
+    }
+    if (has_bias_map()) {
+        set_bias(strm, dst, il, ih, bias[strm].row(il, ih)[src]);
+    }
+}
+
+float * cell_store::fading_row(uint32_t strm, int32_t il, int32_t ih) {
+    return has_fading() ? fading[strm].row(il, ih) : nullptr;
 }
 
 float * cell_store::mass_row(uint32_t strm, int32_t il, int32_t ih) {

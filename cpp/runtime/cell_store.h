@@ -3,6 +3,7 @@
 // What the runtime remembers of every cell, beside K and V: importance, tokens merged in, attention bias, kind.
 
 #include "core/merge.h"
+#include "runtime/config.h"
 #include "runtime/kv_access.h"
 
 #include "ggml-cpp.h"
@@ -14,7 +15,7 @@ namespace elastic {
 class cell_store {
   public:
     // maps that the policy does not need are not allocated
-    cell_store(const llama_kv_cache & kv, const kv_shape & shape, const policy & pol);
+    cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg);
 
     // an ordinary, new cell
     void reset_cell(uint32_t strm, int32_t cell, cell_kind kind);
@@ -29,13 +30,40 @@ class cell_store {
     cell_kind kind(uint32_t strm, int32_t cell) const { return kinds[strm][cell]; }
     void      set_kind(uint32_t strm, int32_t cell, cell_kind kind) { kinds[strm][cell] = kind; }
 
+    // the recent scores of the given cells in logical order, and back; no cells where none is kept
+    head_map gather_fading(uint32_t strm, const std::vector<int32_t> & rows) const;
+    head_map gather_window(uint32_t strm, const std::vector<int32_t> & rows) const;
+    void     scatter_fading(uint32_t strm, const std::vector<int32_t> & rows, const head_map & m);
+    void     scatter_window(uint32_t strm, const std::vector<int32_t> & rows, const head_map & m);
+
+    // score summed over layers and heads by which a cell may leave while generating; infinite: it says nothing
+    float              total(uint32_t strm, int32_t cell) const { return totals[strm][cell]; }
+    void               set_totals(uint32_t strm, const std::vector<int32_t> & rows, const std::vector<float> & values);
     // importance summed over layers and heads
-    float total(uint32_t strm, int32_t cell) const { return totals[strm][cell]; }
-    void  update_totals(uint32_t strm, const std::vector<int32_t> & rows);
+    std::vector<float> sum_mass(uint32_t strm, const std::vector<int32_t> & rows) const;
+    // for a prompt that was not compressed: image cells may leave by their importance
+    void               rate_image_cells(uint32_t strm, const std::vector<int32_t> & rows);
 
     // mass of one layer and head, [kv_size]; nullptr when the policy needs none
     float * mass_row(uint32_t strm, int32_t il, int32_t ih);
+    // the decaying score, likewise
+    float * fading_row(uint32_t strm, int32_t il, int32_t ih);
 
+    // Scores of the last queries one by one, for a window of whole queries: begin_query() makes room for
+    // one more, query_row() is where its attention goes, `ago` queries back. Queries of all sequences of a
+    // stream count.
+    void    begin_query(uint32_t strm);
+    float * query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih);
+
+    // one value of the bias, in the tensor too
+    float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(il, ih)[cell]; }
+    void  set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
+
+    // what head (il, ih) holds in `src` is now what it holds in `dst`
+    void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
+
+    bool          has_fading() const { return !fading.empty(); }
+    bool          has_window() const { return !windowed.empty(); }
     bool          has_mass() const { return !mass.empty(); }
     bool          has_count() const { return !count.empty(); }
     bool          has_bias_map() const { return !bias.empty(); }
@@ -47,10 +75,17 @@ class cell_store {
   private:
     const kv_shape shape;
 
-    // [n_stream] of maps over all cells of the stream
+    // [n_stream] of maps over all cells of the stream. Of the recent scores a policy has one; both are kept
+    // while recording
     std::vector<head_map> mass;
     std::vector<head_map> count;
     std::vector<head_map> bias;
+    std::vector<head_map> fading;    // the decaying score
+    std::vector<head_map> windowed;  // over the last queries; what came with a saved state
+
+    // [n_stream][n_window]: the last queries, in a ring
+    std::vector<std::vector<head_map>> queries;
+    std::vector<int32_t>               last_query;  // [n_stream]
 
     std::vector<std::vector<cell_kind>> kinds;   // [n_stream][kv_size]
     std::vector<std::vector<float>>     totals;  // [n_stream][kv_size]
@@ -61,6 +96,9 @@ class cell_store {
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
     std::vector<ggml_tensor *>           bias_tensors;
+
+    head_map take(const std::vector<head_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float fill) const;
+    void     put(std::vector<head_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from) const;
 
     void upload_bias(uint32_t strm, int32_t cell_min, int32_t cell_max);
     void set_biased(uint32_t strm, int32_t cell, bool value);

@@ -2,6 +2,7 @@
 
 #include "core/merge.h"
 #include "core/parallel.h"
+#include "core/select.h"
 #include "runtime/elastic_cache.h"
 
 #include "llama-context.h"
@@ -10,6 +11,22 @@
 #include <algorithm>
 
 namespace elastic {
+
+// the values of the anchors, in rank order
+static head_map kept_only(const head_map & m, const plan & p) {
+    if (m.n_cells == 0) {
+        return m;
+    }
+    head_map res(p.n_layer, p.n_head_kv, p.n_keep);
+    for (int32_t il = 0; il < p.n_layer; ++il) {
+        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+            for (int32_t j = 0; j < p.n_keep; ++j) {
+                res.row(il, ih)[j] = m.row(il, ih)[p.kept_row(il, ih)[j]];
+            }
+        }
+    }
+    return res;
+}
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
     // pending shifts and stream copies still have to reach the rows
@@ -39,6 +56,7 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
     if (!active() || n_keep >= (int32_t) rows.size()) {
         st.pending        = false;
         st.n_prompt_cells = n_all;
+        store->rate_image_cells(strm, rows);
         return n_all;
     }
 
@@ -52,14 +70,20 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         layers.emplace_back(kv, shape, il, strm);
         layers.back().load_k();
+        layers.back().load_v();
     }
 
     const cell_state  before = store->gather(strm, rows);
-    const kv_keys     keys(layers, rows);
+    const kv_source   source(layers, rows);
     const plan_params params = { n_keep, n_shared ? 0 : cfg.n_sink };
 
-    plan p = make_plan(cfg.pol, params, c, before.mass, &keys, n_threads);
-    validate(p, c, params.n_sink);
+    const head_map fading = store->gather_fading(strm, rows);
+    const head_map window = store->gather_window(strm, rows);
+
+    const importance_map importance = { before.mass, cfg.pol.n_window() > 0 ? window : fading };
+
+    plan p = make_plan(cfg.pol, params, c, importance, &source, n_threads);
+    validate(p, c, sink_cells(cfg.pol.select, params));
 
     const int64_t t_merge = ggml_time_us();
 
@@ -73,16 +97,16 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
         head_map(shape.n_layer, shape.n_head_kv, n_keep, 1.0f),
         head_map(shape.n_layer, shape.n_head_kv, n_keep),
     };
-    parallel_for(shape.n_layer, n_threads, [&](int32_t il) {
-        layers[il].load_v();
-        merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after);
-    });
+    parallel_for(shape.n_layer, n_threads,
+                 [&](int32_t il) { merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after); });
     for (auto & layer : layers) {
         layer.store();
     }
 
     commit(seq_id, p, rows, dst);
     store->scatter(strm, dst, after);
+    store->set_totals(strm, dst, p.rank_score);
+    store->scatter_fading(strm, dst, kept_only(fading, p));
 
     const int64_t t_end = ggml_time_us();
 

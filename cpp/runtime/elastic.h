@@ -19,6 +19,7 @@ struct elastic_params {
     int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
     int32_t      min_cells;  // a sequence with fewer cells is left alone
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
+    bool         record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
 };
 
 struct elastic_stats {

@@ -1,6 +1,5 @@
 #include "runtime/elastic_cache.h"
 
-#include "core/generate.h"
 #include "core/rows.h"
 
 #include "llama-batch.h"
@@ -29,6 +28,7 @@ config make_config(const elastic_params & params) {
     cfg.offset    = at_least("offset", params.offset, 0);
     cfg.min_cells = at_least("min_cells", params.min_cells, 1);
     cfg.n_threads = at_least("n_threads", params.n_threads, 0);
+    cfg.record    = params.record;
     return cfg;
 }
 
@@ -101,7 +101,7 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
     }
-    store = std::make_unique<cell_store>(kv, shape, cfg.pol);
+    store = std::make_unique<cell_store>(kv, shape, cfg);
     kv.set_elastic(this);
 }
 
@@ -110,7 +110,7 @@ elastic_cache::~elastic_cache() {
 }
 
 bool elastic_cache::active() const {
-    return cfg.pol.select != select_rule::all && !(cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0);
+    return cfg.record || (cfg.pol.select != select_rule::all && !(cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0));
 }
 
 int32_t elastic_cache::target_cells(int64_t n_tokens) const {
@@ -120,6 +120,10 @@ int32_t elastic_cache::target_cells(int64_t n_tokens) const {
 bool elastic_cache::is_prompt(llama_seq_id seq_id) const {
     const auto it = in_prompt.find(seq_id);
     return it != in_prompt.end() && it->second;
+}
+
+bool elastic_cache::is_scored(llama_seq_id seq_id) const {
+    return cfg.pol.scores_generation() || is_prompt(seq_id);
 }
 
 bool elastic_cache::is_shared(uint32_t strm, int32_t cell) const {
@@ -135,22 +139,47 @@ bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
         return false;
     }
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        if (is_prompt(ubatch.seq_id_unq[s])) {
+        if (is_scored(ubatch.seq_id_unq[s])) {
             return true;
         }
     }
     return false;
 }
 
+// the sum over all queries, the decaying one, and single queries: the last n_window of each stream
+uint32_t elastic_cache::n_sum_rows() const {
+    return 1 + (cfg.decay() > 0.0f ? 1 : 0) + cfg.n_window();
+}
+
 void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const {
-    const int64_t n_tps = ubatch.n_tokens / n_stream;
+    const int64_t n_tps  = ubatch.n_tokens / n_stream;
+    const int64_t n_rows = n_sum_rows();
+    const float   decay  = cfg.decay();
 
     for (int64_t s = 0; s < n_stream; ++s) {
-        for (int64_t h = 0; h < n_head; ++h) {
-            float * row = dst + (s * n_head + h) * n_tps;
-            for (int64_t i = 0; i < n_tps; ++i) {
-                row[i] = is_prompt(ubatch.seq_id[s * n_tps + i][0]) ? 1.0f : 0.0f;
+        std::vector<float> w(n_tps * n_rows, 0.0f);  // [n_tps][n_rows]
+
+        std::map<llama_seq_id, float> faded;
+        int64_t                       n_later = 0;
+        for (int64_t i = n_tps - 1; i >= 0; --i) {
+            const llama_seq_id seq_id = ubatch.seq_id[s * n_tps + i][0];
+            if (!is_scored(seq_id)) {
+                continue;
             }
+            float * row = w.data() + i * n_rows;
+            row[0]      = 1.0f;
+            if (decay > 0.0f && is_prompt(seq_id)) {
+                float & f = faded.emplace(seq_id, 1.0f).first->second;
+                row[1]    = f;
+                f *= decay;
+            }
+            if (n_later < cfg.n_window()) {
+                row[n_rows - 1 - n_later] = 1.0f;
+            }
+            n_later++;
+        }
+        for (int64_t h = 0; h < n_head; ++h) {
+            std::copy(w.begin(), w.end(), dst + (s * n_head + h) * n_tps * n_rows);
         }
     }
 }
@@ -195,47 +224,6 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     }
 }
 
-void elastic_cache::make_room(llama_seq_id seq_id) {
-    auto & st = seqs[seq_id];
-
-    if (st.pending) {
-        try {
-            compress(seq_id);
-        } catch (const std::exception & e) {
-            // the cache is as it was, so decoding can go on with all cells
-            st.pending = false;
-            LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
-        }
-    }
-
-    if (cfg.pol.generate == generate_rule::keep) {
-        return;
-    }
-
-    const int32_t allowed = target_cells(st.n_tokens + 1);
-    const auto    strm    = kv.get_stream(seq_id);
-    auto &        cells   = kv.get_cells_mut(strm);
-
-    while (n_cells(seq_id) + 1 > allowed) {
-        const auto         rows = logical_cells(seq_id);
-        elastic::cells     c;
-        std::vector<float> total;
-        for (const int32_t row : rows) {
-            c.kind.push_back(store->kind(strm, row));
-            c.pinned.push_back(is_shared(strm, row));
-            total.push_back(store->total(strm, row));
-        }
-
-        const int32_t i = leaving_cell(cfg.pol.generate, c, st.n_prompt_cells, cfg.offset, cfg.n_sink, total);
-        if (i < 0) {
-            break;
-        }
-        cells.seq_rm(rows[i], seq_id);
-        kv.set_head(strm, rows[i]);  // the freed place takes the next token
-        stats.n_evictions++;
-    }
-}
-
 void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx) {
     if (!active()) {
         return;
@@ -264,14 +252,27 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 }
 
 void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result * res) {
-    GGML_UNUSED(ubatch);
     if (res->t_attn_sums.empty()) {
         return;
     }
     ctx.synchronize();
     const int64_t t_start = ggml_time_us();
 
-    const auto & sinfo = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
+    const auto &  sinfo    = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
+    const int64_t n_stream = (int64_t) sinfo.s1 - sinfo.s0 + 1;
+    const int64_t n_tps    = ubatch.n_tokens / n_stream;
+
+    // what earlier queries left fades first; single queries get their places
+    std::vector<int32_t> n_queries(n_stream, 0);
+    for (int64_t s = 0; s < n_stream; ++s) {
+        fade_recent(ubatch, (uint32_t) (sinfo.s0 + s), s * n_tps, n_tps);
+        for (int64_t i = 0; i < n_tps && n_queries[s] < cfg.n_window(); ++i) {
+            if (is_scored(ubatch.seq_id[s * n_tps + i][0])) {
+                store->begin_query((uint32_t) (sinfo.s0 + s));
+                n_queries[s]++;
+            }
+        }
+    }
 
     std::vector<float> data;
     for (const auto & [il_model, t] : res->t_attn_sums) {
@@ -288,20 +289,55 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         const int64_t n_head = t->ne[2];
         const int64_t n_gqa  = n_head / shape.n_head_kv;
 
-        for (int64_t s = 0; s < t->ne[3]; ++s) {
-            const auto & cells = kv.get_cells_mut(sinfo.s0 + s);
+        for (int64_t s = 0; s < n_stream; ++s) {
+            const uint32_t strm  = (uint32_t) (sinfo.s0 + s);
+            const auto &   cells = kv.get_cells_mut(strm);
             for (int64_t h = 0; h < n_head; ++h) {
                 const float * src = data.data() + (s * n_head + h) * n_rows * n_kv;
-                float *       dst = store->mass_row(sinfo.s0 + s, il, (int32_t) (h / n_gqa));
-                for (int64_t i = 0; i < n_kv; ++i) {
-                    if (!cells.is_empty(i)) {
-                        dst[i] += src[i] / (float) n_gqa;
+                const auto    add = [&](int64_t row, float * dst) {
+                    for (int64_t i = 0; i < n_kv; ++i) {
+                        if (!cells.is_empty(i)) {
+                            dst[i] += src[row * n_kv + i] / (float) n_gqa;
+                        }
                     }
+                };
+                const int32_t ih = (int32_t) (h / n_gqa);
+                add(0, store->mass_row(strm, il, ih));
+                if (cfg.decay() > 0.0f) {
+                    add(1, store->fading_row(strm, il, ih));
+                }
+                for (int32_t ago = 0; ago < n_queries[s]; ++ago) {
+                    add(n_rows - 1 - ago, store->query_row(strm, ago, il, ih));
                 }
             }
         }
     }
     stats.t_score_us += ggml_time_us() - t_start;
+}
+
+// the decaying score of each cell, by as many steps as its sequence has queries among [first, first + n)
+void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) {
+    const float decay = cfg.decay();
+    if (decay == 0.0f) {
+        return;
+    }
+    std::vector<float> factor(shape.kv_size, 1.0f);
+    for (int64_t i = first; i < first + n; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+        if (is_prompt(seq_id)) {
+            for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+                factor[cell] *= decay;
+            }
+        }
+    }
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+            float * row = store->fading_row(strm, il, ih);
+            for (int32_t i = 0; i < shape.kv_size; ++i) {
+                row[i] *= factor[i];
+            }
+        }
+    }
 }
 
 //

@@ -7,7 +7,6 @@
 #include "runtime/cell_store.h"
 #include "runtime/elastic.h"
 
-#include "core/budget.h"
 #include "core/plan.h"
 
 #include "llama-elastic.h"
@@ -22,15 +21,6 @@ namespace elastic {
 // thrown when the model's memory cannot be compressed
 struct unsupported : std::runtime_error {
     using std::runtime_error::runtime_error;
-};
-
-struct config {
-    policy  pol;
-    budget  keep;
-    int32_t n_sink    = 1;
-    int32_t offset    = 25;
-    int32_t min_cells = 64;
-    int32_t n_threads = 0;
 };
 
 config make_config(const elastic_params & params);  // throws elastic::error
@@ -67,7 +57,7 @@ class elastic_cache : public llama_elastic_i {
     // llama_elastic_i
 
     bool          want_sums(const llama_ubatch & ubatch) const override;
-    uint32_t      n_sum_rows() const override { return 1; }
+    uint32_t      n_sum_rows() const override;
     void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
     bool          has_bias() const override { return store->any_bias(); }
     ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
@@ -123,7 +113,13 @@ class elastic_cache : public llama_elastic_i {
     bool    active() const;
     int32_t target_cells(int64_t n_tokens) const;
     bool    is_prompt(llama_seq_id seq_id) const;
+    bool    is_scored(llama_seq_id seq_id) const;
     void    make_room(llama_seq_id seq_id);
+    void    let_leave(llama_seq_id seq_id);
+    void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
+                               const std::vector<float> & total);
+    void    move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
+    void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
     bool    is_shared(uint32_t strm, int32_t cell) const;
 };

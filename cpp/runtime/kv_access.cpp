@@ -60,8 +60,12 @@ void kv_layer_access::store() {
     }
 }
 
-void kv_keys::load(int32_t il, int32_t ih, float * dst) const {
+void kv_source::load_k(int32_t il, int32_t ih, float * dst) const {
     read_f32(layers[il].k, rows, ih, dst);
+}
+
+void kv_source::load_v(int32_t il, int32_t ih, float * dst) const {
+    read_f32(layers[il].v, rows, ih, dst);
 }
 
 }  // namespace elastic

@@ -46,13 +46,15 @@ class kv_layer_access {
     std::vector<uint8_t> buf_v;
 };
 
-// keys of the given cells for the plan
-class kv_keys : public key_source {
+// keys and values of the given cells for the plan
+class kv_source : public row_source {
   public:
-    kv_keys(std::vector<kv_layer_access> & layers, const std::vector<int32_t> & rows) : layers(layers), rows(rows) {}
+    kv_source(std::vector<kv_layer_access> & layers, const std::vector<int32_t> & rows) : layers(layers), rows(rows) {}
 
-    int32_t n_embd_head() const override { return layers.front().k.n_embd_head; }
-    void    load(int32_t il, int32_t ih, float * dst) const override;
+    int32_t n_embd_head_k() const override { return layers.front().k.n_embd_head; }
+    int32_t n_embd_head_v() const override { return layers.front().v.n_embd_head; }
+    void    load_k(int32_t il, int32_t ih, float * dst) const override;
+    void    load_v(int32_t il, int32_t ih, float * dst) const override;
 
   private:
     std::vector<kv_layer_access> & layers;

@@ -9,16 +9,18 @@
 
 namespace elastic {
 
-static constexpr uint32_t STATE_MAGIC = 0x31534c45;  // "ELS1"
+static constexpr uint32_t STATE_MAGIC = 0x32534c45;  // "ELS2"
 
 struct state_header {
-    uint32_t magic     = STATE_MAGIC;
-    int32_t  n_layer   = 0;
-    int32_t  n_head_kv = 0;
-    uint32_t has_mass  = 0;
-    uint32_t has_count = 0;
-    uint32_t has_bias  = 0;
-    uint32_t n_seqs    = 0;
+    uint32_t magic      = STATE_MAGIC;
+    int32_t  n_layer    = 0;
+    int32_t  n_head_kv  = 0;
+    uint32_t has_mass   = 0;
+    uint32_t has_count  = 0;
+    uint32_t has_bias   = 0;
+    uint32_t has_fading = 0;
+    uint32_t has_window = 0;
+    uint32_t n_seqs     = 0;
 };
 
 struct state_sequence {
@@ -44,12 +46,14 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
     }
 
     state_header h;
-    h.n_layer   = shape.n_layer;
-    h.n_head_kv = shape.n_head_kv;
-    h.has_mass  = store->has_mass();
-    h.has_count = store->has_count();
-    h.has_bias  = store->has_bias_map();
-    h.n_seqs    = (uint32_t) ids.size();
+    h.n_layer    = shape.n_layer;
+    h.n_head_kv  = shape.n_head_kv;
+    h.has_mass   = store->has_mass();
+    h.has_count  = store->has_count();
+    h.has_bias   = store->has_bias_map();
+    h.has_fading = store->has_fading();
+    h.has_window = store->has_window();
+    h.n_seqs     = (uint32_t) ids.size();
     io.write(&h, sizeof(h));
 
     for (const llama_seq_id id : ids) {
@@ -82,6 +86,14 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
         put(h.has_mass, state.mass);
         put(h.has_count, state.count);
         put(h.has_bias, state.bias);
+        put(h.has_fading, store->gather_fading(strm, rows));
+        put(h.has_window, store->gather_window(strm, rows));
+
+        std::vector<float> totals;
+        for (const int32_t row : rows) {
+            totals.push_back(store->total(strm, row));
+        }
+        io.write(totals.data(), totals.size() * sizeof(float));
     }
 }
 
@@ -118,9 +130,15 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (h.n_layer != shape.n_layer || h.n_head_kv != shape.n_head_kv) {
         throw std::runtime_error("elastic state: saved with another model (layers or KV heads differ)");
     }
-    if ((h.has_bias && !store->has_bias_map()) || h.has_mass != (uint32_t) store->has_mass() ||
-        h.has_count != (uint32_t) store->has_count()) {
-        throw std::runtime_error("elastic state: saved with a policy that keeps other data per cell; load it with the same policy");
+    // more than this policy looks at is read and left, unless cells depend on it
+    const bool lacks =
+        (!h.has_mass && store->has_mass()) || (!h.has_fading && store->has_fading()) || (!h.has_window && store->has_window());
+    const bool depends      = (h.has_bias && !store->has_bias_map()) || (h.has_count && !store->has_count());
+    const auto other_policy = [] {
+        return std::runtime_error("elastic state: saved with a policy that keeps other data per cell; load it with the same policy");
+    };
+    if (lacks || depends) {
+        throw other_policy();
     }
 
     for (uint32_t i = 0; i < h.n_seqs; ++i) {
@@ -130,6 +148,10 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         const llama_seq_id id = seq_id < 0 ? s.seq_id : seq_id;
         if (id < 0 || id >= (llama_seq_id) kv.get_n_seq_max() || n_cells(id) != s.n_cells) {
             throw std::runtime_error("elastic state: the cells of a sequence do not match its saved description");
+        }
+
+        if (s.pos_compressed >= 0 && !h.has_count && store->has_count()) {
+            throw other_policy();
         }
 
         const auto     rows = logical_cells(id);
@@ -154,6 +176,16 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         take(h.has_count, state.count);
         take(h.has_bias, state.bias);
         store->scatter(strm, rows, state);
+
+        head_map recent(shape.n_layer, shape.n_head_kv, (int32_t) rows.size());
+        take(h.has_fading, recent);
+        store->scatter_fading(strm, rows, recent);
+        take(h.has_window, recent);
+        store->scatter_window(strm, rows, recent);
+
+        std::vector<float> totals(rows.size());
+        io.read(totals.data(), totals.size() * sizeof(float));
+        store->set_totals(strm, rows, totals);
 
         auto & st         = seqs[id];
         st.n_tokens       = s.n_tokens;

@@ -17,8 +17,7 @@ from .errors import (
     StateError,
     text,
 )
-
-_PLAIN_TYPES = (0, 1, 30)  # ggml's f32, f16, bf16
+from .kv_types import KV_TYPES, PLAIN_TYPES
 
 
 def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> ElasticConfig | None:
@@ -38,7 +37,9 @@ def check_arguments(elastic: ElasticConfig | None, n_ctx: int, kwargs: dict[str,
         if not isinstance(value, int) or value < 1:
             raise ConfigError(text("config", name, repr(value), "a whole number >= 1"))
     type_v = kwargs.get("type_v")
-    if type_v not in (None, *_PLAIN_TYPES) and not kwargs.get("flash_attn"):
+    if type_v not in (None, *(KV_TYPES[name] for name in PLAIN_TYPES)) and not kwargs.get(
+        "flash_attn"
+    ):
         raise ConfigError(
             text(
                 "config",

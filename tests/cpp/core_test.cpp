@@ -10,7 +10,6 @@
 #include "core/rows.h"
 #include "core/score.h"
 #include "core/select.h"
-#include "core/similarity.h"
 
 #include <algorithm>
 #include <chrono>
@@ -49,18 +48,20 @@ static float uniform(float lo, float hi) {
     return std::uniform_real_distribution<float>(lo, hi)(rng);
 }
 
-struct random_keys : key_source {
+struct random_rows : row_source {
     int32_t            n_head_kv, n_cells, d;
     std::vector<float> data;
 
-    random_keys(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, int32_t d)
+    random_rows(int32_t n_layer, int32_t n_head_kv, int32_t n_cells, int32_t d)
         : n_head_kv(n_head_kv), n_cells(n_cells), d(d), data((size_t) n_layer * n_head_kv * n_cells * d) {
         for (auto & x : data) {
             x = uniform(-1.0f, 1.0f);
         }
     }
-    int32_t n_embd_head() const override { return d; }
-    void    load(int32_t il, int32_t ih, float * dst) const override {
+    int32_t n_embd_head_k() const override { return d; }
+    int32_t n_embd_head_v() const override { return d; }
+    void    load_v(int32_t il, int32_t ih, float * dst) const override { load_k(il, ih, dst); }
+    void    load_k(int32_t il, int32_t ih, float * dst) const override {
         const size_t n = (size_t) n_cells * d;
         std::memcpy(dst, data.data() + ((size_t) il * n_head_kv + ih) * n, n * sizeof(float));
     }
@@ -96,36 +97,6 @@ static void test_budget() {
     CHECK_THROWS(budget().cells_for((int64_t) INT32_MAX + 1));
 }
 
-static void test_similarity() {
-    for (const int32_t n_keys : { 1, 2, 31, 32, 33, 65 }) {
-        for (const int32_t n_queries : { 1, 3, 4, 5 }) {
-            const int32_t      d = 7;
-            std::vector<float> k(n_keys * d), q(n_queries * d);
-            for (auto & x : k) {
-                x = uniform(-1.0f, 1.0f);
-            }
-            for (auto & x : q) {
-                x = uniform(-1.0f, 1.0f);
-            }
-            std::vector<int32_t> best(n_queries, -1);
-            most_similar(q.data(), n_queries, k.data(), n_keys, d, best.data());
-            for (int32_t i = 0; i < n_queries; ++i) {
-                const auto dot = [&](int32_t j) {
-                    double sum = 0.0;
-                    for (int32_t e = 0; e < d; ++e) {
-                        sum += (double) q[i * d + e] * k[j * d + e];
-                    }
-                    return sum;
-                };
-                CHECK(best[i] >= 0 && best[i] < n_keys);
-                for (int32_t j = 0; j < n_keys; ++j) {
-                    CHECK(dot(j) <= dot(best[i]) + 1e-5);
-                }
-            }
-        }
-    }
-}
-
 static void test_plans() {
     for (const auto & pol : policies()) {
         CHECK(&find_policy(pol.name) == &pol);
@@ -134,17 +105,17 @@ static void test_plans() {
                 if (n_keep < 1 || n_keep > n) {
                     continue;
                 }
-                const cells       c = make_cells(n);
-                const random_keys keys(3, 2, n, 16);
-                const head_map    importance = make_map(3, 2, n, 0.0f, 1.0f);
+                const cells          c = make_cells(n);
+                const random_rows    rows(3, 2, n, 16);
+                const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), make_map(3, 2, n, 0.0f, 1.0f) };
 
-                const plan p = make_plan(pol, { n_keep, 2 }, c, importance, &keys, 1);
-                validate(p, c, 2);
+                const plan p = make_plan(pol, { n_keep, 2 }, c, importance, &rows, 1);
+                validate(p, c, sink_cells(pol.select, { p.n_keep, 2 }));
                 CHECK(p.n_keep == (pol.select == select_rule::all ? n : n_keep));
                 const auto pos = rank_positions(p);
                 CHECK(pos.back() == n - 1);
 
-                const plan q = make_plan(pol, { n_keep, 2 }, c, importance, &keys, 4);
+                const plan q = make_plan(pol, { n_keep, 2 }, c, importance, &rows, 4);
                 CHECK(p.kept == q.kept && p.bucket == q.bucket);
             }
         }
@@ -153,20 +124,20 @@ static void test_plans() {
 
     const policy &    pol = find_policy("elastic");
     cells             c   = make_cells(16);
-    const random_keys keys(1, 1, 16, 8);
-    head_map          importance = make_map(1, 1, 16, 0.0f, 1.0f);
-    CHECK_THROWS(make_plan(pol, { 0, 1 }, c, importance, &keys));
-    CHECK_THROWS(make_plan(pol, { 17, 1 }, c, importance, &keys));
-    CHECK_THROWS(make_plan(pol, { 8, -1 }, c, importance, &keys));
+    const random_rows rows(1, 1, 16, 8);
+    importance_map    importance = { make_map(1, 1, 16, 0.0f, 1.0f), make_map(1, 1, 16, 0.0f, 1.0f) };
+    CHECK_THROWS(make_plan(pol, { 0, 1 }, c, importance, &rows));
+    CHECK_THROWS(make_plan(pol, { 17, 1 }, c, importance, &rows));
+    CHECK_THROWS(make_plan(pol, { 8, -1 }, c, importance, &rows));
     CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, nullptr));
-    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, head_map(1, 1, 15), &keys));
-    CHECK_THROWS(make_plan(pol, { 1, 1 }, cells(), head_map(1, 1, 0), &keys));
-    importance.data[3] = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &keys));
-    importance.data[3] = 0.0f;
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, { head_map(1, 1, 15), {} }, &rows));
+    CHECK_THROWS(make_plan(pol, { 1, 1 }, cells(), {}, &rows));
+    importance.sum.data[3] = std::numeric_limits<float>::quiet_NaN();
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &rows));
+    importance.sum.data[3] = 0.0f;
 
     c.pinned[4]  = 1;
-    const plan p = make_plan(pol, { 8, 1 }, c, importance, &keys);
+    const plan p = make_plan(pol, { 8, 1 }, c, importance, &rows);
     validate(p, c, 1);
     CHECK(p.bucket[4] >= 0 && p.kept[p.bucket[4]] == 4);
 
@@ -181,15 +152,15 @@ static void test_plans() {
     CHECK_THROWS(validate(bad, c, 1));
 
     c.pinned.assign(16, 1);
-    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &keys));
+    CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &rows));
 
-    const head_map layer = score_cells(score_rule::frequency_layer, make_map(2, 3, 5, 0.0f, 1.0f));
+    const head_map layer = score_cells(score_rule::frequency_layer, make_cells(5), { make_map(2, 3, 5, 0.0f, 1.0f), {} });
     CHECK(layer.row(1, 0)[4] == layer.row(1, 2)[4]);
-    CHECK(score_cells(score_rule::recency, layer).row(1, 2)[4] == 4.0f);
+    CHECK(score_cells(score_rule::recency, make_cells(5), { layer, {} }).row(1, 2)[4] == 4.0f);
 }
 
 static void test_generate() {
-    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::score }) {
+    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::lowest, generate_rule::heavy }) {
         for (const int32_t n : { 0, 1, 2, 3, 40 }) {
             for (const int32_t n_sink : { -1, 0, 1, 50 }) {
                 for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
@@ -242,11 +213,11 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
 
     stream            k(type_k, false, n_head_kv, d, n_rows, src);
     stream            v(type_v, transposed, n_head_kv, d, n_rows, src);
-    const random_keys keys(n_layer, n_head_kv, n, d);
+    const random_rows rows(n_layer, n_head_kv, n, d);
     const cells       c = make_cells(n);
 
     const char * name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
-    const plan   p    = make_plan(find_policy(name), { n_keep, 1 }, c, make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), &keys);
+    const plan   p    = make_plan(find_policy(name), { n_keep, 1 }, c, make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), &rows);
 
     const cell_state in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
                             head_map(n_layer, n_head_kv, n) };
@@ -358,14 +329,18 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
         k.emplace_back(GGML_TYPE_F16, false, n_head_kv, d, n, src);
         v.emplace_back(GGML_TYPE_F16, transposed, n_head_kv, d, n, src);
     }
-    struct stream_keys : key_source {
+    struct stream_rows : row_source {
         const std::vector<stream> &  k;
+        const std::vector<stream> &  v;
         const std::vector<int32_t> & rows;
-        stream_keys(const std::vector<stream> & k, const std::vector<int32_t> & rows) : k(k), rows(rows) {}
-        int32_t n_embd_head() const override { return k[0].t.n_embd_head; }
-        void    load(int32_t il, int32_t ih, float * dst) const override { read_f32(k[il % k.size()].t, rows, ih, dst); }
+        stream_rows(const std::vector<stream> & k, const std::vector<stream> & v, const std::vector<int32_t> & rows)
+            : k(k), v(v), rows(rows) {}
+        int32_t n_embd_head_k() const override { return k[0].t.n_embd_head; }
+        int32_t n_embd_head_v() const override { return v[0].t.n_embd_head; }
+        void    load_k(int32_t il, int32_t ih, float * dst) const override { read_f32(k[il % k.size()].t, rows, ih, dst); }
+        void    load_v(int32_t il, int32_t ih, float * dst) const override { read_f32(v[il % v.size()].t, rows, ih, dst); }
     };
-    const stream_keys keys(k, src);
+    const stream_rows rows(k, v, src);
     const cell_state  in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
                              head_map(n_layer, n_head_kv, n) };
     cell_state out = { head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep), head_map(n_layer, n_head_kv, n_keep) };
@@ -373,7 +348,7 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
     std::vector<double> t_plan, t_merge;
     for (int i = 0; i < 5; ++i) {
         const double t0 = now_ms();
-        const plan   p  = make_plan(pol, { n_keep, 1 }, c, in.mass, &keys, 1);
+        const plan   p  = make_plan(pol, { n_keep, 1 }, c, { in.mass, in.mass }, &rows, 1);
         const double t1 = now_ms();
         for (int32_t il = 0; il < n_layer; ++il) {
             merge_layer(p, pol.combine, il, k[il % n_stream].t, v[il % n_stream].t, src, dst, in, out);
@@ -399,7 +374,6 @@ int main(int argc, char ** argv) {
         return 0;
     }
     test_budget();
-    test_similarity();
     test_plans();
     test_generate();
     test_merges();

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-IMAGE, GENERATED = 1, 2
+TEXT, GENERATED = 0, 2
+NEWEST, SHORT = 16, 4  # never leave under "per_head"; an answer that spares text
 
 
 def leaving_cell(
@@ -24,13 +25,30 @@ def leaving_cell(
     movable = [i for i in range(n_sink, n_cells - 1) if not pinned[i]]
     if rule == "keep" or not movable:
         return -1
-    if rule == "score":
-        image = [i for i in movable if kind[i] == IMAGE]
-        generated = [i for i in movable if kind[i] == GENERATED]
-        if image:
-            return min(image, key=lambda i: (total[i], i))
+    finite = [i for i in movable if np.isfinite(total[i])]
+    generated = [i for i in movable if kind[i] == GENERATED]
+    if rule == "lowest":
+        if finite:
+            return min(finite, key=lambda i: (total[i], i))
         if generated:
             return generated[0]
+    if rule == "heavy":
+        old = [i for i in finite if i < n_cells - max(1, n_cells // 2)]
+        if old:
+            return min(old, key=lambda i: (total[i], i))
     place = max(n_sink, min(n_prompt - offset, n_cells - 2))
     later = [i for i in movable if i >= place]
     return later[0] if later else movable[-1]
+
+
+def leaving_candidates(
+    rule: str, kind: np.ndarray, pinned: np.ndarray, n_sink: int, total: np.ndarray
+) -> list[int]:
+    """Cells among which each head loses one of its own."""
+    n_cells = len(kind)
+    n_recent = max(1, n_cells // 2) if rule == "heavy" else NEWEST
+    free = [i for i in range(n_sink, n_cells - n_recent) if not pinned[i]]
+    if rule == "heavy" or sum(k == GENERATED for k in kind) > SHORT:
+        return free
+    spared = {i for i in free if kind[i] == TEXT and np.isinf(total[i])}
+    return [i for i in free if i not in spared] or free

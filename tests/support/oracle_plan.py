@@ -1,7 +1,7 @@
 """Plans made the slow, obvious way, to compare the core with.
 
-Nothing here knows the package under test. A plan is ``kept`` [L, H, N] (logical indices, ascending)
-and ``bucket`` [L, H, T] (rank of the anchor that a cell joins, -1: evicted).
+Nothing here knows the package under test. A plan is ``kept`` [L, H, N] (logical indices in rank
+order) and ``bucket`` [L, H, T] (rank of the anchor that a cell joins, -1: evicted).
 """
 
 from __future__ import annotations
@@ -11,28 +11,76 @@ import numpy as np
 TEXT, IMAGE, GENERATED = 0, 1, 2
 
 
-def scores(rule: str, importance: np.ndarray) -> np.ndarray:
+WINDOW, POOL = 32, 7
+
+
+def scores(
+    rule: str, kind: np.ndarray, importance: np.ndarray, recent: np.ndarray | None = None
+) -> np.ndarray:
     """Score of every cell [L, H, T]; higher is kept."""
     n_layer, n_head, n_cells = importance.shape
     out = np.zeros(importance.shape, dtype=np.float32)
-    for layer in range(n_layer):
+    for layer, head in np.ndindex(n_layer, n_head):
+        sums = importance[layer, head].astype(np.float64)
+        pool = None if recent is None else pooled(recent[layer, head])
         for i in range(n_cells):
-            mean = sum(float(x) for x in importance[layer, :, i]) / n_head
-            for head in range(n_head):
-                if rule == "frequency":
-                    out[layer, head, i] = importance[layer, head, i]
-                elif rule == "frequency_layer":
-                    out[layer, head, i] = mean
-                elif rule == "recency":
-                    out[layer, head, i] = i
+            if rule == "frequency":
+                out[layer, head, i] = sums[i]
+            elif rule == "frequency_layer":
+                out[layer, head, i] = sum(float(x) for x in importance[layer, :, i]) / n_head
+            elif rule == "frequency_model":
+                rows = importance[:, :, i].reshape(-1)
+                out[layer, head, i] = sum(float(x) for x in rows) / len(rows)
+            elif rule == "recency":
+                out[layer, head, i] = i
+            elif rule == "random":
+                out[layer, head, i] = drawn((layer << 48) ^ (head << 32) ^ i)
+            elif rule == "window":
+                out[layer, head, i] = pool[i]
+            elif rule == "by_kind":
+                share = share_of(sums[i], sums) + share_of(pool[i], pool)
+                out[layer, head, i] = sums[i] if kind[i] == IMAGE else share
     return out
 
 
-def protected(kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int) -> set[int]:
-    """Cells that stay whatever their score: sinks, the last cell, pinned cells."""
+def share_of(x: float, row: np.ndarray) -> float:
+    total = sum(float(y) for y in row)
+    return float(x) / total if total > 0 else 0.0
+
+
+def pooled(row: np.ndarray) -> np.ndarray:
+    """Mean over the POOL cells around each; fewer at the ends."""
+    out = np.empty(len(row), dtype=np.float32)
+    for i in range(len(row)):
+        near = row[max(0, i - POOL // 2) : i + POOL // 2 + 1].astype(np.float64)
+        out[i] = near.sum() / len(near)
+    return out
+
+
+def drawn(x: int) -> float:
+    """A number in [0, 1) that depends on x only (splitmix64's output function)."""
+    mask = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return ((x ^ (x >> 31)) >> 40) / (1 << 24)
+
+
+def ends(rule: str, n_keep: int, n_sink: int) -> tuple[int, int]:
+    """First and last cells that stay whatever their score."""
+    n_last = {"heavy_recent": n_keep // 2, "window_top": min(WINDOW, n_keep // 2)}.get(rule, 1)
+    n_last = max(1, n_last)
+    return min(n_sink, n_keep - n_last), n_last
+
+
+def protected(
+    rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int
+) -> set[int]:
+    """Cells that stay whatever their score: sinks, the last ones, pinned cells."""
     n_cells = len(kind)
-    cells = {n_cells - 1}
-    cells |= set(range(min(n_sink, n_keep - 1)))
+    n_first, n_last = ends(rule, n_keep, n_sink)
+    cells = set(range(max(0, n_cells - n_last), n_cells))
+    cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
     return cells
 
@@ -81,7 +129,7 @@ def share(runs: list[list[int]], stay: set[int], n_keep: int) -> list[int]:
 
 def quotas(rule: str, kind: np.ndarray, stay: set[int], n_keep: int) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
-    if rule != "image_first":
+    if rule not in ("image_first", "image_cover"):
         return [(list(range(len(kind))), n_keep)]
     runs = segments(kind)
     image = [run for run in runs if kind[run[0]] == IMAGE]
@@ -95,58 +143,150 @@ def quotas(rule: str, kind: np.ndarray, stay: set[int], n_keep: int) -> list[tup
 
 
 def select(
-    rule: str, kind: np.ndarray, pinned: np.ndarray, score: np.ndarray, n_keep: int, n_sink: int
+    rule: str,
+    ranked: bool,
+    kind: np.ndarray,
+    pinned: np.ndarray,
+    score: np.ndarray,
+    n_keep: int,
+    n_sink: int,
 ) -> np.ndarray | None:
-    """Kept cells [L, H, N], or None when the protected cells alone are too many."""
+    """Kept cells [L, H, N] in rank order, or None when the protected cells alone are too many."""
     n_layer, n_head, n_cells = score.shape
     if rule == "all":
-        return np.tile(np.arange(n_cells), (n_layer, n_head, 1))
-    stay = protected(kind, pinned, n_keep, n_sink)
+        n_keep = n_cells
+    stay = protected(rule, kind, pinned, n_keep, n_sink)
     if len(stay) > n_keep:
         return None
     kept = np.empty((n_layer, n_head, n_keep), dtype=np.int64)
-    for layer in range(n_layer):
-        for head in range(n_head):
-            chosen: list[int] = []
-            for run, n in quotas(rule, kind, stay, n_keep):
-                order = sorted(run, key=lambda i: (i not in stay, -score[layer, head, i], i))
-                chosen += order[:n]
-            kept[layer, head] = sorted(chosen)
+    for layer, head in np.ndindex(n_layer, n_head):
+        chosen: list[list[int]] = []
+        for run, n in quotas(rule, kind, stay, n_keep):
+            order = sorted(run, key=lambda i: (i not in stay, -score[layer, head, i], i))
+            chosen.append(in_rank_order(run, order[:n], stay, ranked))
+        # quotas come text first; runs stand in logical order
+        chosen.sort(key=lambda part: min(part, default=-1))
+        kept[layer, head] = [i for part in chosen for i in part]
     return kept
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm > 0 else 0.0
+def in_rank_order(run: list[int], kept: list[int], stay: set[int], ranked: bool) -> list[int]:
+    """Protected cells at the run's beginning, the rest by score, its other protected cells."""
+    if not ranked:
+        return sorted(kept)
+    first = 0
+    while first < len(run) and run[first] in stay:
+        first += 1
+    free = [i for i in kept if i not in stay]
+    return run[:first] + free + [i for i in run[first:] if i in stay]
 
 
-def anchor_of(
-    rule: str, i: int, kept: np.ndarray, kind: np.ndarray, pinned: np.ndarray, keys: np.ndarray
-) -> int:
-    """Rank of the kept cell that dropped cell i joins, -1 for none."""
-    ranks = [j for j in range(len(kept)) if not pinned[kept[j]]]
-    if rule == "nearest_mean":
-        return min(ranks, key=lambda j: (abs(kept[j] - i), j), default=-1)
-    if rule == "mass" and kind[i] == IMAGE:
-        ranks = [j for j in ranks if kind[kept[j]] == IMAGE]
-        return min(ranks, key=lambda j: (-cosine(keys[i], keys[kept[j]]), j), default=-1)
-    return -1
+def rank_scores(
+    rule: str,
+    kind: np.ndarray,
+    pinned: np.ndarray,
+    score: np.ndarray,
+    kept: np.ndarray,
+    n_sink: int,
+) -> np.ndarray:
+    """Score of each rank over all layers and heads [N]; infinite where it never leaves by score."""
+    n_keep = kept.shape[2]
+    stay = protected(rule, kind, pinned, n_keep, n_sink)
+    for run, n in quotas(rule, kind, stay, n_keep):
+        if kind[run[0]] != IMAGE and n == len(run):
+            stay = stay | set(run)
+    out = np.zeros(n_keep)
+    for layer, head in np.ndindex(*kept.shape[:2]):
+        for j, i in enumerate(kept[layer, head]):
+            out[j] += np.inf if int(i) in stay else float(score[layer, head, i])
+    return out
+
+
+VALUE_WEIGHT = 0.5
+
+
+def run_features(run: list[int], keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Keys and values of a run side by side [n, 2 d], each over the square root of its variance."""
+    parts = []
+    for x, weight in ((keys[run], 1.0), (values[run], VALUE_WEIGHT)):
+        x = x.astype(np.float64)
+        variance = ((x - x.mean(0)) ** 2).sum(1).mean()
+        parts.append(x * (np.sqrt(weight / variance) if variance > 1e-9 else 0.0))
+    return np.concatenate(parts, axis=1)
+
+
+def cover_run(
+    run: list[int],
+    stay: set[int],
+    pinned: np.ndarray,
+    score: np.ndarray,
+    x: np.ndarray,
+    n_keep: int,
+) -> tuple[list[int], dict[int, int]]:
+    """Kept cells of a run of image cells, ascending, and for the others the kept one nearest."""
+    chosen = [i for i in run if i in stay]
+
+    def anchors() -> list[int]:
+        return [j for j in chosen if not pinned[j]]
+
+    def distance(i: int, j: int) -> float:
+        return float(((x[run.index(i)] - x[run.index(j)]) ** 2).sum())
+
+    def worth(i: int) -> float:
+        near = min((distance(i, j) for j in anchors()), default=1.0)
+        return float(score[i]) * near
+
+    while len(chosen) < n_keep:
+        chosen.append(max((i for i in run if i not in chosen), key=lambda i: (worth(i), -i)))
+    order = anchors()
+    joins = {
+        i: min(order, key=lambda j: (distance(i, j), order.index(j)))
+        for i in run
+        if i not in chosen and order
+    }
+    return sorted(chosen), joins
+
+
+def cover(
+    kind: np.ndarray,
+    pinned: np.ndarray,
+    score: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    kept: np.ndarray,
+    n_sink: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kept cells with those of images chosen anew, and buckets of the dropped image cells."""
+    kept = kept.copy()
+    bucket = np.full(score.shape, -1)
+    stay = protected("image_cover", kind, pinned, kept.shape[2], n_sink)
+    for layer, head in np.ndindex(*kept.shape[:2]):
+        row = list(kept[layer, head])
+        for run in segments(kind):
+            if kind[run[0]] != IMAGE:
+                continue
+            ranks = [j for j, i in enumerate(row) if i in run]
+            x = run_features(run, keys[layer, head], values[layer, head])
+            chosen, joins = cover_run(run, stay, pinned, score[layer, head], x, len(ranks))
+            for j, i in zip(ranks, chosen):
+                kept[layer, head, j] = i
+            for i, anchor in joins.items():
+                bucket[layer, head, i] = ranks[chosen.index(anchor)]
+    return kept, bucket
 
 
 def buckets(
-    rule: str, kept: np.ndarray, kind: np.ndarray, pinned: np.ndarray, keys: np.ndarray
+    rule: str, kept: np.ndarray, kind: np.ndarray, pinned: np.ndarray, found: np.ndarray
 ) -> np.ndarray:
-    """Bucket of every cell [L, H, T]; ``keys`` [L, H, T, d] is used by ``mass`` only."""
+    """Bucket of every cell [L, H, T]; `found` is what `cover` said of the dropped image cells."""
     n_layer, n_head, _ = kept.shape
-    out = np.empty((n_layer, n_head, len(kind)), dtype=np.int64)
+    out = found.copy() if rule == "mass" else np.full(found.shape, -1)
     for layer, head in np.ndindex(n_layer, n_head):
         row = list(kept[layer, head])
+        anchors = [j for j in range(len(row)) if not pinned[row[j]]]
         for i in range(len(kind)):
             if i in row:
                 out[layer, head, i] = row.index(i)
-            else:
-                out[layer, head, i] = anchor_of(
-                    rule, i, kept[layer, head], kind, pinned, keys[layer, head]
-                )
+            elif rule == "nearest_mean":
+                out[layer, head, i] = min(anchors, key=lambda j: (abs(row[j] - i), j), default=-1)
     return out

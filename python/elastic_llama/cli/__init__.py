@@ -1,4 +1,4 @@
-"""The command line: `elastic-llama describe | chat | demo | info`."""
+"""The command line: `elastic-llama describe | show | chat | eval | demo | info`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-from . import chat, demo, describe, info
+from . import chat, demo, describe, eval, info, show
 
-_COMMANDS = (describe, chat, demo, info)
+_COMMANDS = (describe, show, chat, eval, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,18 +7,7 @@ from typing import Any
 
 from ..config import ElasticConfig
 from ..errors import ConfigError, text
-
-_KV_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q4_0": 2,
-    "q4_1": 3,
-    "iq4_nl": 20,
-}
+from ..kv_types import KV_TYPES, PLAIN_TYPES
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +30,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
     )
     group.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="off")
-    group.add_argument("-ctk", "--cache-type-k", choices=tuple(_KV_TYPES), default="f16")
-    group.add_argument("-ctv", "--cache-type-v", choices=tuple(_KV_TYPES), default="f16")
+    group.add_argument("-ctk", "--cache-type-k", choices=tuple(KV_TYPES), default="f16")
+    group.add_argument("-ctv", "--cache-type-v", choices=tuple(KV_TYPES), default="f16")
     group.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
 
 
@@ -115,7 +104,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     if not args.verbose:
         silence()  # main() reports what went wrong
     flash = {"on": True, "off": False, "auto": False}[args.flash_attn]
-    if args.cache_type_v not in ("f32", "f16", "bf16") and not flash:
+    if args.cache_type_v not in PLAIN_TYPES and not flash:
         if args.flash_attn == "off":
             raise ConfigError(
                 text(
@@ -136,8 +125,8 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         n_threads_batch=args.threads,
         n_gpu_layers=args.gpu_layers,
         flash_attn=flash,
-        type_k=_KV_TYPES[args.cache_type_k],
-        type_v=_KV_TYPES[args.cache_type_v],
+        type_k=KV_TYPES[args.cache_type_k],
+        type_v=KV_TYPES[args.cache_type_v],
         seed=args.seed,
         verbose=args.verbose,
     )

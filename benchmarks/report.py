@@ -1,0 +1,82 @@
+"""Markdown tables of one folder of results, as docs/results.md shows them.
+
+python benchmarks/report.py benchmarks/results/known
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from elastic_llama.evaluation.summary import paired, summarise
+
+FIGURES = {
+    "kl": ("KL", "{:.3f} ± {:.3f}"),
+    "ppl_ratio": ("perplexity / full", "{:.3f} ± {:.3f}"),
+    "exact": ("answers right", "{:.3f} ± {:.3f}"),
+}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    out = []
+    for path in sorted(folder.glob("results-*.jsonl")):
+        out += [json.loads(line) for line in path.read_text().splitlines()]
+    return out
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def figures(lines: list[dict[str, Any]], group: str, key: str) -> str:
+    """One row per policy and KV type, one column per budget."""
+    own = [x for x in lines if x["group"] == group and key in x]
+    budgets = sorted({x["budget"] for x in own}, reverse=True)
+    out = []
+    for policy, kv_type in dict.fromkeys((x["policy"], x["kv_type"]) for x in own):
+        cells = []
+        for budget in budgets:
+            found = [
+                x
+                for x in own
+                if (x["policy"], x["kv_type"], x["budget"]) == (policy, kv_type, budget)
+            ]
+            shown = [FIGURES[key][1].format(x[key], x[key + "_se"]) for x in found]
+            cells.append(shown[0] if shown else "")
+        out.append([f"`{policy}`", kv_type, *cells])
+    return table(["policy", "KV", *(f"{b:g}" for b in budgets)], out)
+
+
+def pairs(rows: list[dict[str, Any]], lines: list[dict[str, Any]], group: str) -> str:
+    """KL of the other policy less KL of `elastic`, item by item."""
+    cases = [x for x in lines if x["group"] == group and x["policy"] not in ("full", "elastic")]
+    policies = list(dict.fromkeys(x["policy"] for x in cases))
+    budgets = sorted({x["budget"] for x in cases}, reverse=True)
+    out = []
+    for policy in policies:
+        cells = []
+        for budget in budgets:
+            a, b = (f"{name}@{budget:g}/f16" for name in ("elastic", policy))
+            cells.append("{:.3f} ± {:.3f}".format(*paired(rows, group, a, b)))
+        out.append([f"`{policy}`", *cells])
+    return table(["policy", *(f"{b:g}" for b in budgets)], out)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rows = rows_of(folder)
+    lines = summarise(rows)
+    for group in dict.fromkeys(row["group"] for row in rows):
+        n = sum(row["group"] == group for row in rows)
+        for key, (label, _) in FIGURES.items():
+            if any(key in x and x["group"] == group for x in lines):
+                print(f"{group} ({n} items), {label}\n\n{figures(lines, group, key)}")
+        if "known" in folder.name or "text" in folder.name:
+            print(f"{group}, KL of the policy − KL of `elastic`\n\n{pairs(rows, lines, group)}")
+
+
+if __name__ == "__main__":
+    main()

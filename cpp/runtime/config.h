@@ -1,0 +1,25 @@
+#pragma once
+
+// elastic_params, checked.
+
+#include "core/budget.h"
+#include "core/policy.h"
+
+namespace elastic {
+
+struct config {
+    policy  pol;
+    budget  keep;
+    int32_t n_sink    = 1;
+    int32_t offset    = 25;
+    int32_t min_cells = 64;
+    int32_t n_threads = 0;
+    bool    record    = false;
+
+    // which scores are kept of every cell, see policy
+    int32_t n_window() const { return record ? window_size : pol.n_window(); }
+    float   decay() const { return record ? text_decay : pol.decay(); }
+    bool    has_sum() const { return record || pol.needs_importance(); }
+};
+
+}  // namespace elastic

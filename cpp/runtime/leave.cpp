@@ -1,0 +1,116 @@
+// While generating: the prompt is compressed when its first generated token arrives, and cells leave so that the
+// sequence holds what its budget allows.
+
+#include "core/generate.h"
+#include "core/rows.h"
+#include "runtime/elastic_cache.h"
+
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+namespace elastic {
+
+void elastic_cache::make_room(llama_seq_id seq_id) {
+    auto & st = seqs[seq_id];
+
+    if (st.pending) {
+        try {
+            compress(seq_id);
+        } catch (const std::exception & e) {
+            // the cache is as it was, so decoding can go on with all cells
+            st.pending = false;
+            LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
+        }
+    }
+
+    if (cfg.pol.generate == generate_rule::keep) {
+        return;
+    }
+    const int32_t allowed = target_cells(st.n_tokens + 1);
+    for (int32_t n = n_cells(seq_id); n + 1 > allowed; --n) {
+        let_leave(seq_id);
+        if (n_cells(seq_id) == n) {
+            break;
+        }
+    }
+}
+
+void elastic_cache::let_leave(llama_seq_id seq_id) {
+    const auto     rows = logical_cells(seq_id);
+    const uint32_t strm = kv.get_stream(seq_id);
+
+    elastic::cells     c;
+    std::vector<float> total;
+    for (const int32_t row : rows) {
+        c.kind.push_back(store->kind(strm, row));
+        c.pinned.push_back(is_shared(strm, row));
+        total.push_back(store->total(strm, row));
+    }
+    if (cfg.pol.leaves_per_head()) {
+        return let_leave_per_head(seq_id, rows, c, total);
+    }
+    if (cfg.pol.scores_generation()) {
+        total = store->sum_mass(strm, rows);
+    }
+
+    const int32_t i = leaving_cell(cfg.pol.generate, c, seqs[seq_id].n_prompt_cells, cfg.offset, cfg.n_sink, total);
+    if (i >= 0) {
+        kv.get_cells_mut(strm).seq_rm(rows[i], seq_id);
+        kv.set_head(strm, rows[i]);  // the freed place takes the next token
+        stats.n_evictions++;
+    }
+}
+
+// Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
+// a head that loses another cell keeps this one in the place of the lost.
+void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
+                                       const std::vector<float> & total) {
+    const uint32_t strm = kv.get_stream(seq_id);
+
+    std::vector<int32_t> may_leave;
+    for (const int32_t i : leaving_candidates(cfg.pol.generate, c, cfg.n_sink, total)) {
+        may_leave.push_back(rows[i]);
+    }
+    if (may_leave.empty()) {
+        return;
+    }
+    const int32_t freed = may_leave.back();
+
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        std::vector<int32_t> lost;
+        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+            const float * mass = store->mass_row(strm, il, ih);
+            lost.push_back(*std::min_element(may_leave.begin(), may_leave.end(), [&](int32_t a, int32_t b) { return mass[a] < mass[b]; }));
+        }
+        move_rows(strm, il, freed, lost);
+    }
+    kv.get_cells_mut(strm).seq_rm(freed, seq_id);
+    kv.set_head(strm, freed);
+    stats.n_evictions++;
+}
+
+// row `from` of one layer, head by head to the rows of `to`
+void elastic_cache::move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to) {
+    if (std::all_of(to.begin(), to.end(), [&](int32_t row) { return row == from; })) {
+        return;
+    }
+    kv_layer_access layer(kv, shape, il, strm);
+    layer.load_k();
+    layer.load_v();
+    for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+        if (to[ih] == from) {
+            continue;
+        }
+        for (const kv_rows * t : { &layer.k, &layer.v }) {
+            std::vector<uint8_t> bytes(head_bytes(*t));
+            read_raw(*t, { from }, ih, bytes.data());
+            write_raw(*t, { to[ih] }, ih, bytes.data());
+        }
+        store->move_head(strm, from, to[ih], il, ih);
+    }
+    layer.store();
+}
+
+}  // namespace elastic

@@ -1,0 +1,147 @@
+"""Several sequences decoded side by side, each from a saved prompt, under one policy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import llama_cpp
+import numpy as np
+
+from ..config import ElasticConfig
+from ..errors import StateError, text
+from .prompts import Prompt
+from .streams import Streams
+
+
+@dataclass
+class Lane:
+    """What one sequence said.
+
+    Attributes
+    ----------
+    logits : list of ndarray [n_vocab], f32
+        For each token of the answer, before it was decoded.
+    tokens : list of int
+        The answer: the forced one, or greedy.
+    cells : tuple of int
+        Held after compression, and after the last token decoded.
+    """
+
+    logits: list[np.ndarray]
+    tokens: list[int]
+    cells: tuple[int, int] = (0, 0)
+
+
+class Lanes:
+    """Decodes saved prompts, one in each sequence of `streams`."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+        self.n_vocab = streams.llm.n_vocab()
+        self.batch = llama_cpp.llama_batch_init(streams.llm.n_batch, 0, 1)
+
+    def close(self) -> None:
+        if self.batch is not None:
+            llama_cpp.llama_batch_free(self.batch)
+            self.batch = None
+
+    def forced(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Lane]:
+        """Decode every prompt's reference answer; logits are those that predict its tokens."""
+        lanes = self._start(config, prompts)
+        last = [len(p.target) - 1 for p in prompts]
+        self._run(lanes, prompts, lambda i, n: int(prompts[i].target[n]), last)
+        return lanes
+
+    def greedy(self, config: ElasticConfig, prompts: list[Prompt], limits: list[int]) -> list[Lane]:
+        """Answers of at most `limits` tokens each, the end of turn not among them."""
+        lanes = self._start(config, prompts)
+
+        def choose(i: int, n: int) -> int | None:
+            token = int(lanes[i].logits[-1].argmax())
+            return None if token == prompts[i].end or n == limits[i] else token
+
+        self._run(lanes, prompts, choose, limits)
+        return lanes
+
+    def _start(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Lane]:
+        """Load the prompts; where the question comes after compression, compress and decode it."""
+        assert len(prompts) <= self.streams.n_seqs
+        self.streams.attach(config)
+        lanes = []
+        for i, prompt in enumerate(prompts):
+            buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
+            if not llama_cpp.llama_state_seq_set_data(
+                self.streams.ctx, buffer, len(prompt.state), i
+            ):
+                raise StateError(text("eval", "llama.cpp refused a saved prompt"))
+            lane = Lane([prompt.logits], [])
+            if prompt.tail:
+                self._reopen(i, prompt)
+                lane.logits = [self._feed(i, prompt)]
+            lanes.append(lane)
+        return lanes
+
+    def _reopen(self, i: int, prompt: Prompt) -> None:
+        """Take the proxy question back and compress what is left."""
+        last = prompt.n_tokens - prompt.n_drop
+        memory = llama_cpp.llama_get_memory(self.streams.ctx)
+        if not llama_cpp.llama_memory_seq_rm(memory, i, last, -1):
+            raise StateError(text("eval", "the proxy question could not be taken back"))
+        self.streams.session.compress(i)
+
+    def _feed(self, i: int, prompt: Prompt) -> np.ndarray:
+        first = prompt.n_tokens - prompt.n_drop
+        rows = [(t, first + k, i) for k, t in enumerate(prompt.tail)]
+        return self._decode(rows, {len(rows) - 1})[0]
+
+    def _run(
+        self,
+        lanes: list[Lane],
+        prompts: list[Prompt],
+        choose: Callable[[int, int], int | None],
+        last: list[int],
+    ) -> None:
+        """Take token n of lane i from `choose(i, n)` and decode it, until that is None.
+
+        Token `last[i]` ends a lane too, without being decoded: nothing follows it.
+        """
+        active = list(range(len(lanes)))
+        while active:
+            rows, going = [], []
+            for i in active:
+                n, lane = len(lanes[i].tokens), lanes[i]
+                token = choose(i, n)
+                if token is None:
+                    continue
+                lane.tokens.append(token)
+                if n == last[i]:
+                    continue
+                start = prompts[i].n_tokens - prompts[i].n_drop + len(prompts[i].tail)
+                rows.append((token, start + n, i))
+                going.append(i)
+            if not rows:
+                break
+            for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
+                lanes[i].logits.append(logits)
+                held = self.streams.session.n_cells(i)
+                lanes[i].cells = (lanes[i].cells[0] or held - 1, held)
+            active = going
+
+    def _decode(self, rows: list[tuple[int, int, int]], wanted: set[int]) -> list[np.ndarray]:
+        batch = self.batch
+        batch.n_tokens = len(rows)
+        for k, (token, pos, seq) in enumerate(rows):
+            batch.token[k], batch.pos[k] = token, pos
+            batch.n_seq_id[k] = 1
+            batch.seq_id[k][0] = seq
+            batch.logits[k] = k in wanted
+        code = llama_cpp.llama_decode(self.streams.ctx, batch)
+        if code:
+            raise StateError(text("eval", "llama_decode failed", f"code {code}"))
+        out = []
+        for k in sorted(wanted):
+            row = llama_cpp.llama_get_logits_ith(self.streams.ctx, k)
+            out.append(np.ctypeslib.as_array(row, (self.n_vocab,)).copy())
+        return out

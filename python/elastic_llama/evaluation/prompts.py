@@ -1,0 +1,104 @@
+"""Prompts prefilled once and saved, so that every policy starts from the same keys and values."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import llama_cpp
+import numpy as np
+
+from ..conversation import Conversation
+from ..errors import ConfigError, text
+from ..vision import MARKER
+from .items import Item
+from .streams import Streams
+
+PROXY = "Describe the image."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prefilled prompt.
+
+    Attributes
+    ----------
+    state : bytes
+        Of the sequence, with every score that a policy may look at.
+    n_tokens : int
+        Positions it takes.
+    logits : ndarray [n_vocab], f32
+        After its last token.
+    n_drop : int
+        Tokens at its end that are taken back before compression (a proxy question).
+    tail : list of int
+        Tokens to decode after compression (the true question), empty when it was known before.
+    target : ndarray of int
+        Tokens of the reference answer, with the end of turn where the format has one.
+    end : int
+        The token that ends an answer.
+    """
+
+    state: bytes
+    n_tokens: int
+    logits: np.ndarray
+    n_drop: int
+    tail: list[int]
+    target: np.ndarray
+    end: int
+
+
+class Prefiller:
+    """Prefills items while all scores are recorded and nothing is compressed."""
+
+    def __init__(self, streams: Streams, before: bool = False, proxy: str = PROXY) -> None:
+        self.streams, self.llm = streams, streams.llm
+        self.before, self.proxy = before, proxy
+        self.chat = Conversation(self.llm)
+
+    def prompt(self, item: Item) -> Prompt:
+        """Decode the item's prompt in sequence 0 and save it; `streams.record` comes before."""
+        llm, chat = self.llm, self.chat
+        chat.clear()
+        end = llm.token_eos()
+        target = llm.tokenize(item.answer.encode(), add_bos=False, special=False)
+        n_drop, tail = 0, []
+        if item.raw:
+            with llm.prompt_phase():
+                llm.eval(llm.tokenize(item.text.encode(), add_bos=True, special=False))
+        else:
+            target = [*target, end]
+            images = [] if item.image is None else [item.image]
+            if self.before:
+                if not images:
+                    raise ConfigError(
+                        text("eval", f"item {item.id} has no image to compress beforehand")
+                    )
+                chat.prefill(self.proxy, images)
+                n_drop = len(self._after_image(self.proxy))
+                tail = self._after_image(item.prompt)
+            else:
+                chat.prefill(item.prompt, images)
+        return Prompt(
+            self._save(), llm.n_tokens, self._logits(), n_drop, tail, np.array(target), end
+        )
+
+    def _after_image(self, question: str) -> list[int]:
+        message = {"role": "user", "content": MARKER + question}
+        rendered = self.chat._render([message], generation=True)
+        after = rendered.split(MARKER, 1)[1]
+        return self.llm.tokenize(after.encode(), add_bos=False, special=True)
+
+    def _save(self) -> bytes:
+        ctx = self.llm._ctx.ctx
+        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        n = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, 0)
+        return bytes(memoryview(buffer)[:n])
+
+    def _logits(self) -> np.ndarray:
+        row = llama_cpp.llama_get_logits_ith(self.llm._ctx.ctx, -1)
+        return np.ctypeslib.as_array(row, (self.llm.n_vocab(),)).copy()
+
+    def close(self) -> None:
+        self.chat.close()

@@ -1,0 +1,76 @@
+"""One model, one context with a stream of cells per sequence, and the policy it runs under."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import llama_cpp
+from llama_cpp import _internals
+
+from .. import _core
+from ..config import ElasticConfig
+from ..errors import ConfigError, text
+from ..llama import ElasticLlama
+
+
+class Streams:
+    """An `ElasticLlama` whose context holds `n_seqs` sequences of `n_cells` cells each.
+
+    Sequence 0 is the one that `Conversation` and `Llama.eval` use.
+    """
+
+    def __init__(self, llm: ElasticLlama, n_seqs: int, n_cells: int) -> None:
+        self.llm, self.n_seqs, self.n_cells = llm, n_seqs, n_cells
+        params = llm.context_params
+        params.n_ctx = n_seqs * n_cells
+        params.n_seq_max = n_seqs
+        params.kv_unified = False
+        try:
+            ctx = _internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
+        except ValueError as e:
+            raise ConfigError(
+                text(
+                    "eval",
+                    "llama.cpp refused the context",
+                    f"{n_seqs} x {n_cells} cells",
+                    do="lower --parallel or --ctx-size",
+                )
+            ) from e
+        llm._ctx.close()
+        llm._ctx = llm._stack.enter_context(contextlib.closing(ctx))
+
+    @property
+    def ctx(self) -> Any:
+        return self.llm._ctx.ctx
+
+    @property
+    def session(self) -> Any:
+        return self.llm.session
+
+    def record(self) -> None:
+        """Empty the cache; from now on every cell and every score is kept."""
+        self._attach({"policy": "full", "budget": 1.0, "record": True})
+
+    def attach(self, config: ElasticConfig) -> None:
+        """Empty the cache; from now on the policy of `config` holds."""
+        self._attach(
+            {
+                "policy": config.policy,
+                "budget": float(config.budget),
+                "n_sink": config.n_sink,
+                "offset": config.offset,
+                "min_cells": config.min_cells,
+            }
+        )
+
+    def _attach(self, params: dict[str, Any]) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+        if self.llm._session is not None:
+            self.llm._session.detach()
+        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        self.llm._session = _core.Session(address, **params)
+
+    def close(self) -> None:
+        self.llm.close()
