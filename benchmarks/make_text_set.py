@@ -157,7 +157,7 @@ def raw_items(model: Model, passages: Sequence[str], split: str, rng: random.Ran
     out = []
     for i, passage in enumerate(passages):
         tokens = model.tokens(passage)
-        n = rng.randrange(N_RAW[0], min(N_RAW[1], len(tokens) - N_ANSWER))
+        n = rng.randrange(N_RAW[0] + 20, min(N_RAW[1], len(tokens) - N_ANSWER))
         while True:
             text, answer = model.text(tokens[:n]), model.text(tokens[n : n + N_ANSWER])
             # The two must be the same tokens apart as together.

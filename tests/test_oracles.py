@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.capture import Capture
 from tests.support.engine import Engine, nmse, random_tokens
+from tests.support.oracle_generate import leaving_candidates
 
 N_VOCAB = 384
 LAYOUTS = [  # flash attention, K, V
@@ -74,7 +75,11 @@ def test_eviction_equals_seq_rm(tiny_gqa: Path, fa: bool, k: str, v: str) -> Non
 def test_importance_is_the_column_sum(
     model: str, n_ubatch: int, fa: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Accumulated over ubatches, it is the column sum of softmax(q k / sqrt(d))."""
+    """Accumulated over ubatches, it is the column sum of softmax(q k / sqrt(d)).
+
+    So are the recent scores, with weights on the queries: 1 for the last 32, or 15/16 to the power
+    of the queries that came after.
+    """
     capture = Capture("Qcur")
     with Engine(
         request.getfixturevalue(model),
@@ -83,10 +88,11 @@ def test_importance_is_the_column_sum(
         type_k="f32",
         type_v="f32",
         cb_eval=capture.callback,
-        elastic={"policy": "elastic-evict", "budget": 0.5},
+        elastic={"policy": "full", "budget": 1.0, "record": True},
     ) as e:
         n = feed(e, 150)
         mass = e.session.mass(0)
+        fading, window = e.session.recent(0)
         keys = [e.session.read_kv(0, il)[0] for il in range(mass.shape[0])]
     for il, k in enumerate(keys):
         q = rotated(capture.seen[f"Qcur-{il}"])
@@ -98,8 +104,43 @@ def test_importance_is_the_column_sum(
         logits[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         a = np.exp(logits - logits.max(-1, keepdims=True))
         a /= a.sum(-1, keepdims=True)
-        expected = a.sum(1).reshape(k.shape[1], gqa, n).mean(1)
-        np.testing.assert_allclose(mass[il], expected, rtol=1e-4 if not fa else 2e-3)
+        ago = np.arange(n)[::-1]
+        for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, (15 / 16) ** ago)):
+            expected = np.einsum("hmn,m->hn", a, weights.astype(np.float64))
+            expected = expected.reshape(k.shape[1], gqa, n).mean(1)
+            np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)
+
+
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+@pytest.mark.parametrize("policy", ["h2o", "elastic", "elastic-evict"])
+def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa: bool) -> None:
+    """Step by step, the rows of a head are those of before but for the lost one, and the new."""
+    elastic = {"policy": policy, "budget": 60.0, "min_cells": 8, "n_sink": 4}
+    rule = "heavy" if policy == "h2o" else "per_head"
+    with Engine(tiny_gqa, elastic=elastic, flash_attn=fa, type_k="f32", type_v="f32") as e:
+        n = feed(e, 150)
+        e.session.compress(0)
+        moved = 0
+        for i, t in enumerate(random_tokens(40, N_VOCAB, 3)):
+            kind, mass, bias = e.session.cells(0)["kind"], e.session.mass(0), e.session.bias(0)
+            before = [e.session.read_kv(0, il) for il in range(len(mass))]
+            e.token(t, n + i)
+            after = [e.session.read_kv(0, il) for il in range(len(mass))]
+            bias_after = e.session.bias(0)
+            # 60 cells cannot hold all 60 of text and an image: no text was kept whole or is spared
+            free = leaving_candidates(rule, kind, np.zeros(60), 4, np.ones(60))
+            for il, ih in np.ndindex(*mass.shape[:2]):
+                lost = min(free, key=lambda j: mass[il, ih, j])
+                stay = [j for j in range(60) if j != lost]
+                for x, y in zip(before[il], after[il]):  # K, V
+                    np.testing.assert_array_equal(
+                        np.sort(x[stay, ih], axis=0), np.sort(y[:-1, ih], axis=0)
+                    )
+                np.testing.assert_array_equal(
+                    np.sort(bias[il, ih, stay]), np.sort(bias_after[il, ih, :-1])
+                )
+                moved += lost != free[-1]
+        assert moved > 0  # heads did not all lose the same cell
 
 
 def rotated(seen: list[np.ndarray]) -> np.ndarray:

@@ -121,6 +121,14 @@ RuntimeError when the cache holds cells already.)pbdoc")
             "mass", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).mass); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
         .def(
+            "recent",
+            [](const session & self, llama_seq_id seq_id) {
+                const auto m = self.cache(seq_id).gather_recent(seq_id);
+                return py::make_tuple(to_array(m.first), to_array(m.second));
+            },
+            py::arg("seq_id") = 0,
+            "Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
+        .def(
             "count", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).count); },
             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
         .def(

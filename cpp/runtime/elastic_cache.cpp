@@ -455,6 +455,12 @@ std::vector<int32_t> elastic_cache::logical_cells(llama_seq_id seq_id) const {
     return res;
 }
 
+std::pair<head_map, head_map> elastic_cache::gather_recent(llama_seq_id seq_id) const {
+    const auto rows = logical_cells(seq_id);
+    const auto strm = kv.get_stream(seq_id);
+    return { store->gather_fading(strm, rows), store->gather_window(strm, rows) };
+}
+
 cell_state elastic_cache::gather(llama_seq_id seq_id) const {
     return store->gather(kv.get_stream(seq_id), logical_cells(seq_id));
 }

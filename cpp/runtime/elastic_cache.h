@@ -89,11 +89,12 @@ class elastic_cache : public llama_elastic_i {
     int64_t        cell_bytes() const { return shape.cell_bytes + store->bias_bytes_per_cell(); }
 
     // for tests and pictures (inspect.cpp); in order of position
-    std::vector<cell_info> describe_cells(llama_seq_id seq_id) const;
-    kv_values              read_kv(llama_seq_id seq_id, int32_t il) const;  // throws elastic::error out of range
-    std::vector<int32_t>   logical_cells(llama_seq_id seq_id) const;        // cell indices in order of position
-    cell_state             gather(llama_seq_id seq_id) const;
-    const plan &           last_plan() const { return plan_last; }
+    std::vector<cell_info>        describe_cells(llama_seq_id seq_id) const;
+    kv_values                     read_kv(llama_seq_id seq_id, int32_t il) const;  // throws elastic::error out of range
+    std::vector<int32_t>          logical_cells(llama_seq_id seq_id) const;        // cell indices in order of position
+    cell_state                    gather(llama_seq_id seq_id) const;
+    std::pair<head_map, head_map> gather_recent(llama_seq_id seq_id) const;  // decaying, windowed
+    const plan &                  last_plan() const { return plan_last; }
 
     elastic_stats stats = {};
     const config  cfg;

@@ -26,9 +26,13 @@ class Session:
         offset: typing.SupportsInt | typing.SupportsIndex = 25,
         min_cells: typing.SupportsInt | typing.SupportsIndex = 64,
         n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
+        record: bool = False,
     ) -> None:
         """
         Attach an elastic cache to the llama_context at address `ctx`.
+
+        With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
+        under each of them.
 
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
         RuntimeError when the cache holds cells already.
@@ -94,6 +98,12 @@ class Session:
     ) -> tuple:
         """
         K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).
+        """
+    def recent(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
+        """
+        Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
         """
     def reset_stats(self) -> None: ...
     def stats(self) -> dict:

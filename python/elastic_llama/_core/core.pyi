@@ -11,6 +11,7 @@ import typing
 __all__ = [
     "budget_cells",
     "dequantize_rows",
+    "leaving_candidates",
     "leaving_cell",
     "make_plan",
     "merge_layer",
@@ -36,6 +37,17 @@ def dequantize_rows(
     Stored bytes as f32 [n, d].
     """
 
+def leaving_candidates(
+    rule: str,
+    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    n_sink: typing.SupportsInt | typing.SupportsIndex,
+    total: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+) -> list[int]:
+    """
+    Logical indices of the cells among which each head loses one of its own.
+    """
+
 def leaving_cell(
     rule: str,
     kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
@@ -56,11 +68,13 @@ def make_plan(
     kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     importance: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    recent: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     keys: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
+    values: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     n_threads: typing.SupportsInt | typing.SupportsIndex = 1,
 ) -> dict:
     """
-    Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted) and positions [N].
+    Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N].
     """
 
 def merge_layer(
