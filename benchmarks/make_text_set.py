@@ -157,6 +157,7 @@ def raw_items(model: Model, passages: Sequence[str], split: str, rng: random.Ran
     out = []
     for i, passage in enumerate(passages):
         tokens = model.tokens(passage)
+        # The cut then moves back, by a few tokens at most, to where a word starts.
         n = rng.randrange(N_RAW[0] + 20, min(N_RAW[1], len(tokens) - N_ANSWER))
         while True:
             text, answer = model.text(tokens[:n]), model.text(tokens[n : n + N_ANSWER])
@@ -457,7 +458,9 @@ def main(argv: list[str] | None = None) -> int:
     model = Model(args.model or embedded_model(), args.threads)
     items = make(model, args)
     report(model, items)
-    data = (json.dumps([asdict(item) for item in items], indent=1) + "\n").encode()
+    # facts are right or wrong, texts are not: they are summed up apart
+    rows = [{**asdict(item), "group": "facts" if item.exact else "texts"} for item in items]
+    data = (json.dumps(rows, indent=1) + "\n").encode()
     args.out.write_bytes(data)
     print(hashlib.sha256(data).hexdigest())
     return 0

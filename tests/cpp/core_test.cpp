@@ -216,8 +216,9 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     const random_rows rows(n_layer, n_head_kv, n, d);
     const cells       c = make_cells(n);
 
-    const char * name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
-    const plan   p    = make_plan(find_policy(name), { n_keep, 1 }, c, make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), &rows);
+    const char *         name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
+    const importance_map importance = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), make_map(n_layer, n_head_kv, n, 0.0f, 1.0f) };
+    const plan           p          = make_plan(find_policy(name), { n_keep, 1 }, c, importance, &rows);
 
     const cell_state in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
                             head_map(n_layer, n_head_kv, n) };
