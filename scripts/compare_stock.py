@@ -29,22 +29,28 @@ def name_of(fa: bool, k: str, v: str) -> str:
     return f"flash attention {'on ' if fa else 'off'}, K {k}, V {v}"
 
 
-def embeddings(model: str, mmproj: str | None, n_embd: int) -> np.ndarray:
+def embeddings(model: str, mmproj: str | None, picture: str | None, n_embd: int) -> np.ndarray:
     """Rows [n, n_embd] that come in as an image does; of a picture where there is a tower."""
-    if mmproj is None:
+    if mmproj is None or picture is None:
         return np.random.default_rng(0).normal(scale=0.3, size=(576, n_embd)).astype(np.float32)
-    from elastic_llama.scenes import make_scene
-
     from tests.support.encode_images import encode
 
-    image = np.asarray(make_scene("test", 0, 3).render())
     with tempfile.TemporaryDirectory() as temp:
         lib_dir = os.environ["LLAMA_CPP_LIB_PATH"]
+        image = np.load(picture)
         (features,) = encode(lib_dir, Path(model), [Path(mmproj)], image, Path(temp)).values()
     return features
 
 
-def answer(model: str, mmproj: str | None, target: str, elastic: bool) -> None:
+def draw_picture(path: Path) -> Path:
+    """Save the scene to encode [height, width, 3]; a child with other libraries cannot draw it."""
+    from elastic_llama.scenes import make_scene
+
+    np.save(path, np.asarray(make_scene("test", 0, 3).render()))
+    return path
+
+
+def answer(model: str, mmproj: str | None, picture: str | None, target: str, elastic: bool) -> None:
     """Runs in the child: all logits of all runs into an npz."""
     if elastic:
         import elastic_llama  # noqa: F401  (chooses the libraries)
@@ -55,7 +61,7 @@ def answer(model: str, mmproj: str | None, target: str, elastic: bool) -> None:
         config = {"policy": "elastic", "budget": 1.0, "min_cells": 8} if elastic else None
         kw = {"flash_attn": fa, "type_k": k, "type_v": v, "n_ctx": 1024, "elastic": config}
         with Engine(model, **kw) as e:
-            rows = embeddings(model, mmproj, e.n_embd)
+            rows = embeddings(model, mmproj, picture, e.n_embd)
             n = 30 + len(rows)
             e.prompt(random_tokens(30, min(e.n_vocab, 300), 1), 0, logits=False)
             e.image(rows, 30)
@@ -72,7 +78,9 @@ def run_child(
 ) -> dict[str, np.ndarray]:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib_dir), "MTMD_CPP_LIB": str(lib_dir)}
     command = [sys.executable, __file__, "--child", str(target), "--model", model]
-    command += ["--mmproj", mmproj] if mmproj else []
+    if mmproj:
+        picture = draw_picture(target.with_name("picture.npy"))
+        command += ["--mmproj", mmproj, "--picture", str(picture)]
     subprocess.run([*command, *(["--elastic"] if elastic else [])], env=env, check=True)
     with np.load(target) as data:
         return dict(data)
@@ -100,10 +108,11 @@ def main() -> int:
     parser.add_argument("--model", help="GGUF; default: a tiny random one")
     parser.add_argument("--mmproj", help="GGUF of a vision tower for --model")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--picture", help=argparse.SUPPRESS)
     parser.add_argument("--elastic", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        answer(args.model, args.mmproj, args.child, args.elastic)
+        answer(args.model, args.mmproj, args.picture, args.child, args.elastic)
         return 0
 
     if args.mmproj and not args.model:
