@@ -119,7 +119,9 @@ def test_info():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["describe"], ["chat"], ["demo"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["describe"], ["show"], ["chat"], ["eval"], ["demo"], ["info"]]
+)
 def test_help(command):
     done = run(*command, "--help")
     assert done.returncode == 0

@@ -32,7 +32,8 @@ class ElasticConfig:
     n_sink : int
         First cells that always stay, >= 0.
     offset : int
-        While generating, the cell this far before the end of the prompt leaves, >= 0.
+        While generating under `local` and `elastic-paper`, the cell this far before the end of the
+        prompt leaves, >= 0.
     min_cells : int
         A sequence with fewer cells is left alone, >= 1.
     n_threads : int
