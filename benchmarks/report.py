@@ -5,11 +5,11 @@ python benchmarks/report.py benchmarks/results/known
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from elastic_llama.evaluation.runner import read_rows
 from elastic_llama.evaluation.summary import paired, summarise
 
 FIGURES = {
@@ -17,13 +17,6 @@ FIGURES = {
     "ppl_ratio": ("perplexity / full", "{:.3f} ± {:.3f}"),
     "exact": ("answers right", "{:.3f} ± {:.3f}"),
 }
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    out = []
-    for path in sorted(folder.glob("results-*.jsonl")):
-        out += [json.loads(line) for line in path.read_text().splitlines()]
-    return out
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -67,7 +60,7 @@ def pairs(rows: list[dict[str, Any]], lines: list[dict[str, Any]], group: str) -
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rows = rows_of(folder)
+    rows = read_rows(folder)
     lines = summarise(rows)
     for group in dict.fromkeys(row["group"] for row in rows):
         n = sum(row["group"] == group for row in rows)

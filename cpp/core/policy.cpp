@@ -98,11 +98,13 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     p.n_cells   = c.size();
     p.n_keep    = pol.select == select_rule::all ? p.n_cells : params.n_keep;
 
-    const head_map score = score_cells(pol.score, c, importance);
-    select_cells(pol.select, pol.ranked(), { p.n_keep, params.n_sink }, c, score, p);
+    const head_map    score = score_cells(pol.score, c, importance);
+    const plan_params own   = { p.n_keep, params.n_sink };
+    select_cells(pol.select, pol.ranked(), own, c, score, p);
     if (pol.select == select_rule::image_cover) {
-        cover_images({ p.n_keep, params.n_sink }, c, score, *rows, p, n_threads);
+        cover_images(own, c, score, *rows, p, n_threads);
     }
+    sum_rank_scores(pol.select, own, c, score, p);
     assign_buckets(pol.combine, c, p);
 
     return p;

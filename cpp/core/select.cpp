@@ -155,9 +155,47 @@ int32_t * select_head(const segment & s, bool ranked, const float * score, std::
     return kept;
 }
 
-// a rank that holds a protected cell in any head, or text that was kept whole, never leaves by its score
-void sum_rank_scores(const std::vector<segment> & segments, const std::vector<uint8_t> & protect, const cells & c, const head_map & score,
-                     plan & p) {
+// the runs with the number of cells that each keeps
+std::vector<segment> shared_segments(select_rule rule, const cells & c, const std::vector<uint8_t> & protect, int32_t n_keep) {
+    std::vector<segment> res = make_segments(by_kind(rule), c, protect);
+    if (by_kind(rule)) {
+        share_by_kind(res, n_keep);
+    } else {
+        res[0].n_keep = n_keep;
+    }
+    return res;
+}
+
+}  // namespace
+
+void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p) {
+    p.kept.resize((size_t) p.n_layer * p.n_head_kv * p.n_keep);
+
+    const auto    protect   = protected_cells(rule, params, c);
+    const int32_t n_protect = std::accumulate(protect.begin(), protect.end(), 0);
+    if (n_protect > p.n_keep) {
+        throw error("[select] " + std::to_string(n_protect) + " cells must stay, got n_keep = " + std::to_string(p.n_keep));
+    }
+
+    const auto segments = shared_segments(rule, c, protect, p.n_keep);
+
+    std::vector<int32_t> scratch;
+    int32_t *            kept = p.kept.data();
+    for (int32_t il = 0; il < p.n_layer; ++il) {
+        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+            for (const auto & s : segments) {
+                kept = select_head(s, ranked, score.row(il, ih), scratch, kept);
+            }
+        }
+    }
+}
+
+void sum_rank_scores(select_rule rule, const plan_params & params, const cells & c, const head_map & score, plan & p) {
+    const auto protect  = protected_cells(rule, params, c);
+    const auto segments = shared_segments(rule, c, protect, p.n_keep);
+
+    p.rank_score.assign(p.n_keep, 0.0f);
+
     std::vector<uint8_t> whole(c.size(), 0);
     for (const auto & s : segments) {
         if (!s.image && s.n_keep == (int32_t) s.cells.size()) {
@@ -176,37 +214,6 @@ void sum_rank_scores(const std::vector<segment> & segments, const std::vector<ui
             }
         }
     }
-}
-
-}  // namespace
-
-void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p) {
-    p.kept.resize((size_t) p.n_layer * p.n_head_kv * p.n_keep);
-    p.rank_score.assign(p.n_keep, 0.0f);
-
-    const auto    protect   = protected_cells(rule, params, c);
-    const int32_t n_protect = std::accumulate(protect.begin(), protect.end(), 0);
-    if (n_protect > p.n_keep) {
-        throw error("[select] " + std::to_string(n_protect) + " cells must stay, got n_keep = " + std::to_string(p.n_keep));
-    }
-
-    std::vector<segment> segments = make_segments(by_kind(rule), c, protect);
-    if (by_kind(rule)) {
-        share_by_kind(segments, p.n_keep);
-    } else {
-        segments[0].n_keep = p.n_keep;
-    }
-
-    std::vector<int32_t> scratch;
-    int32_t *            kept = p.kept.data();
-    for (int32_t il = 0; il < p.n_layer; ++il) {
-        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            for (const auto & s : segments) {
-                kept = select_head(s, ranked, score.row(il, ih), scratch, kept);
-            }
-        }
-    }
-    sum_rank_scores(segments, protect, c, score, p);
 }
 
 }  // namespace elastic

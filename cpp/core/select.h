@@ -24,12 +24,16 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
 // proportion to their unprotected cells (rounded down, what is left over to the earlier runs), so that rank j is of the
 // same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.
 //
-// fills kept and rank_score of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
+// fills kept of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
 // heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most). Ties go to the
 // earlier cell. If the protected cells alone exceed n_keep, elastic::error says so.
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and
 //   may leave without moving anything. Otherwise ranks are in logical order.
 void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p);
+
+// fills rank_score of a plan whose cells are settled: infinite for a rank that holds a protected cell in any head, or
+// text of a run that was kept whole, which never leaves by its score
+void sum_rank_scores(select_rule rule, const plan_params & params, const cells & c, const head_map & score, plan & p);
 
 }  // namespace elastic

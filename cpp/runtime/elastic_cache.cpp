@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 namespace elastic {
@@ -321,13 +322,21 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
     if (decay == 0.0f) {
         return;
     }
-    std::vector<float> factor(shape.kv_size, 1.0f);
+    std::map<llama_seq_id, int32_t> n_queries;
     for (int64_t i = first; i < first + n; ++i) {
         const llama_seq_id seq_id = ubatch.seq_id[i][0];
         if (is_prompt(seq_id)) {
-            for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-                factor[cell] *= decay;
-            }
+            n_queries[seq_id]++;
+        }
+    }
+    if (n_queries.empty()) {
+        return;  // generation, at every token
+    }
+    std::vector<float> factor(shape.kv_size, 1.0f);
+    for (const auto & [seq_id, n_query] : n_queries) {
+        const float faded = std::pow(decay, (float) n_query);
+        for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+            factor[cell] *= faded;
         }
     }
     for (int32_t il = 0; il < shape.n_layer; ++il) {

@@ -20,8 +20,6 @@ from .metrics import forced_figures, is_right, log_softmax, rouge_l
 from .prompts import Prefiller, Prompt
 from .streams import Streams
 
-REFERENCE = "full"  # policy and, at f16, what all others are compared with
-
 
 @dataclass(frozen=True)
 class Case:
@@ -85,6 +83,15 @@ def _identity(path: str | None) -> str | None:
     return f"{os.path.basename(path)} sha256:{digest.hexdigest()}"
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Finished items of all shards in a folder of results; half a line counts as none."""
+    out = []
+    for path in sorted(folder.glob("results-*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        out += [json.loads(line) for line in lines if line.endswith("\n")]
+    return out
+
+
 class Results:
     """A folder with `config.yaml`, written first, and `results-I.jsonl`, a line per finished item.
 
@@ -133,11 +140,7 @@ class Results:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """All finished items, of all shards."""
-        out = []
-        for path in sorted(self.folder.glob("results-*.jsonl")):
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            out += [json.loads(line) for line in lines if line.endswith("\n")]
-        return out
+        return read_rows(self.folder)
 
     def done(self) -> set[str]:
         return {row["id"] for row in self.rows}

@@ -51,26 +51,19 @@ class Streams:
 
     def record(self) -> None:
         """Empty the cache; from now on every cell and every score is kept."""
-        self._attach({"policy": "full", "budget": 1.0, "record": True})
+        self._detach()
+        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        self.llm._session = _core.Session(address, policy="full", budget=1.0, record=True)
 
     def attach(self, config: ElasticConfig) -> None:
         """Empty the cache; from now on the policy of `config` holds."""
-        self._attach(
-            {
-                "policy": config.policy,
-                "budget": float(config.budget),
-                "n_sink": config.n_sink,
-                "offset": config.offset,
-                "min_cells": config.min_cells,
-            }
-        )
+        self._detach()
+        self.llm._attach(config)
 
-    def _attach(self, params: dict[str, Any]) -> None:
+    def _detach(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
         if self.llm._session is not None:
             self.llm._session.detach()
-        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
-        self.llm._session = _core.Session(address, **params)
 
     def close(self) -> None:
         self.llm.close()
