@@ -66,6 +66,7 @@ class Case:
         self.mass = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
         self.mass[rng.random(self.mass.shape) < 0.2] = 0
         self.count = rng.integers(1, 4, self.bucket.shape).astype(np.float32)
+        self.bias_weight = float(rng.choice([0.5, 1.0]))
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
 
     def stream(self, kind, transposed, poisoned):
@@ -91,6 +92,7 @@ class Case:
             self.mass,
             self.count,
             self.bias,
+            self.bias_weight,
         )
         after_k = Stream(self.k.kind, False, self.n_head, self.d, k)
         after_v = Stream(self.v.kind, self.v.transposed, self.n_head, self.d, v)
@@ -129,7 +131,7 @@ def check(case, rule):
         np.testing.assert_array_equal(after.rows()[others], before.rows()[others])
     for h in range(case.n_head):
         kept = case.kept[0, h]
-        want, took = oracle.merge(rule, kept, case.bucket[0, h], case.cells(h))
+        want, took = oracle.merge(rule, kept, case.bucket[0, h], case.cells(h), case.bias_weight)
         took = np.array(took)
         for name, before, after in (("k", case.k, after_k), ("v", case.v, after_v)):
             new = took & (rule == "nearest_mean" or (rule == "mass" and name == "v"))
@@ -187,6 +189,7 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None):
     case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
     case.mass = mass[None, None].astype(np.float32)
+    case.bias_weight = 1.0
     case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
     case.count = np.ones_like(case.mass) if count is None else count[None, None]
     return case

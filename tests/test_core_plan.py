@@ -111,6 +111,8 @@ def test_plan_equals_oracle(problem):
     np.testing.assert_array_equal(plan["kept"], kept)
     bucket = oracle.buckets(rules["combine"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)
+    ahead = rules["combine"] == "mass" and problem["kind"][-1] == oracle.IMAGE
+    assert plan["bias_weight"] == (0.5 if ahead else 1)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
     if rules["select"] != "all":  # nothing leaves there
         ranks = oracle.rank_scores(

@@ -77,8 +77,8 @@ def test_importance_is_the_column_sum(
 ) -> None:
     """Accumulated over ubatches, it is the column sum of softmax(q k / sqrt(d)).
 
-    So are the recent scores, with weights on the queries: 1 for the last 32, or 15/16 to the power
-    of the queries that came after.
+    So are the recent scores, with weights on the queries: 1 for the last 32, or, for queries of
+    text alone, 15/16 to the power of those that came after.
     """
     capture = Capture("Qcur")
     with Engine(
@@ -105,7 +105,9 @@ def test_importance_is_the_column_sum(
         a = np.exp(logits - logits.max(-1, keepdims=True))
         a /= a.sum(-1, keepdims=True)
         ago = np.arange(n)[::-1]
-        for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, (15 / 16) ** ago)):
+        is_text = np.r_[np.ones(40), np.zeros(150), np.ones(20)]
+        decayed = is_text * (15 / 16) ** (is_text[::-1].cumsum()[::-1] - is_text)
+        for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, decayed)):
             expected = np.einsum("hmn,m->hn", a, weights.astype(np.float64))
             expected = expected.reshape(k.shape[1], gqa, n).mean(1)
             np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)

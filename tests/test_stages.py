@@ -235,6 +235,9 @@ class _Params(ctypes.Structure):
         ("offset", ctypes.c_int32),
         ("min_cells", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
+        ("max_cells", ctypes.c_int32),
+        ("record", ctypes.c_bool),
+        ("release_memory", ctypes.c_bool),
     ]
 
 

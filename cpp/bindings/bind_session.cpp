@@ -16,12 +16,12 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, bool record)
+            int32_t n_threads, int32_t max_cells, bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
-        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads, record };
+        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads, max_cells, record, release_memory };
         attach(*ctx, params);
     }
 
@@ -58,7 +58,8 @@ class session {
 static py::dict stats_dict(const elastic_stats & s) {
     return py::dict("compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
                     "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before, "bytes_after"_a = s.n_bytes_after,
-                    "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
+                    "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us,
+                    "merge_us"_a = s.t_merge_us);
 }
 
 static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
@@ -80,13 +81,18 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
 }
 
 void bind_session(py::module_ & m) {
+    m.def("lazy_buffers", &elastic_lazy_buffers, py::arg("value"),
+          "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
+
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, bool>(), py::arg("ctx"), py::kw_only(),
-             py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1, py::arg("offset") = 25,
-             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("record") = false, py::call_guard<py::gil_scoped_release>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(), py::arg("ctx"),
+             py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1, py::arg("offset") = 25,
+             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("record") = false,
+             py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
-With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
+A sequence never holds more cells than `max_cells` and one ubatch (0: no such cap). With
+`release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
 under each of them.
 
 Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,

@@ -171,7 +171,7 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 }
                 // in f64: a quotient by a subnormal mass is infinite in f32
                 const double n_times = by_mass ? (double) mass_sum / mass[anchor] : (double) members.size();
-                out.bias.row(il, ih)[j] += (float) std::log(n_times);
+                out.bias.row(il, ih)[j] += p.bias_weight * (float) std::log(n_times);
             }
             head_v.merge(rows_dst[j], members, weights);
         }

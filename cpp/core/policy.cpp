@@ -104,6 +104,9 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     if (pol.select == select_rule::image_cover) {
         cover_images(own, c, score, *rows, p, n_threads);
     }
+    if (pol.combine == combine_rule::mass && c.ends_with_image()) {
+        p.bias_weight = bias_ahead;
+    }
     sum_rank_scores(pol.select, own, c, score, p);
     assign_buckets(pol.combine, c, p);
 

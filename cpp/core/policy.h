@@ -44,12 +44,15 @@ enum class generate_rule : int32_t {
 
 // queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
 constexpr int32_t window_size     = 32;
-// how much the weight of a query shrinks with every later one in the recent score of score_rule::by_kind
+// how much the weight of a query of text shrinks with every later one in the recent score of score_rule::by_kind
 constexpr float   text_decay      = 15.0f / 16.0f;
 // generate_rule::per_head: the newest tokens that never leave
 constexpr int32_t per_head_recent = 16;
 // and the tokens up to which an answer counts as short: text that was kept whole stays as long
 constexpr int32_t short_answer    = 4;
+// score_rule::by_kind and combine_rule::mass, when the cells end with an image: what share of the log bias an anchor
+// gets. The weights come from patches that look at each other, and a later question would be pulled astray by all of it
+constexpr float   bias_ahead      = 0.5f;
 // neighbors that a recent score is averaged over
 constexpr int32_t pool_size       = 7;
 
@@ -65,7 +68,7 @@ struct policy {
     bool needs_bias() const { return combine == combine_rule::mass; }
 
     // the recent score: a sum over the last n_window queries, or one in which a query's weight
-    // shrinks by this factor with every query after it
+    // shrinks by this factor with every one after it, text only
     int32_t n_window() const { return score == score_rule::window ? window_size : 0; }
     float   decay() const { return score == score_rule::by_kind ? text_decay : 0.0f; }
     bool    needs_recent() const { return n_window() > 0 || decay() > 0.0f; }

@@ -40,14 +40,14 @@ static double total(const float * x, int32_t n) {
     return std::accumulate(x, x + n, 0.0);
 }
 
-// in place: image cells keep the sum
+// in place: image cells keep the sum, unless the question about them is still to come
 static void score_by_kind(const cells & c, const float * recent, float * score) {
     const int32_t n    = c.size();
     const auto    pool = pooled(recent, n);
     const double  n0   = total(score, n);
     const double  n1   = total(pool.data(), n);
     for (int32_t i = 0; i < n; ++i) {
-        if (c.kind[i] != cell_kind::image) {
+        if (c.kind[i] != cell_kind::image || c.ends_with_image()) {
             score[i] = (float) ((n0 > 0.0 ? score[i] / n0 : 0.0) + (n1 > 0.0 ? pool[i] / n1 : 0.0));
         }
     }

@@ -1,6 +1,7 @@
 // The C interface (elastic.h): no exception leaves it.
 
 #include "runtime/attach.h"
+#include "runtime/pages.h"
 
 #include "llama-context.h"
 
@@ -85,8 +86,14 @@ elastic_params elastic_default_params(void) {
         /*.offset    =*/25,
         /*.min_cells =*/64,
         /*.n_threads =*/0,
+        /*.max_cells =*/0,
         /*.record    =*/false,
+        /*.release_memory =*/true,
     };
+}
+
+void elastic_lazy_buffers(bool value) {
+    set_lazy_buffers(value);
 }
 
 int32_t elastic_attach(llama_context * ctx, const elastic_params * params) {

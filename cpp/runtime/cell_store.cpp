@@ -1,7 +1,9 @@
 #include "runtime/cell_store.h"
 
 #include "ggml-backend.h"
+#include "llama-elastic.h"
 #include "llama-kv-cache.h"
+#include "runtime/pages.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,24 +13,33 @@
 namespace elastic {
 
 cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg) : shape(shape) {
-    const auto make = [&](float fill) {
-        return std::vector<head_map>(shape.n_stream, head_map(shape.n_layer, shape.n_head_kv, shape.kv_size, fill));
+    const auto make = [&] {
+        std::vector<lazy_map> res;
+        for (int32_t i = 0; i < shape.n_stream; ++i) {
+            res.emplace_back(n_rows(), shape.kv_size);
+        }
+        return res;
     };
 
     if (cfg.has_sum()) {
-        mass = make(0.0f);
+        mass = make();
     }
     if (cfg.pol.combine == combine_rule::nearest_mean) {
-        count = make(1.0f);
+        extra = make();
     }
-
     if (cfg.decay() > 0.0f) {
-        fading = make(0.0f);
+        fading = make();
     }
     if (cfg.n_window() > 0) {
-        windowed = make(0.0f);
-        queries.assign(shape.n_stream, std::vector<head_map>(cfg.n_window(), head_map(shape.n_layer, shape.n_head_kv, shape.kv_size)));
+        windowed = make();
+        for (int32_t s = 0; s < shape.n_stream; ++s) {
+            queries.emplace_back();
+            for (int32_t i = 0; i < cfg.n_window(); ++i) {
+                queries[s].emplace_back(n_rows(), shape.kv_size);
+            }
+        }
         last_query.assign(shape.n_stream, 0);
+        has_loaded.assign(shape.n_stream, 0);
     }
 
     kinds.assign(shape.n_stream, std::vector<cell_kind>(shape.kv_size, cell_kind::text));
@@ -38,7 +49,7 @@ cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const 
     if (!cfg.pol.needs_bias()) {
         return;
     }
-    bias = make(0.0f);
+    bias = make();
 
     // beside the keys of its layer, so that no graph has to move it between devices
     std::map<ggml_backend_buffer_type_t, std::vector<int32_t>> layers_of;
@@ -57,17 +68,9 @@ cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const 
         if (!buf) {
             throw std::runtime_error("[elastic_attach] failed to allocate the attention bias");
         }
-        ggml_backend_buffer_clear(buf.get(), 0);
+        clear_lazily(buf.get());
         ctxs.push_back(std::move(ctx));
         bufs.push_back(std::move(buf));
-    }
-}
-
-static std::vector<head_map> no_queries;
-
-static void fill(std::vector<head_map> & maps, float value) {
-    for (auto & m : maps) {
-        std::fill(m.data.begin(), m.data.end(), value);
     }
 }
 
@@ -80,29 +83,17 @@ void cell_store::reset_cell(uint32_t strm, int32_t cell, cell_kind kind) {
     kinds[strm][cell]  = kind;
     totals[strm][cell] = HUGE_VALF;
 
-    for (int32_t il = 0; il < shape.n_layer; ++il) {
-        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            if (has_mass()) {
-                mass[strm].row(il, ih)[cell] = 0.0f;
-            }
-            if (has_fading()) {
-                fading[strm].row(il, ih)[cell] = 0.0f;
-            }
-            if (has_window()) {
-                windowed[strm].row(il, ih)[cell] = 0.0f;
-            }
-            if (has_count()) {
-                count[strm].row(il, ih)[cell] = 1.0f;
-            }
-            if (biased[strm][cell]) {
-                bias[strm].row(il, ih)[cell] = 0.0f;
+    for (int32_t r = 0; r < n_rows(); ++r) {
+        for (auto * maps : { &mass, &extra, &fading, &windowed }) {
+            if (!maps->empty()) {
+                (*maps)[strm].row(r)[cell] = 0.0f;
             }
         }
-    }
-
-    for (auto & m : queries.empty() ? no_queries : queries[strm]) {
-        for (int32_t r = 0; r < shape.n_layer * shape.n_head_kv; ++r) {
-            m.data[(size_t) r * shape.kv_size + cell] = 0.0f;
+        if (biased[strm][cell]) {
+            bias[strm].row(r)[cell] = 0.0f;
+        }
+        for (size_t q = 0; !queries.empty() && q < queries[strm].size(); ++q) {
+            queries[strm][q].row(r)[cell] = 0.0f;
         }
     }
 
@@ -113,38 +104,39 @@ void cell_store::reset_cell(uint32_t strm, int32_t cell, cell_kind kind) {
 }
 
 void cell_store::reset() {
-    fill(mass, 0.0f);
-    fill(fading, 0.0f);
-    fill(windowed, 0.0f);
-    fill(count, 1.0f);
-    fill(bias, 0.0f);
-    for (auto & ring : queries) {
-        fill(ring, 0.0f);
+    for (auto * maps : { &mass, &extra, &bias, &fading, &windowed }) {
+        for (auto & m : *maps) {
+            m.clear();
+        }
     }
+    for (auto & ring : queries) {
+        for (auto & m : ring) {
+            m.clear();
+        }
+    }
+    std::fill(has_loaded.begin(), has_loaded.end(), 0);
     for (int32_t s = 0; s < shape.n_stream; ++s) {
         std::fill(totals[s].begin(), totals[s].end(), HUGE_VALF);
         std::fill(biased[s].begin(), biased[s].end(), 0);
     }
     for (auto & buf : bufs) {
-        ggml_backend_buffer_clear(buf.get(), 0);
+        clear_lazily(buf.get());
     }
     n_biased = 0;
 }
 
-void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst) {
-    if (has_mass()) {
-        mass[strm_dst] = mass[strm_src];
-    }
-    if (has_count()) {
-        count[strm_dst] = count[strm_src];
-    }
-    if (has_fading()) {
-        fading[strm_dst] = fading[strm_src];
+void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
+    for (auto * maps : { &mass, &extra, &bias, &fading, &windowed }) {
+        if (!maps->empty()) {
+            (*maps)[strm_dst].copy_from((*maps)[strm_src], n);
+        }
     }
     if (has_window()) {
-        windowed[strm_dst]   = windowed[strm_src];
-        queries[strm_dst]    = queries[strm_src];
+        for (size_t q = 0; q < queries[strm_src].size(); ++q) {
+            queries[strm_dst][q].copy_from(queries[strm_src][q], n);
+        }
         last_query[strm_dst] = last_query[strm_src];
+        has_loaded[strm_dst] = has_loaded[strm_src];
     }
     kinds[strm_dst]  = kinds[strm_src];
     totals[strm_dst] = totals[strm_src];
@@ -152,61 +144,51 @@ void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst) {
         set_biased(strm_dst, i, biased[strm_src][i] != 0);
     }
     if (has_bias_map()) {
-        bias[strm_dst] = bias[strm_src];
-        upload_bias(strm_dst, 0, shape.kv_size);
+        upload_bias(strm_dst, 0, n);
     }
 }
 
-head_map cell_store::take(const std::vector<head_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float fill) const {
+head_map cell_store::take(const std::vector<lazy_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float shift) const {
     const int32_t n = (int32_t) rows.size();
-    head_map      res(shape.n_layer, shape.n_head_kv, n, fill);
-    if (from.empty()) {
-        return res;
-    }
-    for (int32_t il = 0; il < shape.n_layer; ++il) {
-        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            const float * src = from[strm].row(il, ih);
-            float *       dst = res.row(il, ih);
-            for (int32_t i = 0; i < n; ++i) {
-                dst[i] = src[rows[i]];
-            }
+    head_map      res(shape.n_layer, shape.n_head_kv, n, shift);
+    for (int32_t r = 0; !from.empty() && r < n_rows(); ++r) {
+        const float * src = from[strm].row(r);
+        float *       dst = res.data.data() + (size_t) r * n;
+        for (int32_t i = 0; i < n; ++i) {
+            dst[i] += src[rows[i]];
         }
     }
     return res;
 }
 
-void cell_store::put(std::vector<head_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from) const {
-    if (to.empty()) {
-        return;
-    }
-    for (int32_t il = 0; il < shape.n_layer; ++il) {
-        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            const float * src = from.row(il, ih);
-            float *       dst = to[strm].row(il, ih);
-            for (size_t i = 0; i < rows.size(); ++i) {
-                dst[rows[i]] = src[i];
-            }
+void cell_store::put(std::vector<lazy_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from,
+                     float shift) const {
+    for (int32_t r = 0; !to.empty() && r < n_rows(); ++r) {
+        const float * src = from.data.data() + (size_t) r * rows.size();
+        float *       dst = to[strm].row(r);
+        for (size_t i = 0; i < rows.size(); ++i) {
+            dst[rows[i]] = src[i] + shift;
         }
     }
 }
 
 cell_state cell_store::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
-    return { take(mass, strm, rows, 0.0f), take(count, strm, rows, 1.0f), take(bias, strm, rows, 0.0f) };
+    return { take(mass, strm, rows), take(extra, strm, rows, 1.0f), take(bias, strm, rows) };
 }
 
 head_map cell_store::gather_fading(uint32_t strm, const std::vector<int32_t> & rows) const {
-    return has_fading() ? take(fading, strm, rows, 0.0f) : head_map();
+    return has_fading() ? take(fading, strm, rows) : head_map();
 }
 
 head_map cell_store::gather_window(uint32_t strm, const std::vector<int32_t> & rows) const {
     if (!has_window()) {
         return {};
     }
-    head_map res = take(windowed, strm, rows, 0.0f);
+    head_map res = take(windowed, strm, rows);
     for (const auto & q : queries[strm]) {
-        for (int32_t r = 0; r < shape.n_layer * shape.n_head_kv; ++r) {
+        for (int32_t r = 0; r < n_rows(); ++r) {
             for (size_t i = 0; i < rows.size(); ++i) {
-                res.data[r * rows.size() + i] += q.data[(size_t) r * shape.kv_size + rows[i]];
+                res.data[r * rows.size() + i] += q.row(r)[rows[i]];
             }
         }
     }
@@ -219,11 +201,14 @@ void cell_store::scatter_fading(uint32_t strm, const std::vector<int32_t> & rows
 
 void cell_store::scatter_window(uint32_t strm, const std::vector<int32_t> & rows, const head_map & m) {
     put(windowed, strm, rows, m);
+    if (has_window()) {
+        has_loaded[strm] = 1;
+    }
 }
 
 void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const cell_state & state) {
     put(mass, strm, rows, state.mass);
-    put(count, strm, rows, state.count);
+    put(extra, strm, rows, state.count, -1.0f);
     put(bias, strm, rows, state.bias);
 
     if (!has_bias_map() || rows.empty()) {
@@ -231,7 +216,7 @@ void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     }
     for (size_t i = 0; i < rows.size(); ++i) {
         bool any = false;
-        for (int32_t r = 0; r < shape.n_layer * shape.n_head_kv && !any; ++r) {
+        for (int32_t r = 0; r < n_rows() && !any; ++r) {
             any = state.bias.data[(size_t) r * rows.size() + i] != 0.0f;
         }
         set_biased(strm, rows[i], any);
@@ -248,8 +233,8 @@ void cell_store::set_totals(uint32_t strm, const std::vector<int32_t> & rows, co
 
 std::vector<float> cell_store::sum_mass(uint32_t strm, const std::vector<int32_t> & rows) const {
     std::vector<float> res(rows.size(), 0.0f);
-    for (int32_t r = 0; has_mass() && r < shape.n_layer * shape.n_head_kv; ++r) {
-        const float * src = mass[strm].data.data() + (size_t) r * shape.kv_size;
+    for (int32_t r = 0; has_mass() && r < n_rows(); ++r) {
+        const float * src = mass[strm].row(r);
         for (size_t i = 0; i < rows.size(); ++i) {
             res[i] += src[rows[i]];
         }
@@ -268,23 +253,22 @@ void cell_store::rate_image_cells(uint32_t strm, const std::vector<int32_t> & ro
 }
 
 void cell_store::begin_query(uint32_t strm) {
-    auto & old = windowed[strm].data;
-    if (std::any_of(old.begin(), old.end(), [](float x) { return x != 0.0f; })) {
-        std::fill(old.begin(), old.end(), 0.0f);  // what came with a saved state is older
+    if (has_loaded[strm]) {
+        windowed[strm].clear();  // what came with a saved state is older
+        has_loaded[strm] = 0;
     }
     auto & i = last_query[strm];
     i        = (i + 1) % (int32_t) queries[strm].size();
-    auto & m = queries[strm][i];
-    std::fill(m.data.begin(), m.data.end(), 0.0f);
+    queries[strm][i].clear();
 }
 
 float * cell_store::query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih) {
     const int32_t n = (int32_t) queries[strm].size();
-    return queries[strm][(last_query[strm] + n - ago) % n].row(il, ih);
+    return queries[strm][(last_query[strm] + n - ago) % n].row(index(il, ih));
 }
 
 void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value) {
-    float & x = bias[strm].row(il, ih)[cell];
+    float & x = bias[strm].row(index(il, ih))[cell];
     if (x == value) {
         return;
     }
@@ -297,23 +281,23 @@ void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, f
 }
 
 void cell_store::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
-    for (auto * maps : { &mass, &count, &fading, &windowed }) {
+    for (auto * maps : { &mass, &extra, &fading, &windowed }) {
         if (!maps->empty()) {
-            float * row = (*maps)[strm].row(il, ih);
+            float * row = (*maps)[strm].row(index(il, ih));
             row[dst]    = row[src];
         }
     }
     if (has_bias_map()) {
-        set_bias(strm, dst, il, ih, bias[strm].row(il, ih)[src]);
+        set_bias(strm, dst, il, ih, bias[strm].row(index(il, ih))[src]);
     }
 }
 
 float * cell_store::fading_row(uint32_t strm, int32_t il, int32_t ih) {
-    return has_fading() ? fading[strm].row(il, ih) : nullptr;
+    return has_fading() ? fading[strm].row(index(il, ih)) : nullptr;
 }
 
 float * cell_store::mass_row(uint32_t strm, int32_t il, int32_t ih) {
-    return has_mass() ? mass[strm].row(il, ih) : nullptr;
+    return has_mass() ? mass[strm].row(index(il, ih)) : nullptr;
 }
 
 ggml_tensor * cell_store::bias_tensor(int32_t il_model) const {
@@ -329,7 +313,7 @@ void cell_store::upload_bias(uint32_t strm, int32_t cell_min, int32_t cell_max) 
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         ggml_tensor * t = bias_tensors[il];
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            ggml_backend_tensor_set(t, bias[strm].row(il, ih) + cell_min, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
+            ggml_backend_tensor_set(t, bias[strm].row(index(il, ih)) + cell_min, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
                                     (cell_max - cell_min) * sizeof(float));
         }
     }

@@ -5,6 +5,7 @@
 #include "core/merge.h"
 #include "runtime/config.h"
 #include "runtime/kv_access.h"
+#include "runtime/lazy_map.h"
 
 #include "ggml-cpp.h"
 
@@ -21,7 +22,8 @@ class cell_store {
     void reset_cell(uint32_t strm, int32_t cell, cell_kind kind);
     void reset();
 
-    void copy_stream(uint32_t strm_src, uint32_t strm_dst);
+    // the first n cells, which is all that are in use
+    void copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n);
 
     // state of the given cells in logical order, and back
     cell_state gather(uint32_t strm, const std::vector<int32_t> & rows) const;
@@ -56,7 +58,7 @@ class cell_store {
     float * query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih);
 
     // one value of the bias, in the tensor too
-    float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(il, ih)[cell]; }
+    float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(index(il, ih))[cell]; }
     void  set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
 
     // what head (il, ih) holds in `src` is now what it holds in `dst`
@@ -65,7 +67,7 @@ class cell_store {
     bool          has_fading() const { return !fading.empty(); }
     bool          has_window() const { return !windowed.empty(); }
     bool          has_mass() const { return !mass.empty(); }
-    bool          has_count() const { return !count.empty(); }
+    bool          has_count() const { return !extra.empty(); }
     bool          has_bias_map() const { return !bias.empty(); }
     bool          any_bias() const { return n_biased > 0; }
     ggml_tensor * bias_tensor(int32_t il_model) const;
@@ -77,15 +79,16 @@ class cell_store {
 
     // [n_stream] of maps over all cells of the stream. Of the recent scores a policy has one; both are kept
     // while recording
-    std::vector<head_map> mass;
-    std::vector<head_map> count;
-    std::vector<head_map> bias;
-    std::vector<head_map> fading;    // the decaying score
-    std::vector<head_map> windowed;  // over the last queries; what came with a saved state
+    std::vector<lazy_map> mass;
+    std::vector<lazy_map> extra;  // tokens merged in, beside the cell's own
+    std::vector<lazy_map> bias;
+    std::vector<lazy_map> fading;    // the decaying score
+    std::vector<lazy_map> windowed;  // over the last queries; what came with a saved state
 
     // [n_stream][n_window]: the last queries, in a ring
-    std::vector<std::vector<head_map>> queries;
+    std::vector<std::vector<lazy_map>> queries;
     std::vector<int32_t>               last_query;  // [n_stream]
+    std::vector<uint8_t>               has_loaded;  // [n_stream]: windowed holds something
 
     std::vector<std::vector<cell_kind>> kinds;   // [n_stream][kv_size]
     std::vector<std::vector<float>>     totals;  // [n_stream][kv_size]
@@ -97,8 +100,12 @@ class cell_store {
     std::vector<ggml_backend_buffer_ptr> bufs;
     std::vector<ggml_tensor *>           bias_tensors;
 
-    head_map take(const std::vector<head_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float fill) const;
-    void     put(std::vector<head_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from) const;
+    int32_t index(int32_t il, int32_t ih) const { return il * shape.n_head_kv + ih; }
+    int32_t n_rows() const { return shape.n_layer * shape.n_head_kv; }
+
+    // values plus `shift`
+    head_map take(const std::vector<lazy_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float shift = 0.0f) const;
+    void put(std::vector<lazy_map> & to, uint32_t strm, const std::vector<int32_t> & rows, const head_map & from, float shift = 0.0f) const;
 
     void upload_bias(uint32_t strm, int32_t cell_min, int32_t cell_max);
     void set_biased(uint32_t strm, int32_t cell, bool value);

@@ -29,6 +29,11 @@ static head_map kept_only(const head_map & m, const plan & p) {
 }
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
+    return compress_to(seq_id, target_cells(seqs[seq_id].n_tokens));
+}
+
+// n_target: cells that the sequence may hold, shared ones included
+int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target) {
     // pending shifts and stream copies still have to reach the rows
     ctx.memory_update(false);
 
@@ -51,7 +56,7 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
 
     // with nothing of its own left to spare, the sequence keeps the least that a plan can have
     const int32_t n_least = std::min<int32_t>((int32_t) rows.size(), (n_shared ? 0 : cfg.n_sink) + 1);
-    const int32_t n_keep  = std::max(n_least, target_cells(st.n_tokens) - n_shared);
+    const int32_t n_keep  = std::max(n_least, n_target - n_shared);
 
     if (!active() || n_keep >= (int32_t) rows.size()) {
         st.pending        = false;
@@ -107,6 +112,8 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
     store->scatter(strm, dst, after);
     store->set_totals(strm, dst, p.rank_score);
     store->scatter_fading(strm, dst, kept_only(fading, p));
+
+    release_rows(strm, (int32_t) kv.get_cells_mut(strm).used_max_p1());
 
     const int64_t t_end = ggml_time_us();
 

@@ -14,7 +14,10 @@ struct config {
     int32_t offset    = 25;
     int32_t min_cells = 64;
     int32_t n_threads = 0;
+    int32_t max_cells = 0;
     bool    record    = false;
+
+    bool release_memory = true;
 
     // which scores are kept of every cell, see policy
     int32_t n_window() const { return record ? window_size : pol.n_window(); }

@@ -13,13 +13,15 @@ extern "C" {
 #endif
 
 struct elastic_params {
-    const char * policy;     // a row of the policy table, e.g. "elastic"
-    double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells
-    int32_t      n_sink;     // first cells that always stay, >= 0
-    int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
-    int32_t      min_cells;  // a sequence with fewer cells is left alone
-    int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
-    bool         record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    const char * policy;          // a row of the policy table, e.g. "elastic"
+    double       budget;          // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells
+    int32_t      n_sink;          // first cells that always stay, >= 0
+    int32_t      offset;          // generate_rule::distance: cells between the one that leaves and the end of the prompt
+    int32_t      min_cells;       // a sequence with fewer cells is left alone
+    int32_t      n_threads;       // for plan and merge; 0: the context's batch threads
+    int32_t      max_cells;       // a sequence never holds more cells than these and one ubatch; 0: no such cap
+    bool         record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    bool         release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 
 struct elastic_stats {
@@ -29,12 +31,17 @@ struct elastic_stats {
     int64_t n_cells_after;   // and after
     int64_t n_bytes_before;  // K, V and bias bytes of those cells
     int64_t n_bytes_after;
-    int64_t t_score_us;  // reading and accumulating importance
+    int64_t n_bytes_released;  // K and V given back to the operating system, all times together
+    int64_t t_score_us;        // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;
 };
 
 LLAMA_API struct elastic_params elastic_default_params(void);
+
+// Whether the K and V buffers of contexts made from now on are left untouched until they are used (Linux, CPU), so
+// that a long context takes no memory before. Off at the start: llama.cpp writes zeros to all of them.
+LLAMA_API void elastic_lazy_buffers(bool value);
 
 // Switches the elastic cache on for a context. On an error nothing changes; the reason is in
 // elastic_last_error(). Attaching again replaces the parameters; the cache must be empty then.

@@ -14,6 +14,9 @@
 
 namespace elastic {
 
+// rows that must be free at the end before a batch gives them back
+static constexpr int32_t N_RELEASE = 256;
+
 config make_config(const elastic_params & params) {
     config cfg;
     cfg.pol  = find_policy(params.policy ? params.policy : "");
@@ -29,7 +32,19 @@ config make_config(const elastic_params & params) {
     cfg.offset    = at_least("offset", params.offset, 0);
     cfg.min_cells = at_least("min_cells", params.min_cells, 1);
     cfg.n_threads = at_least("n_threads", params.n_threads, 0);
+    cfg.max_cells = at_least("max_cells", params.max_cells, 0);
     cfg.record    = params.record;
+
+    cfg.release_memory = params.release_memory;
+
+    if (cfg.max_cells > 0 && cfg.max_cells < cfg.n_sink + 2) {
+        throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) +
+                    ", expected at least n_sink + 2 = " + std::to_string(cfg.n_sink + 2) + ", or 0 for no cap");
+    }
+    if (cfg.max_cells > 0 && cfg.pol.select == select_rule::all) {
+        throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) + " with the policy " + cfg.pol.name +
+                    ", which keeps every cell; choose another policy");
+    }
     return cfg;
 }
 
@@ -103,6 +118,7 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
         }
     }
     store = std::make_unique<cell_store>(kv, shape, cfg);
+    n_touched.assign(shape.n_stream, 0);
     kv.set_elastic(this);
 }
 
@@ -111,11 +127,13 @@ elastic_cache::~elastic_cache() {
 }
 
 bool elastic_cache::active() const {
-    return cfg.record || (cfg.pol.select != select_rule::all && !(cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0));
+    const bool keeps_all = cfg.pol.select == select_rule::all || (cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0 && cfg.max_cells == 0);
+    return cfg.record || !keeps_all;
 }
 
 int32_t elastic_cache::target_cells(int64_t n_tokens) const {
-    return std::max(cfg.min_cells, cfg.keep.cells_for(n_tokens));
+    const int32_t n = std::max(cfg.min_cells, cfg.keep.cells_for(n_tokens));
+    return cfg.max_cells > 0 ? std::min(n, cfg.max_cells) : n;
 }
 
 bool elastic_cache::is_prompt(llama_seq_id seq_id) const {
@@ -169,7 +187,7 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
             }
             float * row = w.data() + i * n_rows;
             row[0]      = 1.0f;
-            if (decay > 0.0f && is_prompt(seq_id)) {
+            if (decay > 0.0f && ubatch.token && is_prompt(seq_id)) {
                 float & f = faded.emplace(seq_id, 1.0f).first->second;
                 row[1]    = f;
                 f *= decay;
@@ -193,6 +211,13 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     in_prompt.clear();
     if (!active()) {
         return;
+    }
+    // what was removed since the last batch; not every few rows anew
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        const int32_t n_used = (int32_t) kv.get_cells_mut(s).used_max_p1();
+        if (n_touched[s] - n_used >= N_RELEASE) {
+            release_rows(s, n_used);
+        }
     }
 
     struct seen {
@@ -221,6 +246,8 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         in_prompt[seq_id]     = !generating;
         if (generating) {
             make_room(seq_id);
+        } else if (cfg.max_cells > 0) {
+            make_room_for_prompt(seq_id, s.n);
         }
     }
 }
@@ -238,6 +265,9 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 
             const cell_kind kind = !ubatch.token ? cell_kind::image : is_prompt(seq_id) ? cell_kind::text : cell_kind::generated;
             store->reset_cell(sinfo.strm[s], (int32_t) sinfo.idxs[s][ii], kind);
+
+            int32_t & touched = n_touched[sinfo.strm[s]];
+            touched           = std::max(touched, (int32_t) sinfo.idxs[s][ii] + 1);
 
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
                 auto & st = seqs[ubatch.seq_id[i][j]];
@@ -319,7 +349,7 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
 // the decaying score of each cell, by as many steps as its sequence has queries among [first, first + n)
 void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) {
     const float decay = cfg.decay();
-    if (decay == 0.0f) {
+    if (decay == 0.0f || !ubatch.token) {
         return;
     }
     std::map<llama_seq_id, int32_t> n_queries;
@@ -332,7 +362,8 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
     if (n_queries.empty()) {
         return;  // generation, at every token
     }
-    std::vector<float> factor(shape.kv_size, 1.0f);
+    const int32_t      n_used = (int32_t) kv.get_cells_mut(strm).used_max_p1();
+    std::vector<float> factor(n_used, 1.0f);
     for (const auto & [seq_id, n_query] : n_queries) {
         const float faded = std::pow(decay, (float) n_query);
         for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
@@ -342,7 +373,7 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             float * row = store->fading_row(strm, il, ih);
-            for (int32_t i = 0; i < shape.kv_size; ++i) {
+            for (int32_t i = 0; i < n_used; ++i) {
                 row[i] *= factor[i];
             }
         }
@@ -406,7 +437,9 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
     const auto s0 = kv.get_stream(seq_id_src);
     const auto s1 = kv.get_stream(seq_id_dst);
     if (s0 != s1) {
-        store->copy_stream(s0, s1);
+        const auto n = (int32_t) kv.get_cells_mut(s0).used_max_p1();
+        store->copy_stream(s0, s1, n);
+        n_touched[s1] = std::max(n_touched[s1], n);
     }
 }
 
@@ -425,6 +458,9 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
 void elastic_cache::on_clear() {
     seqs.clear();
     store->reset();
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        release_rows(s, 0);
+    }
 }
 
 //

@@ -70,6 +70,7 @@ class elastic_cache : public llama_elastic_i {
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
     void on_clear() override;
+    void clear_buffer(ggml_backend_buffer_t buffer) override;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
     void state_read(llama_io_read_i & io, llama_seq_id seq_id) override;
@@ -110,12 +111,16 @@ class elastic_cache : public llama_elastic_i {
     std::map<llama_seq_id, sequence_state> seqs;
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
     plan                                   plan_last;
+    std::vector<int32_t>                   n_touched;  // [n_stream]: rows that may take memory
 
     bool    active() const;
     int32_t target_cells(int64_t n_tokens) const;
     bool    is_prompt(llama_seq_id seq_id) const;
     bool    is_scored(llama_seq_id seq_id) const;
     void    make_room(llama_seq_id seq_id);
+    void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
+    int32_t compress_to(llama_seq_id seq_id, int32_t n_target);
+    void    release_rows(uint32_t strm, int32_t n_used);
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);

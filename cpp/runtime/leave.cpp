@@ -37,6 +37,20 @@ void elastic_cache::make_room(llama_seq_id seq_id) {
     }
 }
 
+// Before a part of a prompt is placed: what is held and the part stay within max_cells and one ubatch.
+void elastic_cache::make_room_for_prompt(llama_seq_id seq_id, int32_t n_new) {
+    const int32_t n_max    = std::max(cfg.max_cells + (int32_t) ctx.n_ubatch() - n_new, 1);
+    const int32_t n_target = std::min(cfg.max_cells, n_max);
+    if (n_cells(seq_id) <= n_target) {
+        return;
+    }
+    try {
+        compress_to(seq_id, n_target);
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
+    }
+}
+
 void elastic_cache::let_leave(llama_seq_id seq_id) {
     const auto     rows = logical_cells(seq_id);
     const uint32_t strm = kv.get_stream(seq_id);

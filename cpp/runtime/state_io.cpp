@@ -5,6 +5,7 @@
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace elastic {
@@ -100,6 +101,10 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
 void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (!active()) {
         return;
+    }
+
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        n_touched[s] = std::max(n_touched[s], (int32_t) kv.get_cells_mut(s).used_max_p1());
     }
 
     state_header h;

@@ -28,9 +28,11 @@ def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> El
     return replace(elastic, budget=budget)
 
 
-def check_arguments(elastic: ElasticConfig | None, n_ctx: int, kwargs: dict[str, Any]) -> None:
+def check_arguments(
+    elastic: ElasticConfig | None, n_ctx: int | None, kwargs: dict[str, Any]
+) -> None:
     """Refuse what llama.cpp would abort on, or answer with a null pointer."""
-    if not isinstance(n_ctx, int) or not 0 <= n_ctx < 2**31:
+    if n_ctx is not None and (not isinstance(n_ctx, int) or not 0 <= n_ctx < 2**31):
         raise ConfigError(text("config", "n_ctx", repr(n_ctx), "a whole number >= 0"))
     for name in ("n_batch", "n_ubatch"):
         value = kwargs.get(name, 1)
@@ -52,6 +54,31 @@ def check_arguments(elastic: ElasticConfig | None, n_ctx: int, kwargs: dict[str,
         raise ConfigError(
             text("config", "draft_model together with an elastic cache", do="pass elastic=None")
         )
+
+
+def size_cache(
+    elastic: ElasticConfig | None, n_ctx: int | None, kwargs: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """n_ctx, 2048 by default, and the other arguments of `llama_cpp.Llama`.
+
+    Under a hard cap the context holds the cap and one ubatch, and a batch is one ubatch: what is
+    held is looked at before each.
+    """
+    if elastic is None or elastic.kv_cells is None:
+        return 2048 if n_ctx is None else n_ctx, kwargs
+    n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
+    least = elastic.kv_cells + n_ubatch
+    if n_ctx is not None and n_ctx < least:
+        raise ConfigError(
+            text(
+                "config",
+                "n_ctx with kv_cells",
+                n_ctx,
+                f"at least kv_cells + n_ubatch = {least}",
+                "leave n_ctx out",
+            )
+        )
+    return n_ctx or least, {**kwargs, "n_ubatch": n_ubatch, "n_batch": n_ubatch}
 
 
 def load_error(path: str, error: ValueError) -> ElasticError:

@@ -38,6 +38,13 @@ class ElasticConfig:
         A sequence with fewer cells is left alone, >= 1.
     n_threads : int
         For planning and merging; 0: as many as the context uses for prompts.
+    kv_cells : int, optional
+        A hard cap: the sequence never holds more cells than these and one ubatch, neither while a
+        prompt is read, which is then compressed on the way, nor while generating. >= n_sink + 2.
+    release_memory : bool
+        Give the memory of cells that are not in use back to the operating system, and take none
+        before they are used. CPU and Linux; elsewhere it changes nothing. Without flash attention
+        V is stored transposed, and goes back in steps of 2048 cells (f16).
 
     Examples
     --------
@@ -51,20 +58,40 @@ class ElasticConfig:
     offset: int = 25
     min_cells: int = 64
     n_threads: int = 0
+    kv_cells: int | None = None
+    release_memory: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
         for name, least in (("n_sink", 0), ("offset", 0), ("min_cells", 1), ("n_threads", 0)):
             object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+        if self.kv_cells is not None:
+            cells = _whole("kv_cells", self.kv_cells, self.n_sink + 2)
+            object.__setattr__(self, "kv_cells", cells)
         if self.policy not in policy_names():
             raise ConfigError(
                 text("config", "policy", repr(self.policy), "one of " + ", ".join(policy_names()))
+            )
+
+        if self.kv_cells is not None and self.policy == "full":
+            raise ConfigError(
+                text(
+                    "config",
+                    "kv_cells with the policy that keeps every cell",
+                    self.kv_cells,
+                    do="choose another policy, or leave kv_cells out",
+                )
             )
 
     @classmethod
     def off(cls) -> ElasticConfig:
         """Keeps every cell: the same tokens as without an elastic cache."""
         return cls(budget=1.0, policy="full")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether every cell stays."""
+        return self.policy == "full" or (self.budget == 1 and self.kv_cells is None)
 
     @property
     def kept_share(self) -> float | None:

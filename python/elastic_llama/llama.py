@@ -17,6 +17,7 @@ from ._checks import (
     check_arguments,
     decode_error,
     load_error,
+    size_cache,
     translated_errors,
     with_budget,
 )
@@ -58,7 +59,8 @@ class ElasticLlama(llama_cpp.Llama):
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
     **kwargs
-        All other arguments of `llama_cpp.Llama`. `n_ctx` is 2048 by default here, `verbose` False.
+        All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
+        what `elastic.kv_cells` takes; `verbose` is False.
 
     Raises
     ------
@@ -78,7 +80,7 @@ class ElasticLlama(llama_cpp.Llama):
         elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
-        n_ctx: int = 2048,
+        n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -86,6 +88,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._phase = _Phase.FREE
         elastic = with_budget(elastic, kv_budget)
         check_arguments(elastic, n_ctx, kwargs)
+        n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
         if model_path is None:
             from .embedded import embedded_mmproj, embedded_model
 
@@ -102,6 +105,7 @@ class ElasticLlama(llama_cpp.Llama):
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
         self.elastic = elastic
         route(verbose)
+        _core.lazy_buffers(elastic is not None and elastic.release_memory and not elastic.is_off)
         try:
             super().__init__(
                 os.fspath(model_path),
@@ -112,9 +116,13 @@ class ElasticLlama(llama_cpp.Llama):
             )
         except ValueError as e:
             raise load_error(str(model_path), e) from e
+        finally:
+            _core.lazy_buffers(False)
         # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
         n_positions = max(self.n_ctx(), self._model.n_ctx_train())
         self.input_ids = np.empty((n_positions,), dtype=np.intc)
+        if elastic is not None and elastic.kv_cells is not None:
+            self._n_ctx = n_positions  # what completions may be long
         self.reset()
         if elastic is not None:
             try:
@@ -135,6 +143,8 @@ class ElasticLlama(llama_cpp.Llama):
                 offset=elastic.offset,
                 min_cells=elastic.min_cells,
                 n_threads=elastic.n_threads,
+                max_cells=elastic.kv_cells or 0,
+                release_memory=elastic.release_memory,
             )
         except NotImplementedError as e:
             raise UnsupportedModelError(str(e)) from e
@@ -202,7 +212,8 @@ class ElasticLlama(llama_cpp.Llama):
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
-        if used + n_new > self.n_ctx():
+        is_capped = self.elastic is not None and self.elastic.kv_cells is not None
+        if not is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
                 text(
                     "prompt",

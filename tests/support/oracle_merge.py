@@ -36,7 +36,7 @@ def mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def merge(
-    rule: str, kept: np.ndarray, bucket: np.ndarray, cells: Cells
+    rule: str, kept: np.ndarray, bucket: np.ndarray, cells: Cells, bias_weight: float = 1
 ) -> tuple[Cells, list[bool]]:
     """The kept cells after a merge (in f64), and which of them took others in."""
     n_keep, d = len(kept), cells.k.shape[1]
@@ -57,10 +57,10 @@ def merge(
             out.v[j] = mean(cells.v[group], cells.count[group])
         elif cells.mass[a] > 0:
             out.v[j] = mean(cells.v[group], cells.mass[group])
-            out.bias[j] += np.log(out.mass[j] / np.float64(cells.mass[a]))
+            out.bias[j] += bias_weight * np.log(out.mass[j] / np.float64(cells.mass[a]))
         else:
             out.v[j] = mean(cells.v[group], np.ones(len(group)))
-            out.bias[j] += np.log(len(group))
+            out.bias[j] += bias_weight * np.log(len(group))
     return out, took
 
 

@@ -39,7 +39,8 @@ def scores(
                 out[layer, head, i] = pool[i]
             elif rule == "by_kind":
                 share = share_of(sums[i], sums) + share_of(pool[i], pool)
-                out[layer, head, i] = sums[i] if kind[i] == IMAGE else share
+                asked = kind[-1] != IMAGE
+                out[layer, head, i] = sums[i] if kind[i] == IMAGE and asked else share
     return out
 
 

@@ -8,7 +8,7 @@ import numpy.typing
 import typing
 from . import core
 
-__all__ = ["Session", "build_info", "core"]
+__all__ = ["Session", "build_info", "core", "lazy_buffers"]
 
 class Session:
     """
@@ -26,12 +26,15 @@ class Session:
         offset: typing.SupportsInt | typing.SupportsIndex = 25,
         min_cells: typing.SupportsInt | typing.SupportsIndex = 64,
         n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
+        max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
         record: bool = False,
+        release_memory: bool = True,
     ) -> None:
         """
         Attach an elastic cache to the llama_context at address `ctx`.
 
-        With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
+        A sequence never holds more cells than `max_cells` and one ubatch (0: no such cap). With
+        `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
         under each of them.
 
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
@@ -116,4 +119,9 @@ class Session:
 def build_info() -> dict:
     """
     What this build is made of: llama.cpp commit, patches, backends, CPU features.
+    """
+
+def lazy_buffers(value: bool) -> None:
+    """
+    Whether the K and V buffers of contexts made from now on are left untouched until they are used.
     """

@@ -21,9 +21,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--ctx-size",
         type=int,
-        default=2048,
         metavar="N",
-        help="context size in tokens (2048)",
+        help="context size in cells (2048, or what --kv-cells takes)",
     )
     group.add_argument("-t", "--threads", type=int, metavar="N")
     group.add_argument(
@@ -43,6 +42,17 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         default=0.2,
         metavar="B",
         help="fraction of cells kept (0 < B <= 1) or number of cells (B > 1); 0.2",
+    )
+    group.add_argument(
+        "--kv-cells",
+        type=int,
+        metavar="N",
+        help="never hold more cells than N and one ubatch, not even while a prompt is read",
+    )
+    group.add_argument(
+        "--no-release-memory",
+        action="store_true",
+        help="keep the memory of cells that are not in use",
     )
     group.add_argument("--policy", default="elastic", help="row of the policy table (elastic)")
     group.add_argument("--n-sink", type=int, default=1, metavar="N", help="first cells that stay")
@@ -78,6 +88,8 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         n_sink=args.n_sink,
         offset=args.offset,
         min_cells=args.min_cells,
+        kv_cells=args.kv_cells,
+        release_memory=not args.no_release_memory,
     )
 
 
@@ -95,7 +107,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         mmproj = str(fetch(args.hf_repo, args.hf_mmproj)) if args.hf_mmproj else mmproj
     if mmproj and not model:
         raise ConfigError(text("options", "--mmproj without -m", do="name the language model too"))
-    if args.ctx_size < 1:
+    if args.ctx_size is not None and args.ctx_size < 1:
         raise ConfigError(text("options", "--ctx-size", args.ctx_size, "at least 1"))
 
     from ..llama import ElasticLlama

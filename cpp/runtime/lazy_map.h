@@ -1,0 +1,48 @@
+#pragma once
+
+// A float per layer, KV head and cell of one stream, 0 until it is written. What was never written takes no memory
+// (beyond small maps), so a long context costs nothing before it is used.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace elastic {
+
+class lazy_map {
+  public:
+    lazy_map() = default;
+
+    lazy_map(int32_t n_rows, int32_t n_cells) : n_rows(n_rows), n_cells(n_cells) { clear(); }
+
+    void clear() {
+        data.reset();  // before the new one is made: the pages are given back
+        data.reset((float *) std::calloc((size_t) n_rows * n_cells, sizeof(float)));
+        if (!data && n_rows > 0 && n_cells > 0) {
+            throw std::bad_alloc();
+        }
+    }
+
+    // the first n cells of every row
+    void copy_from(const lazy_map & other, int32_t n) {
+        for (int32_t r = 0; r < n_rows; ++r) {
+            std::memcpy(row(r), other.row(r), n * sizeof(float));
+        }
+    }
+
+    float *       row(int32_t r) { return data.get() + (size_t) r * n_cells; }
+    const float * row(int32_t r) const { return data.get() + (size_t) r * n_cells; }
+
+  private:
+    struct deleter {
+        void operator()(float * p) const { std::free(p); }
+    };
+
+    int32_t                         n_rows  = 0;
+    int32_t                         n_cells = 0;
+    std::unique_ptr<float, deleter> data;
+};
+
+}  // namespace elastic

@@ -1,0 +1,202 @@
+"""One llama_context of a kind: stock, elastic, or ideal (stock with as few cells as elastic)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import _internals
+
+from .. import _core
+from ..config import ElasticConfig
+from ..errors import StateError, UnsupportedModelError, text
+from ..kv_types import KV_TYPES
+from ..llama import ElasticLlama
+from .scenarios import Scenario
+
+_PAD = 256  # llama.cpp attends to whole multiples of these
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a context holds its cells."""
+
+    kv_type: str = "f16"
+    flash_attn: bool = False
+    unified: bool = False
+    n_threads: int = 1
+    n_ubatch: int = 512
+
+
+class Prompts:
+    """The same prompt for every context: random tokens, and random rows in place of an image."""
+
+    def __init__(self, llm: ElasticLlama, scenario: Scenario) -> None:
+        rng = np.random.default_rng(0)
+        self.scenario = scenario
+        self.tokens = rng.integers(10, llm.n_vocab(), scenario.n_text + scenario.n_gen).tolist()
+        self.images = [
+            rng.normal(0, 0.02, (n, llm.n_embd())).astype(np.float32) for n in scenario.images
+        ]
+
+    def parts(self) -> list[list[int] | np.ndarray]:
+        half = self.scenario.n_text // 2
+        parts: list[list[int] | np.ndarray] = [self.tokens[:half], *self.images]
+        parts.append(self.tokens[half : self.scenario.n_text])
+        return [part for part in parts if len(part)]
+
+
+class Context:
+    """A context of `llm`'s model with `n_seqs` sequences of `n_cells` cells."""
+
+    def __init__(
+        self,
+        llm: ElasticLlama,
+        setting: Setting,
+        n_seqs: int,
+        n_cells: int,
+        elastic: ElasticConfig | None = None,
+    ) -> None:
+        self.n_vocab, self.n_embd = llm.n_vocab(), llm.n_embd()
+        self.n_seqs = n_seqs
+        self.session: Any = None
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_seqs * (-(-n_cells // _PAD) * _PAD)
+        params.n_batch = params.n_ubatch = setting.n_ubatch
+        params.n_seq_max = n_seqs
+        params.kv_unified = setting.unified
+        params.n_threads = params.n_threads_batch = setting.n_threads
+        params.flash_attn_type = int(setting.flash_attn)
+        params.type_k = params.type_v = KV_TYPES[setting.kv_type]
+        params.no_perf = False
+        self.n_batch = params.n_batch
+        _core.lazy_buffers(elastic is not None and elastic.release_memory)
+        try:
+            self._native = _internals.LlamaContext(
+                model=llm._model, params=params, verbose=llm.verbose
+            )
+        except ValueError as e:
+            raise StateError(text("bench", "llama.cpp refused the context", str(e))) from e
+        finally:
+            _core.lazy_buffers(False)
+        self.ctx = self._native.ctx
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+        self._embd = llama_cpp.llama_batch_init(self.n_batch, self.n_embd, 1)
+        if elastic is not None:
+            self._attach(elastic)
+
+    def _attach(self, config: ElasticConfig) -> None:
+        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        try:
+            self.session = _core.Session(
+                address,
+                policy=config.policy,
+                budget=float(config.budget),
+                max_cells=config.kv_cells or 0,
+                release_memory=config.release_memory,
+            )
+        except NotImplementedError as e:
+            self.close()
+            raise UnsupportedModelError(str(e)) from e
+
+    def close(self) -> None:
+        if self.ctx is not None:
+            if self.session is not None:
+                self.session.forget()
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_batch_free(self._embd)
+            self._native.close()
+            self.ctx = None
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(self.memory, False)
+
+    def n_cells(self, seq: int = 0) -> int:
+        """Cells of a sequence of the elastic cache."""
+        return int(self.session.n_cells(seq))
+
+    def prefill(self, parts: list[list[int] | np.ndarray], seq: int) -> float:
+        """Decode a prompt; returns the seconds it took."""
+        start, pos = time.perf_counter(), 0
+        if self.session is not None:
+            self.session.hold(True)  # a last piece of one token belongs to the prompt too
+        for part in parts:
+            for first in range(0, len(part), self.n_batch):
+                piece = part[first : first + self.n_batch]
+                if isinstance(piece, list):
+                    self._decode_tokens([(t, pos + i, seq) for i, t in enumerate(piece)], last=True)
+                else:
+                    self._decode_rows(piece, pos, seq)
+                pos += len(piece)
+        llama_cpp.llama_synchronize(self.ctx)
+        if self.session is not None:
+            self.session.hold(False)
+        return time.perf_counter() - start
+
+    def step(self, token: int, pos: int) -> None:
+        """One token for every sequence."""
+        self._decode_tokens([(token, pos, seq) for seq in range(self.n_seqs)], last=False)
+
+    def synchronize(self) -> None:
+        llama_cpp.llama_synchronize(self.ctx)
+
+    def n_graphs_reused(self) -> int:
+        return int(llama_cpp.llama_perf_context(self.ctx).n_reused)
+
+    def _decode_tokens(self, rows: list[tuple[int, int, int]], last: bool) -> None:
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (token, pos, seq) in enumerate(rows):
+            batch.token[i], batch.pos[i] = token, pos
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = not last or i == len(rows) - 1
+        self._decode(batch)
+
+    def _decode_rows(self, rows: np.ndarray, pos: int, seq: int) -> None:
+        batch = self._embd
+        batch.n_tokens = len(rows)
+        ctypes.memmove(batch.embd, np.ascontiguousarray(rows).ctypes.data, rows.nbytes)
+        for i in range(len(rows)):
+            batch.pos[i] = pos + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = False
+        self._decode(batch)
+
+    def _decode(self, batch: Any) -> None:
+        code = llama_cpp.llama_decode(self.ctx, batch)
+        if code:
+            raise StateError(text("bench", "llama_decode failed", f"code {code}"))
+
+
+class Ideal:
+    """Stock llama.cpp that holds as many cells as the elastic cache, whatever is in them."""
+
+    def __init__(
+        self,
+        context: Context,
+        budget: float | int,
+        n_prompt: int,
+        n_held: int,
+        kv_cells: int | None = None,
+    ) -> None:
+        self.context, self.budget, self.kv_cells = context, budget, kv_cells
+        self.n_seen, self.first, self.end = n_prompt, 0, n_held
+
+    def step(self, token: int) -> None:
+        self.n_seen += 1
+        allowed = self.budget if self.budget > 1 else math.ceil(self.budget * self.n_seen)
+        allowed = min(allowed, self.kv_cells or allowed)
+        while self.end + 1 - self.first > allowed and self.end - self.first > 1:
+            for seq in range(self.context.n_seqs):
+                llama_cpp.llama_memory_seq_rm(self.context.memory, seq, self.first, self.first + 1)
+            self.first += 1
+        self.context.step(token, self.end)
+        self.end += 1

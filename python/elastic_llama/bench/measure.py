@@ -1,0 +1,233 @@
+"""One scenario under one setting: every context prefills, then they generate in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from ..config import ElasticConfig
+from ..llama import ElasticLlama
+from .contexts import Context, Ideal, Prompts, Setting
+from .memory import resident_bytes
+from .scenarios import Scenario
+
+
+@dataclass
+class Run:
+    """What one context did. Times in seconds, sizes in bytes.
+
+    Attributes
+    ----------
+    prefill_s : list of float
+        Of all sequences together, once per repetition; scoring included, plan and merge not.
+    decode_tps : list of float
+        Tokens of all sequences per second, one for each part of the generation.
+    score_s, plan_s, merge_s : float
+        Reading the importance, plan and merge of one repetition. The graph's share of scoring is in
+        `prefill_s`: compare it with stock's.
+    kv_bytes : int
+        K, V and bias of the cells in use after the prompt.
+    rss : dict
+        Growth of the resident set since before the context was made: "prompt" (after the prompt),
+        "compressed" (after compression), "end".
+    """
+
+    kind: str
+    budget: float | None
+    cells_prompt: int = 0
+    cells_kept: int = 0
+    cells_end: int = 0
+    prefill_s: list[float] = field(default_factory=list)
+    decode_tps: list[float] = field(default_factory=list)
+    score_s: float = 0.0
+    plan_s: float = 0.0
+    merge_s: float = 0.0
+    kv_bytes: int = 0
+    bytes_freed: int = 0
+    rss: dict[str, int] = field(default_factory=dict)
+    graphs_reused: int = 0
+    n_steps: int = 0
+
+
+class Racer:
+    """A context and its figures. `n_held`: cells of each sequence if it is not elastic."""
+
+    def __init__(self, kind: str, budget: float | None, make: Callable[[], Context]) -> None:
+        self.run = Run(kind, budget)
+        self._rss = resident_bytes()
+        self.context = make()
+        self.ideal: Ideal | None = None
+        self.pos = 0
+
+    def close(self) -> None:
+        self.context.close()
+
+    def prefill(self, parts: list[Any]) -> None:
+        """All sequences once; compression is timed on its own."""
+        context, run = self.context, self.run
+        context.clear()
+        if context.session is not None:
+            context.session.reset_stats()
+        run.prefill_s.append(sum(context.prefill(parts, seq) for seq in range(context.n_seqs)))
+        self.pos = sum(len(part) for part in parts)
+        run.cells_prompt = run.cells_kept = self.pos
+        self._note_rss("prompt")
+        if context.session is not None:
+            self._compress()
+
+    def _compress(self) -> None:
+        context, run = self.context, self.run
+        run.cells_prompt = context.n_cells()
+        for seq in range(context.n_seqs):
+            context.session.compress(seq)
+        self._note_rss("compressed")
+        stats = context.session.stats()
+        run.cells_kept = context.n_cells()
+        run.score_s, run.plan_s, run.merge_s = (
+            stats[f"{name}_us"] / 1e6 for name in ("score", "plan", "merge")
+        )
+        freed = (run.cells_prompt - run.cells_kept) * context.session.kv_bytes_per_cell()
+        run.bytes_freed = freed * context.n_seqs
+
+    def generate(self, tokens: list[int]) -> None:
+        """One part of the generation."""
+        reused = self.context.n_graphs_reused()
+        start = time.perf_counter()
+        for token in tokens:
+            if self.ideal is not None:
+                self.ideal.step(token)
+            else:
+                self.context.step(token, self.pos)
+                self.pos += 1
+        self.context.synchronize()
+        seconds = time.perf_counter() - start
+        self.run.decode_tps.append(len(tokens) * self.context.n_seqs / seconds)
+        self.run.graphs_reused += self.context.n_graphs_reused() - reused
+        self.run.n_steps += len(tokens)
+
+    def finish(self, cell_bytes: int) -> None:
+        run = self.run
+        if self.ideal is not None:
+            run.cells_end = self.ideal.end - self.ideal.first
+        elif self.context.session is not None:
+            run.cells_end = self.context.n_cells()
+            cell_bytes = self.context.session.kv_bytes_per_cell()
+        else:
+            run.cells_end = self.pos
+        run.kv_bytes = cell_bytes * run.cells_kept * self.context.n_seqs
+        self._note_rss("end")
+
+    def _note_rss(self, name: str) -> None:
+        now = resident_bytes()
+        if now is not None and self._rss is not None:
+            self.run.rss[name] = now - self._rss
+
+
+def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:
+    """Bytes of K and V of one cell in all layers, read from a context of one ubatch."""
+    context = Context(llm, Setting(kv_type, flash_attn=True), 1, 256, ElasticConfig(policy="h2o"))
+    try:
+        assert context.session is not None
+        return int(context.session.kv_bytes_per_cell())
+    finally:
+        context.close()
+
+
+def n_steps(scenario: Scenario, n_budgets: int, n_prefills: int) -> int:
+    """Calls of `tick` in `measure`."""
+    return (1 + n_budgets) * n_prefills + n_budgets + (1 + 2 * n_budgets) * scenario.n_parts
+
+
+def measure(
+    llm: ElasticLlama,
+    scenario: Scenario,
+    setting: Setting,
+    configs: list[ElasticConfig],
+    n_prefills: int,
+    tick: Callable[[str], None],
+) -> list[Run]:
+    """Stock, and elastic and ideal for every config.
+
+    A context's prefills alternate with the others'; so do the parts of the generation, and who
+    comes first changes from part to part.
+    """
+    racers: list[Racer] = []
+    prompts = Prompts(llm, scenario)
+    n_cells = scenario.n_prompt + scenario.n_gen
+
+    def start(kind: str, budget: float | None, make: Callable[[], Context]) -> Racer:
+        racers.append(Racer(kind, budget, make))
+        return racers[-1]
+
+    try:
+        start("stock", None, lambda: Context(llm, setting, scenario.n_seqs, n_cells))
+        for config in configs:
+            own = replace(config, kv_cells=scenario.kv_cells)
+            size = n_cells if own.kv_cells is None else own.kv_cells + setting.n_ubatch
+            make = partial(Context, llm, setting, scenario.n_seqs, size, own)
+            start("elastic", float(own.budget), make)
+        for _ in range(n_prefills):
+            for racer in list(racers):
+                racer.prefill(prompts.parts())
+                tick(f"{scenario.name} {racer.run.kind}: prompt")
+        for elastic in [r for r in racers if r.run.kind == "elastic"]:
+            _start_ideal(llm, scenario, setting, prompts, elastic, start)
+            tick(f"{scenario.name} ideal: prompt")
+        _generate(scenario, prompts, racers, tick)
+        size = cell_bytes(llm, setting.kv_type)
+        for racer in racers:
+            racer.finish(size)
+    finally:
+        for racer in racers:
+            racer.close()
+    return [racer.run for racer in racers]
+
+
+def _start_ideal(
+    llm: ElasticLlama,
+    scenario: Scenario,
+    setting: Setting,
+    prompts: Prompts,
+    elastic: Racer,
+    start: Callable[..., Racer],
+) -> None:
+    held, budget = elastic.run.cells_kept, elastic.run.budget
+    assert budget is not None
+    racer = start(
+        "ideal",
+        budget,
+        lambda: Context(llm, setting, scenario.n_seqs, held + scenario.n_gen),
+    )
+    tokens = (prompts.tokens * (1 + held // len(prompts.tokens)))[:held]
+    racer.prefill([tokens])
+    racer.ideal = Ideal(racer.context, budget, scenario.n_prompt, held, scenario.kv_cells)
+
+
+def _generate(
+    scenario: Scenario, prompts: Prompts, racers: list[Racer], tick: Callable[[str], None]
+) -> None:
+    tokens = prompts.tokens[scenario.n_text :]
+    size = scenario.n_gen // scenario.n_parts
+    for racer in racers:  # the first step after a prompt builds its graph
+        racer.generate(tokens[:2])
+        racer.run.decode_tps.clear()
+        racer.run.n_steps = racer.run.graphs_reused = 0
+    for part in range(scenario.n_parts):
+        shift = part % len(racers)
+        for racer in racers[shift:] + racers[:shift]:
+            racer.generate(tokens[2 + part * size : (part + 1) * size])
+            tick(f"{scenario.name} {racer.run.kind}: generation")
+
+
+def as_row(run: Run, scenario: Scenario, setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
+    """A line of results: everything that is needed to read the figures later."""
+    shape = {k: v for k, v in asdict(scenario).items() if k != "about"}
+    return {**about, "scenario": shape, "setting": asdict(setting), **asdict(run)}
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")

@@ -1,0 +1,96 @@
+"""Rows of results as a table like llama-bench's, and as ratios."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..stats import MIB
+from .measure import median
+
+COLUMNS = (
+    "scenario",
+    "KV",
+    "fa",
+    "cache",
+    "budget",
+    "cells",
+    "prompt s",
+    "t/s",
+    "x stock",
+    "x ideal",
+    "score+plan+merge",
+    "KV MiB",
+    "RSS MiB",
+)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and range."""
+    if not values:
+        return ""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """For each row, by its place: decode speed against stock and ideal, and the cost in prefill.
+
+    Parts of the generation are compared with the same part of the other, and the median is taken.
+    `cost` is what elastic took longer than stock for the prompt, plan and merge included, as a
+    share of stock's.
+    """
+    out: dict[int, dict[str, float]] = {}
+    for i, row in enumerate(rows):
+        own = {}
+        for kind in ("stock", "ideal"):
+            other = _partner(rows, row, kind)
+            if other is not None and row["kind"] == "elastic":
+                pairs = zip(row["decode_tps"], other["decode_tps"])
+                own[kind] = median([a / b for a, b in pairs])
+        stock = _partner(rows, row, "stock")
+        if row["kind"] == "elastic" and stock is not None:
+            compress = row["plan_s"] + row["merge_s"]
+            pairs = zip(row["prefill_s"], stock["prefill_s"])
+            own["cost"] = median([(a + compress) / b - 1 for a, b in pairs])
+        out[i] = own
+    return out
+
+
+def _partner(rows: list[dict[str, Any]], row: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    for other in rows:
+        same = other["scenario"] == row["scenario"] and other["setting"] == row["setting"]
+        if same and other["kind"] == kind and (kind == "stock" or other["budget"] == row["budget"]):
+            return other
+    return None
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of the table, one list per row, in the order of `COLUMNS`."""
+    out = []
+    for row, own in zip(rows, ratios(rows).values()):
+        rss = [row["rss"][k] / MIB for k in ("prompt", "compressed") if k in row["rss"]]
+        out.append(
+            [
+                row["scenario"]["name"],
+                row["setting"]["kv_type"],
+                "on" if row["setting"]["flash_attn"] else "off",
+                row["kind"],
+                "" if row["budget"] is None else f"{row['budget']:g}",
+                f"{row['cells_prompt']} -> {row['cells_kept']}"
+                if row["cells_prompt"] != row["cells_kept"]
+                else str(row["cells_kept"]),
+                spread(row["prefill_s"], 2),
+                spread(row["decode_tps"], 2),
+                f"{own['stock']:.3f}" if "stock" in own else "",
+                f"{own['ideal']:.3f}" if "ideal" in own else "",
+                f"{100 * own['cost']:+.1f} %" if "cost" in own else "",
+                f"{row['kv_bytes'] / MIB:.1f}",
+                " -> ".join(f"{x:.0f}" for x in rss),
+            ]
+        )
+    return out
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table(rows)]
+    return "\n".join(lines)

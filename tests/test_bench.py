@@ -1,0 +1,158 @@
+"""The benchmark measures what it says: cells, turns, rows, ratios. No test looks at a speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elastic_llama import ElasticConfig, ElasticLlama
+from elastic_llama.bench.contexts import Setting
+from elastic_llama.bench.measure import measure, n_steps
+from elastic_llama.bench.report import COLUMNS, markdown, ratios, table
+from elastic_llama.bench.scenarios import Scenario, find_scenarios
+from elastic_llama.cli import main
+from elastic_llama.errors import ConfigError
+
+ONE = Scenario("one", "", 40, (100,), n_gen=20, n_parts=2)
+TWO = Scenario("two", "", 140, (), n_seqs=2, n_gen=20, n_parts=2)
+CAPPED = Scenario("capped", "", 40, (300, 300), n_gen=20, n_parts=2, kv_cells=80)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_gqa: Path) -> Any:
+    with ElasticLlama(tiny_gqa, elastic=None, n_ctx=256) as model:
+        yield model
+
+
+@pytest.mark.parametrize("scenario", [ONE, TWO, CAPPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
+    ticks: list[str] = []
+    config = ElasticConfig(budget=0.5, min_cells=8)
+    setting = Setting("f16", flash_attn, n_ubatch=64)
+    runs = {r.kind: r for r in measure(llm, scenario, setting, [config], 2, ticks.append)}
+    assert list(runs) == ["stock", "elastic", "ideal"]
+    assert len(ticks) == n_steps(scenario, 1, 2)
+
+    n = scenario.n_prompt
+    kept = min(math.ceil(0.5 * n), scenario.kv_cells or n)
+    end = min(math.ceil(0.5 * (n + 18)), scenario.kv_cells or n)  # 2 + 8 + 8 tokens generated
+    assert (runs["stock"].cells_kept, runs["stock"].cells_end) == (n, n + 18)
+    assert (runs["elastic"].cells_kept, runs["elastic"].cells_end) == (kept, end)
+    assert (runs["ideal"].cells_kept, runs["ideal"].cells_end) == (kept, end)
+    for run in runs.values():
+        assert len(run.decode_tps) == scenario.n_parts
+        assert min(run.decode_tps + run.prefill_s) > 0
+        assert run.n_steps == 16
+    assert [len(r.prefill_s) for r in runs.values()] == [2, 2, 1]
+    assert runs["elastic"].plan_s > 0
+    bias = 3 * 2 * 4  # bytes of a cell, beside K and V
+    per_cell = runs["stock"].kv_bytes // (n * scenario.n_seqs)
+    assert runs["elastic"].kv_bytes == (per_cell + bias) * kept * scenario.n_seqs
+
+
+def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "scenario": {"name": "x"},
+        "setting": {"kv_type": "f16", "flash_attn": False},
+        "kind": kind,
+        "budget": None if kind == "stock" else 0.2,
+        "cells_prompt": 640,
+        "cells_kept": 128 if kind != "stock" else 640,
+        "prefill_s": prefill,
+        "decode_tps": tps,
+        "plan_s": 0.0,
+        "merge_s": 0.0,
+        "kv_bytes": 1 << 20,
+        "rss": {"prompt": 2 << 20, "compressed": 1 << 20},
+    }
+    return {**row, **more}
+
+
+def test_ratios_compare_the_same_part() -> None:
+    """Part by part, so that a disturbance that hits all of a part cancels."""
+    rows = [
+        _row("stock", [10.0, 5.0, 10.0], [2.0, 4.0]),
+        _row("elastic", [12.0, 6.0, 13.0], [2.0, 4.2], plan_s=0.1, merge_s=0.1),
+        _row("ideal", [12.0, 6.0, 10.0], [1.0]),
+    ]
+    own = ratios(rows)
+    assert own[0] == own[2] == {}
+    assert own[1]["stock"] == pytest.approx(1.2)
+    assert own[1]["ideal"] == pytest.approx(1.0)
+    assert own[1]["cost"] == pytest.approx((0.1 + 0.1) / 2)
+    cells = dict(zip(COLUMNS, table(rows)[1]))
+    assert cells["x stock"] == "1.200"
+    assert cells["RSS MiB"] == "2 -> 1"
+    assert markdown(rows).count("\n") == 4
+
+
+def test_other_settings_are_no_partners() -> None:
+    other = {"kv_type": "q8_0", "flash_attn": True}
+    rows = [_row("stock", [10.0], [1.0], setting=other), _row("elastic", [12.0], [1.0])]
+    assert ratios(rows)[1] == {}
+
+
+def test_command(tiny_gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["bench", "-m", str(tiny_gqa), "--scenarios", "image", "-n", "20", "-r", "1"]
+    assert main([*command, "-t", "1", "-fa", "off", "--budgets", "0.5,0.2", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(r["kind"], r["budget"]) for r in rows] == [
+        ("stock", None),
+        ("elastic", 0.5),
+        ("elastic", 0.2),
+        ("ideal", 0.5),
+        ("ideal", 0.2),
+    ]
+    assert rows[2]["cells_kept"] == 128
+    assert capsys.readouterr().out.count("| image |") == 5
+
+
+def test_what_was_measured_is_shown_on_ctrl_c(
+    tiny_gqa: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import elastic_llama.bench.measure as module
+
+    calls = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = module.measure
+    monkeypatch.setattr(module, "measure", interrupted)
+    command = ["bench", "-m", str(tiny_gqa), "-n", "20", "-r", "1", "-t", "1", "-fa", "off,on"]
+    assert main(command) == 130
+    assert capsys.readouterr().out.count("| image | f16 | off |") == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--scenarios", "nope"],
+        ["--budgets", "many"],
+        ["--budgets", "0"],
+        ["--kv-types", "f99"],
+        ["--kv-types", "q8_0", "-fa", "off"],
+        ["-fa", "perhaps"],
+        ["-r", "0"],
+        ["-n", "1"],
+        ["-t", "0"],
+        ["--out", "/nonexistent/rows.jsonl"],
+    ],
+)
+def test_bad_arguments(tiny_gqa: Path, wrong: list[str], capsys: Any) -> None:
+    assert main(["bench", "-m", str(tiny_gqa), *wrong]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_scenarios_by_name() -> None:
+    assert [s.name for s in find_scenarios("hires, image")] == ["hires", "image"]
+    with pytest.raises(ConfigError, match="images8"):
+        find_scenarios("nope")
