@@ -39,7 +39,7 @@ enum class generate_rule : int32_t {
     distance,  // the cell at logical index P - offset leaves (the paper's fixed point)
     lowest,    // lowest stored score among the prompt's cells, then the oldest generated token
     heavy,     // lowest score among all but the most recent half, scores updated at every step (H2O)
-    per_head,  // in each head the lowest score, updated at every step, of all but the last tokens
+    per_head,  // in each head the lowest score, updated now and then, of all but the last tokens
 };
 
 // queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
@@ -53,6 +53,8 @@ constexpr int32_t short_answer    = 4;
 // score_rule::by_kind and combine_rule::mass, when the cells end with an image: what share of the log bias an anchor
 // gets. The weights come from patches that look at each other, and a later question would be pulled astray by all of it
 constexpr float   bias_ahead      = 0.5f;
+// and the tokens between two of which the attention is added to the scores: to read all keys for that costs time
+constexpr int32_t score_interval  = 4;
 // neighbors that a recent score is averaged over
 constexpr int32_t pool_size       = 7;
 
@@ -74,12 +76,14 @@ struct policy {
     bool    needs_recent() const { return n_window() > 0 || decay() > 0.0f; }
 
     // whether kept cells are ordered by score, so that the last of them may leave in all heads at once
-    bool ranked() const { return generate == generate_rule::lowest; }
-    bool needs_rows() const { return select == select_rule::image_cover; }
+    bool    ranked() const { return generate == generate_rule::lowest; }
+    bool    needs_rows() const { return select == select_rule::image_cover; }
     // whether scores go on while generating
-    bool scores_generation() const { return generate == generate_rule::heavy || generate == generate_rule::per_head; }
+    bool    scores_generation() const { return generate == generate_rule::heavy || generate == generate_rule::per_head; }
+    // at every how many tokens
+    int32_t generation_interval() const { return generate == generate_rule::per_head ? score_interval : 1; }
     // whether each head lets a cell of its own leave while generating
-    bool leaves_per_head() const { return scores_generation() && score != score_rule::frequency_model; }
+    bool    leaves_per_head() const { return scores_generation() && score != score_rule::frequency_model; }
 };
 
 const std::vector<policy> & policies();

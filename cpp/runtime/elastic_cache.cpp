@@ -17,6 +17,9 @@ namespace elastic {
 // rows that must be free at the end before a batch gives them back
 static constexpr int32_t N_RELEASE = 256;
 
+// queries from which a ubatch that is scored goes without flash attention
+static constexpr uint32_t N_PLAIN = 128;
+
 config make_config(const elastic_params & params) {
     config cfg;
     cfg.pol  = find_policy(params.policy ? params.policy : "");
@@ -119,6 +122,8 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     }
     store = std::make_unique<cell_store>(kv, shape, cfg);
     n_touched.assign(shape.n_stream, 0);
+    on_host = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
+                          [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer); });
     kv.set_elastic(this);
 }
 
@@ -142,7 +147,7 @@ bool elastic_cache::is_prompt(llama_seq_id seq_id) const {
 }
 
 bool elastic_cache::is_scored(llama_seq_id seq_id) const {
-    return cfg.pol.scores_generation() || is_prompt(seq_id);
+    return score_step || is_prompt(seq_id);
 }
 
 bool elastic_cache::is_shared(uint32_t strm, int32_t cell) const {
@@ -166,13 +171,25 @@ bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
 }
 
 // the sum over all queries, the decaying one, and single queries: the last n_window of each stream
-uint32_t elastic_cache::n_sum_rows() const {
-    return 1 + (cfg.decay() > 0.0f ? 1 : 0) + cfg.n_window();
+uint32_t elastic_cache::n_sum_rows(const llama_ubatch & ubatch) const {
+    return 1 + (fades(ubatch) ? 1 : 0) + cfg.n_window();
+}
+
+// On a CPU the fused op is not faster than what it fuses, so the attention weights are not computed twice. V is copied
+// then, which pays when there are many queries.
+bool elastic_cache::keep_fused(const llama_ubatch & ubatch) const {
+    return !on_host || ubatch.n_tokens < N_PLAIN;
+}
+
+// an image's patches look at each other, so they say nothing of what was asked
+bool elastic_cache::fades(const llama_ubatch & ubatch) const {
+    return cfg.decay() > 0.0f && ubatch.token &&
+           std::any_of(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq, [&](llama_seq_id id) { return is_prompt(id); });
 }
 
 void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const {
     const int64_t n_tps  = ubatch.n_tokens / n_stream;
-    const int64_t n_rows = n_sum_rows();
+    const int64_t n_rows = n_sum_rows(ubatch);
     const float   decay  = cfg.decay();
 
     for (int64_t s = 0; s < n_stream; ++s) {
@@ -186,8 +203,9 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
                 continue;
             }
             float * row = w.data() + i * n_rows;
-            row[0]      = 1.0f;
-            if (decay > 0.0f && ubatch.token && is_prompt(seq_id)) {
+            // a generated token stands for those since the last one that was added
+            row[0]      = is_prompt(seq_id) ? 1.0f : (float) std::max(1, sequence(seq_id).n_unscored);
+            if (fades(ubatch) && is_prompt(seq_id)) {
                 float & f = faded.emplace(seq_id, 1.0f).first->second;
                 row[1]    = f;
                 f *= decay;
@@ -209,6 +227,7 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
 
 void elastic_cache::on_batch(const llama_batch & batch) {
     in_prompt.clear();
+    score_step = false;
     if (!active()) {
         return;
     }
@@ -246,6 +265,8 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         in_prompt[seq_id]     = !generating;
         if (generating) {
             make_room(seq_id);
+            st.n_unscored++;
+            score_step |= cfg.pol.scores_generation() && st.n_unscored >= cfg.pol.generation_interval();
         } else if (cfg.max_cells > 0) {
             make_room_for_prompt(seq_id, s.n);
         }
@@ -334,7 +355,7 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
                 };
                 const int32_t ih = (int32_t) (h / n_gqa);
                 add(0, store->mass_row(strm, il, ih));
-                if (cfg.decay() > 0.0f) {
+                if (fades(ubatch)) {
                     add(1, store->fading_row(strm, il, ih));
                 }
                 for (int32_t ago = 0; ago < n_queries[s]; ++ago) {
@@ -343,13 +364,18 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
             }
         }
     }
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        if (is_scored(ubatch.seq_id_unq[s])) {
+            seqs[ubatch.seq_id_unq[s]].n_unscored = 0;
+        }
+    }
     stats.t_score_us += ggml_time_us() - t_start;
 }
 
 // the decaying score of each cell, by as many steps as its sequence has queries among [first, first + n)
 void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) {
     const float decay = cfg.decay();
-    if (decay == 0.0f || !ubatch.token) {
+    if (!fades(ubatch)) {
         return;
     }
     std::map<llama_seq_id, int32_t> n_queries;

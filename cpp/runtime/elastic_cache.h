@@ -31,6 +31,7 @@ struct sequence_state {
     llama_pos pos_compressed = -1;     // cells up to here may stand for several tokens
     int32_t   n_prompt_cells = 0;      // held right after the last prompt (P)
     bool      pending        = false;  // prompt tokens wait to be compressed
+    int32_t   n_unscored     = 0;      // generated tokens since the attention was last added to the scores
 };
 
 struct cell_info {
@@ -57,7 +58,8 @@ class elastic_cache : public llama_elastic_i {
     // llama_elastic_i
 
     bool          want_sums(const llama_ubatch & ubatch) const override;
-    uint32_t      n_sum_rows() const override;
+    uint32_t      n_sum_rows(const llama_ubatch & ubatch) const override;
+    bool          keep_fused(const llama_ubatch & ubatch) const override;
     void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
     bool          has_bias() const override { return store->any_bias(); }
     ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
@@ -106,7 +108,9 @@ class elastic_cache : public llama_elastic_i {
     kv_shape                    shape;
     std::unique_ptr<cell_store> store;
 
-    bool hold = false;
+    bool hold       = false;
+    bool on_host    = false;  // all of K and V
+    bool score_step = false;  // the current batch generates, and its attention is added to the scores
 
     std::map<llama_seq_id, sequence_state> seqs;
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
@@ -117,6 +121,7 @@ class elastic_cache : public llama_elastic_i {
     int32_t target_cells(int64_t n_tokens) const;
     bool    is_prompt(llama_seq_id seq_id) const;
     bool    is_scored(llama_seq_id seq_id) const;
+    bool    fades(const llama_ubatch & ubatch) const;
     void    make_room(llama_seq_id seq_id);
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
     int32_t compress_to(llama_seq_id seq_id, int32_t n_target);

@@ -10,7 +10,7 @@
 
 namespace elastic {
 
-static constexpr uint32_t STATE_MAGIC = 0x32534c45;  // "ELS2"
+static constexpr uint32_t STATE_MAGIC = 0x33534c45;  // "ELS3"
 
 struct state_header {
     uint32_t magic      = STATE_MAGIC;
@@ -32,6 +32,8 @@ struct state_sequence {
     int32_t  pos_compressed = -1;
     int32_t  n_prompt_cells = 0;
     uint32_t pending        = 0;
+    int32_t  n_unscored     = 0;
+    int32_t  reserved       = 0;  // no padding that would be written as it is
 };
 
 void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
@@ -70,6 +72,7 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
         s.pos_compressed = st.pos_compressed;
         s.n_prompt_cells = st.n_prompt_cells;
         s.pending        = st.pending;
+        s.n_unscored     = st.n_unscored;
         io.write(&s, sizeof(s));
 
         std::vector<uint8_t> kinds;
@@ -198,6 +201,7 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         st.pos_compressed = s.pos_compressed;
         st.n_prompt_cells = s.n_prompt_cells;
         st.pending        = s.pending != 0;
+        st.n_unscored     = s.n_unscored;
     }
 }
 
