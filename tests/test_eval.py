@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from elastic_llama import ConfigError, ElasticConfig, ElasticLlama
 from elastic_llama.conversation import Conversation
 from elastic_llama.evaluation import metrics
+from elastic_llama.evaluation.figure import draw
 from elastic_llama.evaluation.items import Item, read_items, scene_items
 from elastic_llama.evaluation.runner import Case, Plan, Results, Runner
 from elastic_llama.evaluation.summary import paired, summarise
@@ -247,3 +249,24 @@ def test_bad_options_are_refused(tmp_path, args, words):
     assert done.stderr.startswith("error: ")
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_figure_over_bytes(tmp_path: Path) -> None:
+    """Drawn where several KV types were run, and only there."""
+    pytest.importorskip("matplotlib")
+    lines = [
+        {"group": g, "policy": p, "budget": b, "kv_type": t, "kl": kl, "bytes": size * 1e6}
+        for g in ("captions", "questions")
+        for p, b, t, kl, size in (
+            ("full", 1.0, "f16", 0.0, 16),
+            ("full", 1.0, "q8_0", 0.01, 8),
+            ("full", 1.0, "q4_0", 0.1, 4),
+            ("elastic", 0.5, "q8_0", 0.02, 4),
+            ("elastic", 0.2, "q8_0", 0.03, 2),
+        )
+    ]
+    names = {path.name for path in draw(lines, tmp_path)}
+    assert {"kl.png", "bytes.png", "bytes.svg"} <= names
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    alone = [line for line in lines if line["kv_type"] == "f16"]
+    assert "bytes.png" not in {path.name for path in draw(alone, tmp_path)}

@@ -263,3 +263,37 @@ def test_c_interface(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         feed(e)
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)
+
+
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+@pytest.mark.parametrize(("policy", "interval"), [("h2o", 1), ("elastic", 4)])
+def test_generated_tokens_are_scored_now_and_then(
+    tiny_gqa: Path, policy: str, interval: int, fa: bool
+) -> None:
+    """A step that is scored adds a softmax, 1 in sum, for each token since the last such step."""
+    config = {"policy": policy, "budget": 0.99, "min_cells": 500}  # nothing leaves
+    with Engine(tiny_gqa, elastic=config, flash_attn=fa, type_k="f32", type_v="f32") as e:
+        n = feed(e)
+        before = e.session.mass(0).sum(axis=-1)
+        for i in range(13):
+            e.token(20 + i, n + i)
+            after = e.session.mass(0).sum(axis=-1)
+            added = interval if (i + 1) % interval == 0 else 0
+            np.testing.assert_allclose(after - before, added, atol=2e-3)
+            before = after
+
+
+def test_sequences_that_generate_together_are_scored_together(tiny_gqa: Path) -> None:
+    """Each by the tokens it decoded since, so that none waits for ever for its turn."""
+    config = {"policy": "elastic", "budget": 0.99, "min_cells": 500}
+    with Engine(tiny_gqa, elastic=config, n_seq_max=2, unified=False) as e:
+        n = feed(e, seq=0)
+        feed(e, seq=1)
+        for i in range(2):
+            e.token(20, n + i, seq=0)
+        before = [e.session.mass(seq).sum(axis=-1) for seq in (0, 1)]
+        for i in range(2):
+            assert e.decode([(20, n + 2 + i, 0, True), (20, n + i, 1, True)]) == 0
+        for seq, added in ((0, 4), (1, 2)):
+            after = e.session.mass(seq).sum(axis=-1)
+            np.testing.assert_allclose(after - before[seq], added, atol=2e-2)

@@ -162,12 +162,15 @@ bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
     if (!active() || !store->has_mass()) {
         return false;
     }
-    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        if (is_scored(ubatch.seq_id_unq[s])) {
-            return true;
-        }
+    // without flash attention the weights are there anyway, and a graph that stays the same is not built anew
+    if (cfg.pol.scores_generation() && !ctx.get_cparams().flash_attn) {
+        return true;
     }
-    return false;
+    return any_scored(ubatch);
+}
+
+bool elastic_cache::any_scored(const llama_ubatch & ubatch) const {
+    return std::any_of(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq, [&](llama_seq_id id) { return is_scored(id); });
 }
 
 // the sum over all queries, the decaying one, and single queries: the last n_window of each stream
@@ -304,7 +307,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 }
 
 void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result * res) {
-    if (res->t_attn_sums.empty()) {
+    if (res->t_attn_sums.empty() || !any_scored(ubatch)) {
         return;
     }
     ctx.synchronize();

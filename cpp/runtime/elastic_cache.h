@@ -121,6 +121,7 @@ class elastic_cache : public llama_elastic_i {
     int32_t target_cells(int64_t n_tokens) const;
     bool    is_prompt(llama_seq_id seq_id) const;
     bool    is_scored(llama_seq_id seq_id) const;
+    bool    any_scored(const llama_ubatch & ubatch) const;
     bool    fades(const llama_ubatch & ubatch) const;
     void    make_room(llama_seq_id seq_id);
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);

@@ -1,9 +1,12 @@
-"""The paper's figure: a metric against the budget, one line per policy."""
+"""The paper's figure: a metric against the budget, one line per policy; and against bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..stats import MIB
 
 AXES = {
     "ppl": "perplexity of the reference answer",
@@ -16,33 +19,76 @@ LOG = ("ppl", "kl")
 
 
 def draw(lines: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """One figure per metric, a panel per group; PNG and SVG."""
+    """One figure per metric, a panel per group; PNG and SVG.
+
+    Where several KV types were run, `bytes` too: KL against the memory of the prompt's cells.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     paths = []
     for metric, label in AXES.items():
         shown = [line for line in lines if metric in line]
-        groups = list(dict.fromkeys(line["group"] for line in shown))
-        if not groups:
-            continue
-        from matplotlib import pyplot
-
-        figure, panels = pyplot.subplots(
-            1, len(groups), figsize=(5.2 * len(groups), 4), squeeze=False, layout="constrained"
-        )
-        for panel, group in zip(panels[0], groups):
-            _panel(panel, [line for line in shown if line["group"] == group], metric)
-            panel.set_title(group)
-            panel.set_xlabel("budget (share of cells kept)")
-        panels[0][0].set_ylabel(label)
-        panels[0][-1].legend(fontsize=8)
-        for suffix in ("png", "svg"):
-            path = folder / f"{metric}.{suffix}"
-            figure.savefig(path, dpi=150)
-            paths.append(path)
-        pyplot.close(figure)
+        if shown:
+            x = "budget (share of cells kept)"
+            paths += _figure(shown, metric, x, label, folder / metric, _panel)
+    if len({line["kv_type"] for line in lines if "kl" in line}) > 1:
+        shown = [line for line in lines if "kl" in line and "bytes" in line]
+        x = "KV MiB of the prompt"
+        paths += _figure(shown, "kl", x, AXES["kl"], folder / "bytes", _bytes_panel)
     return paths
+
+
+def _figure(
+    lines: list[dict[str, Any]],
+    metric: str,
+    x_label: str,
+    y_label: str,
+    stem: Path,
+    draw_panel: Callable[[Any, list[dict[str, Any]], str], None],
+) -> list[Path]:
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys(line["group"] for line in lines))
+    figure, panels = pyplot.subplots(
+        1, len(groups), figsize=(5.2 * len(groups), 4), squeeze=False, layout="constrained"
+    )
+    for panel, group in zip(panels[0], groups):
+        draw_panel(panel, [line for line in lines if line["group"] == group], metric)
+        panel.set_title(group)
+        panel.set_xlabel(x_label)
+    panels[0][0].set_ylabel(y_label)
+    panels[0][-1].legend(fontsize=8)
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return paths
+
+
+def _bytes_panel(panel: Any, lines: list[dict[str, Any]], metric: str) -> None:
+    """A line per policy and KV type; all cells kept is one line over the types."""
+    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        full = line["policy"] == "full"
+        if not (full and line["kv_type"] == "f16"):  # what all others are compared with: KL 0
+            kind = "fewer bits" if full else line["kv_type"]
+            series.setdefault((line["policy"], kind), []).append(line)
+    for (policy, kind), own in series.items():
+        own.sort(key=lambda x: x["bytes"])
+        panel.errorbar(
+            [x["bytes"] / MIB for x in own],
+            [x[metric] for x in own],
+            yerr=[x.get(metric + "_se", 0.0) for x in own],
+            marker="s" if policy == "full" else "o",
+            markersize=4,
+            capsize=2,
+            color="0.3" if policy == "full" else None,
+            label=f"{policy}, {kind}",
+        )
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.grid(alpha=0.3)
 
 
 def _panel(panel: Any, lines: list[dict[str, Any]], metric: str) -> None:
