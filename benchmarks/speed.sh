@@ -2,7 +2,7 @@
 # The rows of docs/speed.md, one command each, on a machine that does nothing else:
 #   benchmarks/speed.sh hires|seqs16|seqs16-fa|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off
 # The models are made once, into $SHAPED (build/shaped).
-set -e
+set -e -o pipefail
 cd "$(dirname "$0")/.."
 shaped=${SHAPED:-build/shaped}
 python=${PYTHON:-.venv/bin/python}
@@ -14,8 +14,9 @@ model() { # layers
     echo "$shaped/$1.gguf"
 }
 bench() { # name, arguments
-    rm -f "$out/$1.jsonl"
-    "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" bench --out "$out/$1.jsonl" "${@:2}" | tee "$out/$1.md"
+    rm -f "$out/$1.new"
+    "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" bench --out "$out/$1.new" "${@:2}" | tee "$out/$1.md"
+    mv "$out/$1.new" "$out/$1.jsonl"
 }
 case $1 in
 hires)      bench hires      -m "$(model 4)" --scenarios hires -r 2 ;;

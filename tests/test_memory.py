@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from elastic_llama import ElasticConfig, ElasticLlama, _core
 from elastic_llama.errors import ConfigError
+from elastic_llama.images import to_data_uri
+from PIL import Image
 
 from tests.support.engine import Engine, random_tokens
 from tests.test_oracles import N_VOCAB, feed, image_rows
@@ -136,6 +138,20 @@ def test_a_cap_holds_while_a_prompt_is_read(tiny_gqa: Path, policy: str) -> None
         assert (np.diff(found) > 0).all()
 
 
+def test_a_cap_and_batches_larger_than_an_ubatch(tiny_gqa: Path) -> None:
+    """What was read before a large batch stays up to the cap."""
+    config = {"policy": "local", "budget": 1.0, "max_cells": 100}
+    with Engine(tiny_gqa, elastic=config, n_ubatch=32, n_batch=256) as e:
+        e.prompt(random_tokens(150, N_VOCAB, 1), logits=False)
+        e.prompt(random_tokens(250, N_VOCAB, 2), 150, logits=False)
+        assert e.session.n_cells(0) == 350
+        # small parts do not compress again and again
+        for i in range(32):
+            e.prompt([20], 400 + i, logits=False)
+            assert e.session.n_cells(0) == 101 + i
+        assert e.session.stats()["compressions"] == 2
+
+
 def test_without_a_cap_the_same_prompt_finds_no_place(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, n_ctx=512) as e:
         e.prompt(random_tokens(500, N_VOCAB, 1))
@@ -180,6 +196,26 @@ def test_impossible_caps_are_refused(tiny_gqa: Path, config: dict, message: str)
 def test_impossible_caps_are_refused_in_python(config: dict) -> None:
     with pytest.raises(ConfigError):
         ElasticConfig(**config)
+
+
+def test_a_cap_for_chat_handlers(tiny_vlm: tuple[Path, Path]) -> None:
+    """Many images, more tokens than the context has cells, through llama-cpp-python's handlers."""
+    config = ElasticConfig(budget=1.0, kv_cells=64)
+    options = {"mmproj_path": tiny_vlm[1], "n_threads": 1, "n_threads_batch": 1, "n_ubatch": 32}
+    picture = to_data_uri(Image.new("RGB", (30, 20), "red"))
+    content: list[dict] = [{"type": "image_url", "image_url": {"url": picture}}] * 20
+    content.append({"type": "text", "text": "the heat"})
+    with ElasticLlama(tiny_vlm[0], elastic=config, **options) as llm:
+        out: Any = llm.create_chat_completion(
+            [{"role": "user", "content": content}], max_tokens=4, temperature=0
+        )
+        assert out["usage"]["prompt_tokens"] > llm.n_ctx()
+        assert llm.session.n_cells(0) <= 64
+
+
+def test_logits_of_all_tokens_and_a_cap_are_refused(tiny_gqa: Path) -> None:
+    with pytest.raises(ConfigError, match="logits_all"):
+        ElasticLlama(tiny_gqa, elastic=ElasticConfig(kv_cells=128), logits_all=True)
 
 
 def test_a_cap_in_python(tiny_gqa: Path) -> None:

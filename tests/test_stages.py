@@ -168,6 +168,18 @@ def test_copied_stream_goes_on_alike(tiny_gqa: Path) -> None:
         assert np.abs(e.session.bias(0)).max() > 0
 
 
+def test_copied_stream_leaves_no_old_bias(tiny_gqa: Path) -> None:
+    """Cells of the destination that the source does not use are ordinary when they are used."""
+    with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=False, n_ctx=2048) as e:
+        e.token(20, feed(e, seq=1), seq=1)
+        assert np.abs(e.session.bias(1)).max() > 0
+        assert e.seq_rm(1, -1, -1)
+        e.prompt(random_tokens(10, N_VOCAB, 4), seq=0)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        e.prompt(random_tokens(70, N_VOCAB, 5), 10, seq=1)
+        assert np.abs(e.session.bias(1)).max() == 0
+
+
 def test_clear_starts_afresh(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         n = feed(e)

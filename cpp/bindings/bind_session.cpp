@@ -91,7 +91,8 @@ void bind_session(py::module_ & m) {
              py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
-A sequence never holds more cells than `max_cells` and one ubatch (0: no such cap). With
+A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
+larger (0: no such cap). With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
 under each of them.
 
@@ -103,7 +104,7 @@ RuntimeError when the cache holds cells already.)pbdoc")
         .def_property_readonly("is_attached", &session::is_attached)
         .def(
             "hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
-            "While held, one-token batches belong to the prompt and nothing is compressed.")
+            "While held, one-token batches belong to the prompt, which is compressed for max_cells only.")
         .def(
             "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),

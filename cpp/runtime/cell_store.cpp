@@ -140,7 +140,8 @@ void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
     }
     kinds[strm_dst]  = kinds[strm_src];
     totals[strm_dst] = totals[strm_src];
-    for (int32_t i = 0; i < shape.kv_size; ++i) {
+    // beyond n, flags go on to say what the destination holds
+    for (int32_t i = 0; i < n; ++i) {
         set_biased(strm_dst, i, biased[strm_src][i] != 0);
     }
     if (has_bias_map()) {

@@ -13,15 +13,15 @@ extern "C" {
 #endif
 
 struct elastic_params {
-    const char * policy;          // a row of the policy table, e.g. "elastic"
-    double       budget;          // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells
-    int32_t      n_sink;          // first cells that always stay, >= 0
-    int32_t      offset;          // generate_rule::distance: cells between the one that leaves and the end of the prompt
-    int32_t      min_cells;       // a sequence with fewer cells is left alone
-    int32_t      n_threads;       // for plan and merge; 0: the context's batch threads
-    int32_t      max_cells;       // a sequence never holds more cells than these and one ubatch; 0: no such cap
-    bool         record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
-    bool         release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
+    const char * policy;     // a row of the policy table, e.g. "elastic"
+    double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells
+    int32_t      n_sink;     // first cells that always stay, >= 0
+    int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
+    int32_t      min_cells;  // a sequence with fewer cells is left alone
+    int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
+    int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
+    bool    record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    bool    release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 
 struct elastic_stats {
@@ -54,7 +54,7 @@ LLAMA_API int32_t elastic_detach(struct llama_context * ctx);
 
 LLAMA_API bool elastic_is_attached(const struct llama_context * ctx);
 
-// While held, one-token batches belong to the prompt too and nothing is compressed or evicted. For callers that
+// While held, one-token batches belong to the prompt too: nothing is evicted, and compressed only for max_cells. For callers that
 // feed a prompt in pieces of which some are a single token with logits.
 LLAMA_API void elastic_hold(struct llama_context * ctx, bool hold);
 

@@ -122,6 +122,7 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     }
     store = std::make_unique<cell_store>(kv, shape, cfg);
     n_touched.assign(shape.n_stream, 0);
+    n_touched_v.assign(shape.n_stream, 0);
     on_host = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
                           [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer); });
     kv.set_elastic(this);
@@ -237,7 +238,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     // what was removed since the last batch; not every few rows anew
     for (int32_t s = 0; s < shape.n_stream; ++s) {
         const int32_t n_used = (int32_t) kv.get_cells_mut(s).used_max_p1();
-        if (n_touched[s] - n_used >= N_RELEASE) {
+        if (std::max(n_touched[s], n_touched_v[s]) - n_used >= N_RELEASE) {
             release_rows(s, n_used);
         }
     }
@@ -292,6 +293,8 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 
             int32_t & touched = n_touched[sinfo.strm[s]];
             touched           = std::max(touched, (int32_t) sinfo.idxs[s][ii] + 1);
+
+            n_touched_v[sinfo.strm[s]] = std::max(n_touched_v[sinfo.strm[s]], touched);
 
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
                 auto & st = seqs[ubatch.seq_id[i][j]];
@@ -468,7 +471,7 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
     if (s0 != s1) {
         const auto n = (int32_t) kv.get_cells_mut(s0).used_max_p1();
         store->copy_stream(s0, s1, n);
-        n_touched[s1] = std::max(n_touched[s1], n);
+        n_touched[s1] = n_touched_v[s1] = shape.kv_size;  // llama.cpp copies all of a stream
     }
 }
 

@@ -115,7 +115,8 @@ class elastic_cache : public llama_elastic_i {
     std::map<llama_seq_id, sequence_state> seqs;
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
     plan                                   plan_last;
-    std::vector<int32_t>                   n_touched;  // [n_stream]: rows that may take memory
+    std::vector<int32_t>                   n_touched;    // [n_stream]: rows of K that may take memory
+    std::vector<int32_t>                   n_touched_v;  // and of V
 
     bool    active() const;
     int32_t target_cells(int64_t n_tokens) const;

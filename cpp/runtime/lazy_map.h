@@ -1,7 +1,9 @@
 #pragma once
 
 // A float per layer, KV head and cell of one stream, 0 until it is written. What was never written takes no memory
-// (beyond small maps), so a long context costs nothing before it is used.
+// , so a long context costs nothing before it is used.
+
+#include "runtime/pages.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -15,15 +17,14 @@ class lazy_map {
   public:
     lazy_map() = default;
 
-    lazy_map(int32_t n_rows, int32_t n_cells) : n_rows(n_rows), n_cells(n_cells) { clear(); }
-
-    void clear() {
-        data.reset();  // before the new one is made: the pages are given back
-        data.reset((float *) std::calloc((size_t) n_rows * n_cells, sizeof(float)));
-        if (!data && n_rows > 0 && n_cells > 0) {
+    lazy_map(int32_t n_rows, int32_t n_cells) : n_rows(n_rows), n_cells(n_cells), data((float *) std::malloc(n_bytes())) {
+        if (!data) {
             throw std::bad_alloc();
         }
+        clear();
     }
+
+    void clear() { release_bytes(data.get(), n_bytes()); }
 
     // the first n cells of every row
     void copy_from(const lazy_map & other, int32_t n) {
@@ -36,6 +37,8 @@ class lazy_map {
     const float * row(int32_t r) const { return data.get() + (size_t) r * n_cells; }
 
   private:
+    size_t n_bytes() const { return (size_t) n_rows * n_cells * sizeof(float); }
+
     struct deleter {
         void operator()(float * p) const { std::free(p); }
     };

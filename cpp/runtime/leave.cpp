@@ -37,15 +37,14 @@ void elastic_cache::make_room(llama_seq_id seq_id) {
     }
 }
 
-// Before a part of a prompt is placed: what is held and the part stay within max_cells and one ubatch.
+// Before a part of a prompt is placed: what is held and the part stay within max_cells and one ubatch, if the part
+// is no larger than an ubatch.
 void elastic_cache::make_room_for_prompt(llama_seq_id seq_id, int32_t n_new) {
-    const int32_t n_max    = std::max(cfg.max_cells + (int32_t) ctx.n_ubatch() - n_new, 1);
-    const int32_t n_target = std::min(cfg.max_cells, n_max);
-    if (n_cells(seq_id) <= n_target) {
+    if (n_cells(seq_id) + n_new <= cfg.max_cells + (int32_t) ctx.n_ubatch()) {
         return;
     }
     try {
-        compress_to(seq_id, n_target);
+        compress_to(seq_id, cfg.max_cells);
     } catch (const std::exception & e) {
         LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
     }

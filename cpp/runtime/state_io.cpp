@@ -107,7 +107,8 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     }
 
     for (int32_t s = 0; s < shape.n_stream; ++s) {
-        n_touched[s] = std::max(n_touched[s], (int32_t) kv.get_cells_mut(s).used_max_p1());
+        n_touched[s]   = std::max(n_touched[s], (int32_t) kv.get_cells_mut(s).used_max_p1());
+        n_touched_v[s] = std::max(n_touched_v[s], n_touched[s]);
     }
 
     state_header h;

@@ -66,9 +66,17 @@ def size_cache(
     """
     if elastic is None or elastic.kv_cells is None:
         return 2048 if n_ctx is None else n_ctx, kwargs
+    if kwargs.get("logits_all"):
+        raise ConfigError(
+            text(
+                "config",
+                "logits_all with kv_cells",
+                do="leave one out: a prompt may be longer than the rows of logits kept for it",
+            )
+        )
     n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
     least = elastic.kv_cells + n_ubatch
-    if n_ctx is not None and n_ctx < least:
+    if n_ctx and n_ctx < least:
         raise ConfigError(
             text(
                 "config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -86,6 +87,7 @@ class ElasticLlama(llama_cpp.Llama):
     ) -> None:
         self._session: Any = None
         self._phase = _Phase.FREE
+        self._in_chat = False
         elastic = with_budget(elastic, kv_budget)
         check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -105,24 +107,22 @@ class ElasticLlama(llama_cpp.Llama):
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
         self.elastic = elastic
         route(verbose)
-        _core.lazy_buffers(elastic is not None and elastic.release_memory and not elastic.is_off)
         try:
-            super().__init__(
-                os.fspath(model_path),
-                n_ctx=n_ctx,
-                verbose=verbose,
-                chat_handler=chat_handler,
-                **kwargs,
-            )
+            with lazy_buffers(elastic):
+                super().__init__(
+                    os.fspath(model_path),
+                    n_ctx=n_ctx,
+                    verbose=verbose,
+                    chat_handler=chat_handler,
+                    **kwargs,
+                )
         except ValueError as e:
             raise load_error(str(model_path), e) from e
-        finally:
-            _core.lazy_buffers(False)
         # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
         n_positions = max(self.n_ctx(), self._model.n_ctx_train())
         self.input_ids = np.empty((n_positions,), dtype=np.intc)
         if elastic is not None and elastic.kv_cells is not None:
-            self._n_ctx = n_positions  # what completions may be long
+            self._n_ctx = n_positions  # completions are not limited by the cells
         self.reset()
         if elastic is not None:
             try:
@@ -236,6 +236,15 @@ class ElasticLlama(llama_cpp.Llama):
 
     # -- llama_cpp.Llama
 
+    def n_ctx(self) -> int:
+        """Cells of the context.
+
+        For the chat handlers, which compare it with the tokens of a prompt, it is the positions
+        while `kv_cells` makes more tokens fit than cells.
+        """
+        is_capped = self.elastic is not None and self.elastic.kv_cells is not None
+        return len(self.input_ids) if is_capped and self._in_chat else int(super().n_ctx())
+
     def reset(self) -> None:
         """As in llama-cpp-python.
 
@@ -297,6 +306,7 @@ class ElasticLlama(llama_cpp.Llama):
         ImageError, ContextOverflowError, ModelFileError
             The next call starts from an empty cache.
         """
+        self._in_chat = True
         try:
             with translated_errors(), self.prompt_phase():
                 return super().create_chat_completion(*args, **kwargs)
@@ -304,6 +314,8 @@ class ElasticLlama(llama_cpp.Llama):
             self.reset()
             self._ctx.kv_cache_clear()
             raise
+        finally:
+            self._in_chat = False
 
     def load_state(self, state: Any) -> None:
         """As in llama-cpp-python; the KV cache is as before if it fails.
@@ -350,6 +362,20 @@ class ElasticLlama(llama_cpp.Llama):
     def __del__(self) -> None:
         with suppress(Exception):  # modules may be gone at exit
             self.close()
+
+
+_making = threading.Lock()
+
+
+@contextmanager
+def lazy_buffers(elastic: ElasticConfig | None) -> Iterator[None]:
+    """Contexts made inside take memory as their cells are used, if that is what `elastic` says."""
+    with _making:  # the switch is the process's
+        _core.lazy_buffers(elastic is not None and elastic.release_memory and not elastic.is_off)
+        try:
+            yield
+        finally:
+            _core.lazy_buffers(False)
 
 
 def _placeholders(n: int) -> np.ndarray:

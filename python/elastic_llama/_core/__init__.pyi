@@ -33,7 +33,8 @@ class Session:
         """
         Attach an elastic cache to the llama_context at address `ctx`.
 
-        A sequence never holds more cells than `max_cells` and one ubatch (0: no such cap). With
+        A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
+        larger (0: no such cap). With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be loaded
         under each of them.
 
@@ -70,7 +71,7 @@ class Session:
         """
     def hold(self, value: bool) -> None:
         """
-        While held, one-token batches belong to the prompt and nothing is compressed.
+        While held, one-token batches belong to the prompt, which is compressed for max_cells only.
         """
     def kv_bytes_per_cell(self) -> int:
         """

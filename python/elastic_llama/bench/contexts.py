@@ -16,7 +16,7 @@ from .. import _core
 from ..config import ElasticConfig
 from ..errors import StateError, UnsupportedModelError, text
 from ..kv_types import KV_TYPES
-from ..llama import ElasticLlama
+from ..llama import ElasticLlama, lazy_buffers
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these
@@ -75,15 +75,13 @@ class Context:
         params.type_k = params.type_v = KV_TYPES[setting.kv_type]
         params.no_perf = False
         self.n_batch = params.n_batch
-        _core.lazy_buffers(elastic is not None and elastic.release_memory)
         try:
-            self._native = _internals.LlamaContext(
-                model=llm._model, params=params, verbose=llm.verbose
-            )
+            with lazy_buffers(elastic):
+                self._native = _internals.LlamaContext(
+                    model=llm._model, params=params, verbose=llm.verbose
+                )
         except ValueError as e:
             raise StateError(text("bench", "llama.cpp refused the context", str(e))) from e
-        finally:
-            _core.lazy_buffers(False)
         self.ctx = self._native.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
@@ -98,6 +96,10 @@ class Context:
                 address,
                 policy=config.policy,
                 budget=float(config.budget),
+                n_sink=config.n_sink,
+                offset=config.offset,
+                min_cells=config.min_cells,
+                n_threads=config.n_threads,
                 max_cells=config.kv_cells or 0,
                 release_memory=config.release_memory,
             )
@@ -179,22 +181,20 @@ class Context:
 class Ideal:
     """Stock llama.cpp that holds as many cells as the elastic cache, whatever is in them."""
 
-    def __init__(
-        self,
-        context: Context,
-        budget: float | int,
-        n_prompt: int,
-        n_held: int,
-        kv_cells: int | None = None,
-    ) -> None:
-        self.context, self.budget, self.kv_cells = context, budget, kv_cells
+    def __init__(self, context: Context, config: ElasticConfig, n_prompt: int, n_held: int) -> None:
+        self.context, self.config = context, config
         self.n_seen, self.first, self.end = n_prompt, 0, n_held
+
+    def allowed(self) -> int:
+        """Cells that the elastic cache holds after as many tokens."""
+        budget = self.config.budget
+        n = budget if budget > 1 else math.ceil(budget * self.n_seen)
+        n = max(int(n), self.config.min_cells)
+        return min(n, self.config.kv_cells or n)
 
     def step(self, token: int) -> None:
         self.n_seen += 1
-        allowed = self.budget if self.budget > 1 else math.ceil(self.budget * self.n_seen)
-        allowed = min(allowed, self.kv_cells or allowed)
-        while self.end + 1 - self.first > allowed and self.end - self.first > 1:
+        while self.end + 1 - self.first > self.allowed():
             for seq in range(self.context.n_seqs):
                 llama_cpp.llama_memory_seq_rm(self.context.memory, seq, self.first, self.first + 1)
             self.first += 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,13 +28,13 @@ class Run:
     decode_tps : list of float
         Tokens of all sequences per second, one for each part of the generation.
     score_s, plan_s, merge_s : float
-        Reading the importance, plan and merge of one repetition. The graph's share of scoring is in
-        `prefill_s`: compare it with stock's.
+        Reading the importance; plan and merge of the compression after the prompt. The graph's
+        share of scoring is in `prefill_s` (compare it with stock's), as are compressions under way.
     kv_bytes : int
         K, V and bias of the cells in use after the prompt.
     rss : dict
-        Growth of the resident set since before the context was made: "prompt" (after the prompt),
-        "compressed" (after compression), "end".
+        What the context's own calls added to the resident set: up to and with the last prompt
+        ("prompt"), with its compression ("compressed"), with the generation ("end").
     """
 
     kind: str
@@ -54,14 +55,24 @@ class Run:
 
 
 class Racer:
-    """A context and its figures. `n_held`: cells of each sequence if it is not elastic."""
+    """A context and its figures. Contexts take turns, so each counts its own growth in memory."""
 
     def __init__(self, kind: str, budget: float | None, make: Callable[[], Context]) -> None:
         self.run = Run(kind, budget)
-        self._rss = resident_bytes()
-        self.context = make()
+        self._own = 0
+        with self._counted("made"):
+            self.context = make()
         self.ideal: Ideal | None = None
         self.pos = 0
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        before = resident_bytes()
+        yield
+        after = resident_bytes()
+        if before is not None and after is not None:
+            self._own += after - before
+            self.run.rss[name] = self._own
 
     def close(self) -> None:
         self.context.close()
@@ -69,32 +80,44 @@ class Racer:
     def prefill(self, parts: list[Any]) -> None:
         """All sequences once; compression is timed on its own."""
         context, run = self.context, self.run
-        context.clear()
-        if context.session is not None:
-            context.session.reset_stats()
-        run.prefill_s.append(sum(context.prefill(parts, seq) for seq in range(context.n_seqs)))
+        with self._counted("prompt"):
+            context.clear()
+            if context.session is not None:
+                context.session.reset_stats()
+            run.prefill_s.append(sum(context.prefill(parts, seq) for seq in range(context.n_seqs)))
         self.pos = sum(len(part) for part in parts)
         run.cells_prompt = run.cells_kept = self.pos
-        self._note_rss("prompt")
         if context.session is not None:
             self._compress()
+
+    def warm_up(self, part: Any) -> None:
+        """What only the first decode of a context does: pages of the model, buffers."""
+        with self._counted("warm"):
+            self.context.clear()
+            self.context.prefill([part], 0)
 
     def _compress(self) -> None:
         context, run = self.context, self.run
         run.cells_prompt = context.n_cells()
-        for seq in range(context.n_seqs):
-            context.session.compress(seq)
-        self._note_rss("compressed")
+        before = context.session.stats()
+        with self._counted("compressed"):
+            for seq in range(context.n_seqs):
+                context.session.compress(seq)
         stats = context.session.stats()
         run.cells_kept = context.n_cells()
-        run.score_s, run.plan_s, run.merge_s = (
-            stats[f"{name}_us"] / 1e6 for name in ("score", "plan", "merge")
+        run.score_s = stats["score_us"] / 1e6
+        run.plan_s, run.merge_s = (
+            (stats[name] - before[name]) / 1e6 for name in ("plan_us", "merge_us")
         )
         freed = (run.cells_prompt - run.cells_kept) * context.session.kv_bytes_per_cell()
         run.bytes_freed = freed * context.n_seqs
 
     def generate(self, tokens: list[int]) -> None:
         """One part of the generation."""
+        with self._counted("end"):
+            self._generate(tokens)
+
+    def _generate(self, tokens: list[int]) -> None:
         reused = self.context.n_graphs_reused()
         start = time.perf_counter()
         for token in tokens:
@@ -119,12 +142,6 @@ class Racer:
         else:
             run.cells_end = self.pos
         run.kv_bytes = cell_bytes * run.cells_kept * self.context.n_seqs
-        self._note_rss("end")
-
-    def _note_rss(self, name: str) -> None:
-        now = resident_bytes()
-        if now is not None and self._rss is not None:
-            self.run.rss[name] = now - self._rss
 
 
 def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:
@@ -158,6 +175,7 @@ def measure(
     racers: list[Racer] = []
     prompts = Prompts(llm, scenario)
     n_cells = scenario.n_prompt + scenario.n_gen
+    used: list[ElasticConfig] = []
 
     def start(kind: str, budget: float | None, make: Callable[[], Context]) -> Racer:
         racers.append(Racer(kind, budget, make))
@@ -168,14 +186,17 @@ def measure(
         for config in configs:
             own = replace(config, kv_cells=scenario.kv_cells)
             size = n_cells if own.kv_cells is None else own.kv_cells + setting.n_ubatch
+            used.append(own)
             make = partial(Context, llm, setting, scenario.n_seqs, size, own)
             start("elastic", float(own.budget), make)
-        for _ in range(n_prefills):
-            for racer in list(racers):
+        for racer in racers:
+            racer.warm_up(prompts.parts()[0])
+        for turn in range(n_prefills):
+            for racer in racers if turn % 2 == 0 else racers[::-1]:
                 racer.prefill(prompts.parts())
                 tick(f"{scenario.name} {racer.run.kind}: prompt")
-        for elastic in [r for r in racers if r.run.kind == "elastic"]:
-            _start_ideal(llm, scenario, setting, prompts, elastic, start)
+        for elastic, config in zip([r for r in racers if r.run.kind == "elastic"], used):
+            _start_ideal(llm, scenario, setting, prompts, elastic, config, start)
             tick(f"{scenario.name} ideal: prompt")
         _generate(scenario, prompts, racers, tick)
         size = cell_bytes(llm, setting.kv_type)
@@ -193,18 +214,18 @@ def _start_ideal(
     setting: Setting,
     prompts: Prompts,
     elastic: Racer,
+    config: ElasticConfig,
     start: Callable[..., Racer],
 ) -> None:
-    held, budget = elastic.run.cells_kept, elastic.run.budget
-    assert budget is not None
+    held = elastic.run.cells_kept
     racer = start(
         "ideal",
-        budget,
+        elastic.run.budget,
         lambda: Context(llm, setting, scenario.n_seqs, held + scenario.n_gen),
     )
     tokens = (prompts.tokens * (1 + held // len(prompts.tokens)))[:held]
     racer.prefill([tokens])
-    racer.ideal = Ideal(racer.context, budget, scenario.n_prompt, held, scenario.kv_cells)
+    racer.ideal = Ideal(racer.context, config, scenario.n_prompt, held)
 
 
 def _generate(

@@ -91,6 +91,11 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
+    encoded = [row for row in rows if row["kind"] == "encode"]
+    rows = [row for row in rows if row["kind"] != "encode"]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table(rows)]
+    for row in encoded:
+        seconds = spread(row["encode_s"], 3)
+        lines.append(f"\nencoding an image into {row['cells']} cells: {seconds} s")
     return "\n".join(lines)

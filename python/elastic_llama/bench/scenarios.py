@@ -64,7 +64,7 @@ def find_scenarios(names: str) -> list[Scenario]:
     """
     known = {s.name: s for s in SCENARIOS}
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
+    for name in chosen or [""]:
         if name not in known:
             raise ConfigError(text("bench", "scenario", repr(name), "one of " + ", ".join(known)))
     return [known[name] for name in chosen]

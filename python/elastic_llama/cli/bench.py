@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-m", "--model", metavar="FILE", help="GGUF (the embedded model if none)")
-    parser.add_argument("--mmproj", metavar="FILE", help="also time encoding an image with it")
+    parser.add_argument("--mmproj", metavar="FILE", help="time encoding an image with it, too")
     parser.add_argument("--scenarios", default="image", metavar="A,B", help="see below (image)")
     parser.add_argument("--budgets", default="0.2", metavar="B,B", help="what is kept (0.2)")
     parser.add_argument("--policy", default="elastic", help="row of the policy table (elastic)")
@@ -70,6 +70,7 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..bench.contexts import Setting
+    from ..bench.encode import time_encoding
     from ..bench.measure import as_row, measure, n_steps
     from ..bench.scenarios import find_scenarios
     from ..config import ElasticConfig
@@ -81,6 +82,10 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
             replace(s, n_gen=_at_least("--predict", args.predict, 4 * s.n_parts)) for s in scenarios
         ]
     configs = [ElasticConfig(budget=b, policy=args.policy) for b in _numbers(args.budgets)]
+    if any(config.is_off for config in configs):
+        raise ConfigError(
+            text("bench", "a cache that keeps every cell", f"{args.policy}, {args.budgets}")
+        )
     settings = [
         Setting(
             kv_type,
@@ -99,11 +104,20 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
     n_prefills = _at_least("--repeat", args.repeat, 1)
     llm = ElasticLlama(args.model, mmproj_path=args.mmproj, elastic=None, n_ctx=256)
     about = _about(llm)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if file is not None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
     total = len(settings) * sum(n_steps(s, len(configs), n_prefills) for s in scenarios)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=total)
+            if llm.mmproj_path is not None:
+                add({**about, **time_encoding(llm, args.threads, n_prefills)})
 
             def tick(what: str) -> None:
                 bar.update(task, advance=1, description=what)
@@ -111,10 +125,7 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
             for scenario in scenarios:
                 for setting in settings:
                     for one in measure(llm, scenario, setting, configs, n_prefills, tick):
-                        rows.append(as_row(one, scenario, setting, about))
-                        if file is not None:
-                            file.write(json.dumps(rows[-1]) + "\n")
-                            file.flush()
+                        add(as_row(one, scenario, setting, about))
     finally:
         llm.close()
 
@@ -146,10 +157,8 @@ def _cpu() -> str:
 def _show(rows: list[dict[str, Any]], output: str) -> None:
     from ..bench.report import markdown
 
-    if output == "json":
-        print(json.dumps(rows, indent=1))
-    elif rows:
-        print(markdown(rows))
+    if rows:
+        print(json.dumps(rows, indent=1) if output == "json" else markdown(rows))
 
 
 def _at_least(name: str, value: int, least: int) -> int:
