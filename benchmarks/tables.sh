@@ -7,7 +7,7 @@ out=benchmarks/results/$1
 rivals=random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic
 case $1 in
 known)  args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 --metrics forced,exact" ;;
-before) args="--limit 20 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
+before) args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto) args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 -fa on --metrics forced,exact" ;;
 text)   args="--data benchmarks/text_set/text.json --policies local,h2o,snapkv,elastic --budgets 0.2 --metrics forced,exact" ;;
 *)      echo "usage: $0 known|before|pareto|text" >&2; exit 2 ;;

@@ -67,6 +67,7 @@ def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict
         "plan_s": 0.0,
         "merge_s": 0.0,
         "kv_bytes": 1 << 20,
+        "bytes_freed": 2 << 20,
         "rss": {"prompt": 2 << 20, "compressed": 1 << 20},
     }
     return {**row, **more}
@@ -86,7 +87,7 @@ def test_ratios_compare_the_same_part() -> None:
     assert own[1]["cost"] == pytest.approx((0.1 + 0.1) / 2)
     cells = dict(zip(COLUMNS, table(rows)[1]))
     assert cells["x stock"] == "1.200"
-    assert cells["RSS MiB"] == "2 -> 1"
+    assert cells["RSS freed MiB"] == "1.0 of 2.0"
     assert markdown(rows).count("\n") == 4
 
 

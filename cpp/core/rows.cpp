@@ -98,6 +98,23 @@ void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih,
     }
 }
 
+template <typename T> static void copy_column(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) {
+    T * column = (T *) column_ptr(t, ih, 0);
+    for (int32_t e = 0; e < t.n_embd_head; ++e, column += t.n_rows) {
+        column[row_dst] = column[row_src];
+    }
+}
+
+void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) {
+    if (!t.transposed) {
+        std::memmove(head_ptr(t, row_dst, ih), head_ptr(t, row_src, ih), head_bytes(t));
+    } else if (t.type == GGML_TYPE_F32) {
+        copy_column<uint32_t>(t, row_src, row_dst, ih);
+    } else {
+        copy_column<uint16_t>(t, row_src, row_dst, ih);
+    }
+}
+
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
     std::vector<uint8_t> raw(rows.size() * head_bytes(t));
     read_raw(t, rows, ih, raw.data());

@@ -17,6 +17,9 @@ size_t head_bytes(const kv_rows & t);
 void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst);
 void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src);
 
+// one head of a row to another row, bit by bit
+void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih);
+
 // as f32, [n][n_embd_head]
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst);
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src);

@@ -116,11 +116,8 @@ void elastic_cache::move_rows(uint32_t strm, int32_t il, int32_t from, const std
         if (to[ih] == from) {
             continue;
         }
-        for (const kv_rows * t : { &layer.k, &layer.v }) {
-            std::vector<uint8_t> bytes(head_bytes(*t));
-            read_raw(*t, { from }, ih, bytes.data());
-            write_raw(*t, { to[ih] }, ih, bytes.data());
-        }
+        copy_head(layer.k, from, to[ih], ih);
+        copy_head(layer.v, from, to[ih], ih);
         store->move_head(strm, from, to[ih], il, ih);
     }
     layer.store();

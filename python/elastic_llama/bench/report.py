@@ -20,7 +20,7 @@ COLUMNS = (
     "x ideal",
     "score+plan+merge",
     "KV MiB",
-    "RSS MiB",
+    "RSS freed MiB",
 )
 
 
@@ -67,7 +67,8 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the table, one list per row, in the order of `COLUMNS`."""
     out = []
     for row, own in zip(rows, ratios(rows).values()):
-        rss = [row["rss"][k] / MIB for k in ("prompt", "compressed") if k in row["rss"]]
+        rss = row["rss"]
+        freed = (rss["prompt"] - rss["compressed"]) / MIB if "compressed" in rss else None
         out.append(
             [
                 row["scenario"]["name"],
@@ -84,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 f"{own['ideal']:.3f}" if "ideal" in own else "",
                 f"{100 * own['cost']:+.1f} %" if "cost" in own else "",
                 f"{row['kv_bytes'] / MIB:.1f}",
-                " -> ".join(f"{x:.0f}" for x in rss),
+                "" if freed is None else f"{freed:.1f} of {row['bytes_freed'] / MIB:.1f}",
             ]
         )
     return out
