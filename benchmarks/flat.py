@@ -1,6 +1,8 @@
 """Time per generated token at a fixed number of cells, from token 200 to token 4000.
 
-Fits a line and says how far its slope is from zero, in standard errors over blocks of tokens.
+An elastic context and a stock one that holds as many cells (its oldest are removed) take turns,
+block by block, so that a machine that gets slower or faster meanwhile does not count. Fits a line
+to the ratio of their blocks and says how far its slope is from zero, in standard errors.
 
 Usage: python benchmarks/flat.py [-m MODEL.gguf] [--cells 128] [--tokens 4000] [--out FILE.json]
 """
@@ -15,42 +17,57 @@ from pathlib import Path
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Prompts, Setting
+from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting
 from elastic_llama.bench.scenarios import Scenario
 from elastic_llama.native_log import silence
 
 FIRST, BLOCK = 200, 200
 
 
-def generate(model: str | None, cells: int, n_tokens: int, n_threads: int) -> list[float]:
-    """Milliseconds of each token after a prompt of one image."""
+def generate(model: str | None, cells: int, n_tokens: int, n_threads: int) -> dict[str, list]:
+    """Median milliseconds of a token in each block, after a prompt of one image."""
     llm = ElasticLlama(model, elastic=None, n_ctx=256)
     scenario = Scenario("flat", "", 64, (576,), n_gen=n_tokens)
     config = ElasticConfig(budget=cells)
     setting = Setting(n_threads=n_threads)
-    context = Context(llm, setting, 1, scenario.n_prompt + cells, config)
+    size = scenario.n_prompt + cells
+    elastic = Context(llm, setting, 1, size, config)
+    stock = Context(llm, setting, 1, size)
     prompts = Prompts(llm, scenario)
+    tokens = prompts.tokens[scenario.n_text :]
     try:
-        context.prefill(prompts.parts(), 0)
-        out = []
-        for i, token in enumerate(prompts.tokens[scenario.n_text :]):
-            start = time.perf_counter()
-            context.step(token, scenario.n_prompt + i)
-            context.synchronize()
-            out.append(1000 * (time.perf_counter() - start))
-            assert context.n_cells() == cells
+        elastic.prefill(prompts.parts(), 0)
+        stock.prefill([tokens[:cells]], 0)
+        ideal = Ideal(stock, config, scenario.n_prompt, cells)
+        out: dict[str, list] = {"elastic": [], "stock": []}
+        for first in range(0, n_tokens - BLOCK + 1, BLOCK):
+            block = range(first, first + BLOCK)
+            for name in ("elastic", "stock") if (first // BLOCK) % 2 else ("stock", "elastic"):
+                ms = []
+                for i in block:
+                    start = time.perf_counter()
+                    if name == "elastic":
+                        elastic.step(tokens[i], scenario.n_prompt + i)
+                        elastic.synchronize()
+                    else:
+                        ideal.step(tokens[i])
+                        stock.synchronize()
+                    ms.append(1000 * (time.perf_counter() - start))
+                if first >= FIRST:
+                    out[name].append(round(float(np.median(ms)), 4))
+            assert elastic.n_cells() == ideal.end - ideal.first == cells
         return out
     finally:
-        context.close()
+        elastic.close()
+        stock.close()
         llm.close()
 
 
-def slope(ms: list[float]) -> tuple[float, float, list[float]]:
-    """Microseconds per 1000 tokens, its standard error, and the medians of blocks of tokens."""
-    y = np.array([np.median(ms[i : i + BLOCK]) for i in range(FIRST, len(ms) - BLOCK + 1, BLOCK)])
+def slope(y: np.ndarray) -> tuple[float, float]:
+    """Change per 1000 tokens and its standard error."""
     x = np.arange(len(y)) * BLOCK / 1000
-    (a, _), cov = np.polyfit(x, 1000 * y, 1, cov=True)
-    return float(a), float(cov[0, 0] ** 0.5), [round(float(v), 3) for v in y]
+    (a, _), cov = np.polyfit(x, y, 1, cov=True)
+    return float(a), float(cov[0, 0] ** 0.5)
 
 
 def main() -> None:
@@ -62,13 +79,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     silence()
-    ms = generate(args.model, args.cells, args.tokens, args.threads)
-    per_1000, error, blocks = slope(ms)
+    blocks = generate(args.model, args.cells, args.tokens, args.threads)
+    ratio = np.array(blocks["elastic"]) / np.array(blocks["stock"])
+    per_1000, error = slope(ratio)
     if args.out:
-        row = {"cells": args.cells, "us_per_1000": per_1000, "error": error, "block_ms": blocks}
+        row = {"cells": args.cells, "per_1000": per_1000, "error": error, "block_ms": blocks}
         args.out.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    print(f"tokens {FIRST} to {args.tokens} in {args.cells} cells: {np.median(ms[FIRST:]):.2f} ms")
-    print(f"slope {per_1000:+.1f} +- {error:.1f} us per 1000 tokens")
+    for name, ms in blocks.items():
+        print(f"{name}: {np.median(ms):.2f} ms per token ({min(ms):.2f}-{max(ms):.2f})  ")
+    print(f"elastic / stock {np.median(ratio):.3f} ({ratio.min():.3f}-{ratio.max():.3f}),", end=" ")
+    print(f"slope {100 * per_1000:+.2f} +- {100 * error:.2f} % per 1000 tokens")
 
 
 if __name__ == "__main__":

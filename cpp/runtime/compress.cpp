@@ -29,7 +29,11 @@ static head_map kept_only(const head_map & m, const plan & p) {
 }
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
-    return compress_to(seq_id, target_cells(seqs[seq_id].n_tokens));
+    const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens));
+    if (cfg.release_memory && active()) {
+        trim_heap();  // what planning took, megabytes
+    }
+    return n;
 }
 
 // n_target: cells that the sequence may hold, shared ones included

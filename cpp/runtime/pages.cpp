@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -58,6 +62,12 @@ size_t release_bytes(void * data, size_t size) {
     std::memset(data, 0, lo - begin);
     std::memset((void *) hi, 0, end - hi);
     return hi - lo;
+}
+
+void trim_heap() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 void clear_lazily(ggml_backend_buffer_t buffer) {

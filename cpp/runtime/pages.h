@@ -21,6 +21,9 @@ bool can_release(ggml_backend_buffer_t buffer);
 // like ggml_backend_buffer_clear(buffer, 0), without touching pages where that can be avoided
 void clear_lazily(ggml_backend_buffer_t buffer);
 
+// gives back what the allocator keeps of freed memory, where it can (glibc)
+void trim_heap();
+
 // whether the K and V buffers of caches that are made from now on are cleared lazily (all threads)
 void set_lazy_buffers(bool value);
 
