@@ -133,23 +133,7 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
 
     def _attach(self, elastic: ElasticConfig) -> None:
-        address = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
-        try:
-            self._session = _core.Session(
-                address,
-                policy=elastic.policy,
-                budget=float(elastic.budget),
-                n_sink=elastic.n_sink,
-                offset=elastic.offset,
-                min_cells=elastic.min_cells,
-                n_threads=elastic.n_threads,
-                max_cells=elastic.kv_cells or 0,
-                release_memory=elastic.release_memory,
-            )
-        except NotImplementedError as e:
-            raise UnsupportedModelError(str(e)) from e
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
+        self._session = open_session(self._ctx.ctx, elastic)
 
     # -- the elastic side
 
@@ -362,6 +346,31 @@ class ElasticLlama(llama_cpp.Llama):
     def __del__(self) -> None:
         with suppress(Exception):  # modules may be gone at exit
             self.close()
+
+
+def open_session(ctx: Any, elastic: ElasticConfig) -> Any:
+    """The native session of a llama_context (a ctypes pointer).
+
+    Raises
+    ------
+    UnsupportedModelError, ConfigError
+    """
+    try:
+        return _core.Session(
+            ctypes.cast(ctx, ctypes.c_void_p).value or 0,
+            policy=elastic.policy,
+            budget=float(elastic.budget),
+            n_sink=elastic.n_sink,
+            offset=elastic.offset,
+            min_cells=elastic.min_cells,
+            n_threads=elastic.n_threads,
+            max_cells=elastic.kv_cells or 0,
+            release_memory=elastic.release_memory,
+        )
+    except NotImplementedError as e:
+        raise UnsupportedModelError(str(e)) from e
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
 
 
 _making = threading.Lock()

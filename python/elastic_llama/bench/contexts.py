@@ -12,11 +12,10 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals
 
-from .. import _core
 from ..config import ElasticConfig
-from ..errors import StateError, UnsupportedModelError, text
+from ..errors import ElasticError, StateError, text
 from ..kv_types import KV_TYPES
-from ..llama import ElasticLlama, lazy_buffers
+from ..llama import ElasticLlama, lazy_buffers, open_session
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these
@@ -90,22 +89,11 @@ class Context:
             self._attach(elastic)
 
     def _attach(self, config: ElasticConfig) -> None:
-        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
         try:
-            self.session = _core.Session(
-                address,
-                policy=config.policy,
-                budget=float(config.budget),
-                n_sink=config.n_sink,
-                offset=config.offset,
-                min_cells=config.min_cells,
-                n_threads=config.n_threads,
-                max_cells=config.kv_cells or 0,
-                release_memory=config.release_memory,
-            )
-        except NotImplementedError as e:
+            self.session = open_session(self.ctx, config)
+        except ElasticError:
             self.close()
-            raise UnsupportedModelError(str(e)) from e
+            raise
 
     def close(self) -> None:
         if self.ctx is not None:

@@ -58,7 +58,8 @@ def _figure(
         panel.set_title(group)
         panel.set_xlabel(x_label)
     panels[0][0].set_ylabel(y_label)
-    panels[0][-1].legend(fontsize=8)
+    if panels[0][-1].get_legend_handles_labels()[0]:
+        panels[0][-1].legend(fontsize=8)
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
