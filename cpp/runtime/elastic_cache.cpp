@@ -195,6 +195,7 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
     const int64_t n_tps  = ubatch.n_tokens / n_stream;
     const int64_t n_rows = n_sum_rows(ubatch);
     const float   decay  = cfg.decay();
+    const bool    fading = fades(ubatch);
 
     for (int64_t s = 0; s < n_stream; ++s) {
         std::vector<float> w(n_tps * n_rows, 0.0f);  // [n_tps][n_rows]
@@ -209,7 +210,7 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
             float * row = w.data() + i * n_rows;
             // a generated token stands for those since the last one that was added
             row[0]      = is_prompt(seq_id) ? 1.0f : (float) std::max(1, sequence(seq_id).n_unscored);
-            if (fades(ubatch) && is_prompt(seq_id)) {
+            if (fading && is_prompt(seq_id)) {
                 float & f = faded.emplace(seq_id, 1.0f).first->second;
                 row[1]    = f;
                 f *= decay;
@@ -332,6 +333,8 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         }
     }
 
+    const bool fading = fades(ubatch);
+
     std::vector<float> data;
     for (const auto & [il_model, t] : res->t_attn_sums) {
         const int32_t il = shape.index_of(il_model);
@@ -361,7 +364,7 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
                 };
                 const int32_t ih = (int32_t) (h / n_gqa);
                 add(0, store->mass_row(strm, il, ih));
-                if (fades(ubatch)) {
+                if (fading) {
                     add(1, store->fading_row(strm, il, ih));
                 }
                 for (int32_t ago = 0; ago < n_queries[s]; ++ago) {

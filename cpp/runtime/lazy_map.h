@@ -1,7 +1,7 @@
 #pragma once
 
-// A float per layer, KV head and cell of one stream, 0 until it is written. What was never written takes no memory
-// , so a long context costs nothing before it is used.
+// A float per layer, KV head and cell of one stream, 0 until it is written. What was never written takes no memory,
+// so a long context costs nothing before it is used.
 
 #include "runtime/pages.h"
 

@@ -5,6 +5,8 @@
 
 #include "llama-kv-cache.h"
 
+#include <algorithm>
+
 namespace elastic {
 
 // rows [begin, end) of one K or V tensor in one stream; returns the bytes given back

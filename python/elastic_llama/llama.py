@@ -121,7 +121,7 @@ class ElasticLlama(llama_cpp.Llama):
         # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
         n_positions = max(self.n_ctx(), self._model.n_ctx_train())
         self.input_ids = np.empty((n_positions,), dtype=np.intc)
-        if elastic is not None and elastic.kv_cells is not None:
+        if self._is_capped:
             self._n_ctx = n_positions  # completions are not limited by the cells
         self.reset()
         if elastic is not None:
@@ -136,6 +136,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._session = open_session(self._ctx.ctx, elastic)
 
     # -- the elastic side
+
+    @property
+    def _is_capped(self) -> bool:
+        """Whether a prompt may have more tokens than the context has cells."""
+        return self.elastic is not None and self.elastic.kv_cells is not None
 
     @property
     def session(self) -> Any:
@@ -196,8 +201,7 @@ class ElasticLlama(llama_cpp.Llama):
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
-        is_capped = self.elastic is not None and self.elastic.kv_cells is not None
-        if not is_capped and used + n_new > self.n_ctx():
+        if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
                 text(
                     "prompt",
@@ -226,8 +230,7 @@ class ElasticLlama(llama_cpp.Llama):
         For the chat handlers, which compare it with the tokens of a prompt, it is the positions
         while `kv_cells` makes more tokens fit than cells.
         """
-        is_capped = self.elastic is not None and self.elastic.kv_cells is not None
-        return len(self.input_ids) if is_capped and self._in_chat else int(super().n_ctx())
+        return len(self.input_ids) if self._is_capped and self._in_chat else int(super().n_ctx())
 
     def reset(self) -> None:
         """As in llama-cpp-python.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals
 
+from ..batch import fill_batch
 from ..config import ElasticConfig
 from ..errors import ElasticError, StateError, text
 from ..kv_types import KV_TYPES
@@ -120,7 +122,8 @@ class Context:
             for first in range(0, len(part), self.n_batch):
                 piece = part[first : first + self.n_batch]
                 if isinstance(piece, list):
-                    self._decode_tokens([(t, pos + i, seq) for i, t in enumerate(piece)], last=True)
+                    rows = [(t, pos + i, seq) for i, t in enumerate(piece)]
+                    self._decode_tokens(rows, {len(rows) - 1})
                 else:
                     self._decode_rows(piece, pos, seq)
                 pos += len(piece)
@@ -131,7 +134,8 @@ class Context:
 
     def step(self, token: int, pos: int) -> None:
         """One token for every sequence."""
-        self._decode_tokens([(token, pos, seq) for seq in range(self.n_seqs)], last=False)
+        rows = [(token, pos, seq) for seq in range(self.n_seqs)]
+        self._decode_tokens(rows, range(self.n_seqs))
 
     def synchronize(self) -> None:
         llama_cpp.llama_synchronize(self.ctx)
@@ -139,15 +143,9 @@ class Context:
     def n_graphs_reused(self) -> int:
         return int(llama_cpp.llama_perf_context(self.ctx).n_reused)
 
-    def _decode_tokens(self, rows: list[tuple[int, int, int]], last: bool) -> None:
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        for i, (token, pos, seq) in enumerate(rows):
-            batch.token[i], batch.pos[i] = token, pos
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = seq
-            batch.logits[i] = not last or i == len(rows) - 1
-        self._decode(batch)
+    def _decode_tokens(self, rows: list[tuple[int, int, int]], wanted: Container[int]) -> None:
+        fill_batch(self._batch, rows, wanted)
+        self._decode(self._batch)
 
     def _decode_rows(self, rows: np.ndarray, pos: int, seq: int) -> None:
         batch = self._embd

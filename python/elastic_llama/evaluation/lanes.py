@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import llama_cpp
 import numpy as np
 
+from ..batch import fill_batch
 from ..config import ElasticConfig
 from ..errors import StateError, text
 from .prompts import Prompt
@@ -130,14 +131,8 @@ class Lanes:
             active = going
 
     def _decode(self, rows: list[tuple[int, int, int]], wanted: set[int]) -> list[np.ndarray]:
-        batch = self.batch
-        batch.n_tokens = len(rows)
-        for k, (token, pos, seq) in enumerate(rows):
-            batch.token[k], batch.pos[k] = token, pos
-            batch.n_seq_id[k] = 1
-            batch.seq_id[k][0] = seq
-            batch.logits[k] = k in wanted
-        code = llama_cpp.llama_decode(self.streams.ctx, batch)
+        fill_batch(self.batch, rows, wanted)
+        code = llama_cpp.llama_decode(self.streams.ctx, self.batch)
         if code:
             raise StateError(text("eval", "llama_decode failed", f"code {code}"))
         out = []
