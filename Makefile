@@ -21,6 +21,7 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q scikit-build-core pybind11==3.1.0 cmake ninja  # the stubs depend on pybind11
+	$(PY) -m pip install -q "setuptools>=70.1"  # rouge-score comes as source; older ones make no wheel of it alone
 	$(PY) -m pip install -q llama-cpp-python==0.3.36
 	touch $@
 
