@@ -67,6 +67,7 @@ class Case:
         self.mass[rng.random(self.mass.shape) < 0.2] = 0
         self.count = rng.integers(1, 4, self.bucket.shape).astype(np.float32)
         self.bias_weight = float(rng.choice([0.5, 1.0]))
+        self.key_weight = float(rng.choice([0.0, 0.4, 1.0]))
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
 
     def stream(self, kind, transposed, poisoned):
@@ -93,6 +94,7 @@ class Case:
             self.count,
             self.bias,
             self.bias_weight,
+            self.key_weight,
         )
         after_k = Stream(self.k.kind, False, self.n_head, self.d, k)
         after_v = Stream(self.v.kind, self.v.transposed, self.n_head, self.d, v)
@@ -120,7 +122,7 @@ def check_merged(kind, got, expected):
     nearest = load(kind, nearest_bytes, d)[:, 0]
     # f32 sums may round to the other side: by one step, and rarely
     assert (np.abs(got_f32 - nearest) <= 1.01 * step(kind, expected) + 2e-6).all()
-    assert (got == nearest_bytes[:, 0]).mean() > 0.95
+    assert (got != nearest_bytes[:, 0]).sum() <= max(4, 0.05 * got.size)
     assert (np.abs(got_f32 - expected) <= 1.1 * step(kind, expected) + 2e-6).all()
 
 
@@ -131,10 +133,13 @@ def check(case, rule):
         np.testing.assert_array_equal(after.rows()[others], before.rows()[others])
     for h in range(case.n_head):
         kept = case.kept[0, h]
-        want, took = oracle.merge(rule, kept, case.bucket[0, h], case.cells(h), case.bias_weight)
+        want, took = oracle.merge(
+            rule, kept, case.bucket[0, h], case.cells(h), case.bias_weight, case.key_weight
+        )
         took = np.array(took)
         for name, before, after in (("k", case.k, after_k), ("v", case.v, after_v)):
-            new = took & (rule == "nearest_mean" or (rule == "mass" and name == "v"))
+            moves = rule == "mass" and (name == "v" or case.key_weight > 0)
+            new = took & (rule == "nearest_mean" or moves)
             old_rows, new_rows = before.rows()[case.src[kept], h], after.rows()[case.dst, h]
             np.testing.assert_array_equal(new_rows[~new], old_rows[~new])
             if new.any():
@@ -189,7 +194,7 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None):
     case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
     case.mass = mass[None, None].astype(np.float32)
-    case.bias_weight = 1.0
+    case.bias_weight, case.key_weight = 1.0, 0.0
     case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
     case.count = np.ones_like(case.mass) if count is None else count[None, None]
     return case

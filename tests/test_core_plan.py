@@ -113,6 +113,8 @@ def test_plan_equals_oracle(problem):
     np.testing.assert_array_equal(plan["bucket"], bucket)
     ahead = rules["combine"] == "mass" and problem["kind"][-1] == oracle.IMAGE
     assert plan["bias_weight"] == (0.5 if ahead else 1)
+    moves = rules["combine"] == "mass" and not ahead
+    assert plan["key_weight"] == (np.float32(0.4) if moves else 0)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
     if rules["select"] != "all":  # nothing leaves there
         ranks = oracle.rank_scores(
@@ -224,6 +226,7 @@ def test_cover_spends_no_place_on_a_copy():
     problem = make_problem("elastic", n_cells=10, n_keep=4, n_sink=1)
     problem["kind"][:] = [0] + [1] * 8 + [0]
     problem["importance"][:] = [1, 9, 9, 9, 9, 1, 1, 1, 1, 1]
+    problem["recent"][:] = 1
     problem["keys"][:, :, 1:5], problem["keys"][:, :, 5:9] = 1.0, -1.0
     problem["values"][:, :, 1:5], problem["values"][:, :, 5:9] = 1.0, -1.0
     plan = core.make_plan(**problem)

@@ -122,6 +122,9 @@ def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa
     with Engine(tiny_gqa, elastic=elastic, flash_attn=fa, type_k="f32", type_v="f32") as e:
         n = feed(e, 150)
         e.session.compress(0)
+        while e.session.n_cells(0) < 60:  # what was left free for the answer
+            e.token(20, n)
+            n += 1
         moved = 0
         for i, t in enumerate(random_tokens(40, N_VOCAB, 3)):
             kind, mass, bias = e.session.cells(0)["kind"], e.session.mass(0), e.session.bias(0)

@@ -137,6 +137,7 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
     res["rank_score"] = to_array(p.rank_score);
 
     res["bias_weight"] = p.bias_weight;
+    res["key_weight"]  = p.key_weight;
     return res;
 }
 
@@ -174,7 +175,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
                                 const std::string & type_k, const u8_array & v, const std::string & type_v, bool v_transposed,
                                 int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
                                 const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
-                                const f32_array & bias, float bias_weight) {
+                                const f32_array & bias, float bias_weight, float key_weight) {
     if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
         throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
     }
@@ -185,6 +186,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     p.n_cells   = (int32_t) bucket.shape(2);
 
     p.bias_weight = bias_weight;
+    p.key_weight  = key_weight;
     p.kept.assign(kept.data(), kept.data() + kept.size());
     p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
 
@@ -290,7 +292,7 @@ void bind_core(py::module_ & m) {
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
              py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("bias_weight") = 1.0f,
-             "Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).");
+             py::arg("key_weight") = 0.0f, "Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).");
     core.def("quantize_rows", &quantize_rows, py::arg("type"), py::arg("x"), "Rows of f32 [n, d] as stored bytes.");
     core.def("dequantize_rows", &dequantize_rows, py::arg("type"), py::arg("bytes"), py::arg("d"), "Stored bytes as f32 [n, d].");
 }

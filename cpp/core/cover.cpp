@@ -95,8 +95,8 @@ class features {
         d = (d_k + d_v + N_LANES - 1) / N_LANES * N_LANES;
         data.assign((size_t) n * d, 0.0f);
         norms.resize(n);
-        put(run, k, d_k, 0, 1.0f);
-        put(run, v, d_v, d_k, value_weight);
+        put(run, k, d_k, 0);
+        put(run, v, d_v, d_k);
         for (int32_t i = 0; i < n; ++i) {
             norms[i] = std::inner_product(row(i), row(i) + d, row(i), 0.0f);
         }
@@ -128,7 +128,7 @@ class features {
     std::vector<float> data;   // [n][d]
     std::vector<float> norms;  // squared, [n]
 
-    void put(const image_run & run, const std::vector<float> & x, int32_t d_x, int32_t first, float weight) {
+    void put(const image_run & run, const std::vector<float> & x, int32_t d_x, int32_t first) {
         std::vector<double> mean(d_x, 0.0);
         std::vector<double> sq(d_x, 0.0);
         for (const int32_t i : run.cells) {
@@ -143,7 +143,7 @@ class features {
             mean[e] /= n;
             variance += std::max(0.0, sq[e] / n - mean[e] * mean[e]);
         }
-        const float scale = variance > 0.0 ? (float) std::sqrt(weight / variance) : 0.0f;
+        const float scale = variance > 0.0 ? (float) std::sqrt(1.0 / variance) : 0.0f;
         for (int32_t i = 0; i < n; ++i) {
             for (int32_t e = 0; e < d_x; ++e) {
                 data[(size_t) i * d + first + e] = scale * (x[(size_t) run.cells[i] * d_x + e] - (float) mean[e]);
@@ -299,7 +299,8 @@ class chooser {
         for (auto & seen = known[i].n_seen; seen < (int32_t) anchors.size(); ++seen) {
             look(i, seen);
         }
-        return (double) score[run.cells[i]] * known[i].distance;
+        const double distance = known[i].distance;
+        return (double) score[run.cells[i]] * distance * std::sqrt(distance);
     }
 };
 

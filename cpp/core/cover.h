@@ -8,16 +8,14 @@ namespace elastic {
 //
 // A dropped image cell is merged into the nearest kept one, so what it costs is its importance times what is
 // lost by taking that one for it. Places are therefore given one after another, each to the cell of greatest
-//     score * distance to the nearest cell that has a place
-// (the first to the highest score; ties to the earlier cell). The distance is the squared one between keys plus
-// value_weight times that between values, each divided by its variance over the run: attention does not change
-// when all keys move by the same vector, so cosines would measure what does not matter.
+//     score * distance^1.5 to the nearest cell that has a place
+// (the first to the highest score; ties to the earlier cell). The distance is the squared one between keys plus that
+// between values, each divided by its variance over the run: attention does not change when all keys move by the
+// same vector, so cosines would measure what does not matter.
 // Protected cells (select.h) have their places first; pinned ones count as kept but nothing joins them.
 //
 // Fills kept, and bucket for the dropped image cells (-1 for all others).
 void cover_images(const plan_params & params, const cells & c, const head_map & score, const row_source & rows, plan & p,
                   int32_t n_threads);
-
-constexpr float value_weight = 0.5f;
 
 }  // namespace elastic

@@ -52,6 +52,27 @@ void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<in
     }
 }
 
+// weights of a mean that lies at `share` of the way from the first row to the mean by `weights`
+std::vector<float> towards(const std::vector<float> & weights, float share) {
+    std::vector<float> res;
+    for (const float w : weights) {
+        res.push_back(share * w);
+    }
+    res[0] += (1.0f - share) * std::accumulate(weights.begin(), weights.end(), 0.0f);
+    return res;
+}
+
+// ln(mass of the first) - mean of ln(mass), by mass: what the log mass of a key changes on its way to the mean key
+float log_mass_lost(const float * mass, const std::vector<int32_t> & members, float mass_sum) {
+    double res = 0.0;
+    for (const int32_t i : members) {
+        if (mass[i] > 0.0f) {
+            res += (double) mass[i] / mass_sum * (std::log((double) mass[members[0]]) - std::log((double) mass[i]));
+        }
+    }
+    return (float) res;
+}
+
 // one head of K or V on its way: what only moves as stored bytes, what is merged as f32
 class head_rows {
   public:
@@ -135,8 +156,9 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         const float * bias  = in.bias.row(il, ih);
 
         // everything is read before anything is written, so rows may move anywhere
-        head_rows head_k(k, rows_src, kept, p.n_keep, ih, rule == combine_rule::nearest_mean);
-        head_rows head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
+        const bool moves_keys = rule == combine_rule::nearest_mean || (rule == combine_rule::mass && p.key_weight > 0.0f);
+        head_rows  head_k(k, rows_src, kept, p.n_keep, ih, moves_keys);
+        head_rows  head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
 
         for (int32_t j = 0; j < p.n_keep; ++j) {
             const int32_t anchor = kept[j];
@@ -172,6 +194,10 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 // in f64: a quotient by a subnormal mass is infinite in f32
                 const double n_times = by_mass ? (double) mass_sum / mass[anchor] : (double) members.size();
                 out.bias.row(il, ih)[j] += p.bias_weight * (float) std::log(n_times);
+                if (moves_keys) {
+                    out.bias.row(il, ih)[j] += by_mass ? p.key_weight * log_mass_lost(mass, members, mass_sum) : 0.0f;
+                    head_k.merge(rows_dst[j], members, towards(weights, p.key_weight));
+                }
             }
             head_v.merge(rows_dst[j], members, weights);
         }

@@ -5,6 +5,7 @@
 #include "core/score.h"
 #include "core/select.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace elastic {
@@ -88,6 +89,11 @@ static void check(const policy & pol, const plan_params & params, const cells & 
     }
 }
 
+int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep) {
+    const bool has_image = std::find(c.kind.begin(), c.kind.end(), cell_kind::image) != c.kind.end();
+    return pol.combine == combine_rule::mass && has_image && !c.ends_with_image() ? std::min(answer_reserve, n_keep / 8) : 0;
+}
+
 plan make_plan(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance, const row_source * rows,
                int32_t n_threads) {
     check(pol, params, c, importance, rows);
@@ -104,8 +110,9 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     if (pol.select == select_rule::image_cover) {
         cover_images(own, c, score, *rows, p, n_threads);
     }
-    if (pol.combine == combine_rule::mass && c.ends_with_image()) {
-        p.bias_weight = bias_ahead;
+    if (pol.combine == combine_rule::mass) {
+        p.bias_weight = c.ends_with_image() ? bias_ahead : 1.0f;
+        p.key_weight  = c.ends_with_image() ? 0.0f : key_weight;
     }
     sum_rank_scores(pol.select, own, c, score, p);
     assign_buckets(pol.combine, c, p);

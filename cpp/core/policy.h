@@ -55,8 +55,15 @@ constexpr int32_t short_answer    = 4;
 constexpr float   bias_ahead      = 0.5f;
 // and the tokens between two of which the attention is added to the scores: to read all keys for that costs time
 constexpr int32_t score_interval  = 4;
-// neighbors that a recent score is averaged over
+// combine_rule::mass: how far an anchor's key moves to the mean of its group's, unless the cells end with an image
+constexpr float   key_weight      = 0.4f;
+// and the cells that it leaves for the answer, which then has to drop fewer while it is written
+constexpr int32_t answer_reserve  = 4;
+// neighbors that a recent score is averaged over, and of text in score_rule::by_kind: what belongs to a word is said around it
 constexpr int32_t pool_size       = 7;
+constexpr int32_t text_pool_size  = 13;
+// score_rule::by_kind: what the recent score counts for image cells whose question is known
+constexpr float   image_recent    = 0.1f;
 
 struct policy {
     const char *  name;
@@ -109,6 +116,9 @@ struct row_source {
     virtual void    load_k(int32_t il, int32_t ih, float * dst) const = 0;
     virtual void    load_v(int32_t il, int32_t ih, float * dst) const = 0;
 };
+
+// of n_keep cells those that a compressed prompt leaves free
+int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep);
 
 // pure: the plan for one compression. The shape of importance.sum is always set; its values may be all zero for
 // rules that need none. n_threads: layers are shared between them.

@@ -20,9 +20,9 @@ static void average_rows(head_map & m, int32_t first, int32_t n) {
     }
 }
 
-// mean over the pool_size cells around each, fewer at the ends
-static std::vector<float> pooled(const float * x, int32_t n) {
-    constexpr int32_t  half = pool_size / 2;
+// mean over the n_near cells around each, fewer at the ends
+static std::vector<float> pooled(const float * x, int32_t n, int32_t n_near) {
+    const int32_t      half = n_near / 2;
     std::vector<float> res(n);
     for (int32_t i = 0; i < n; ++i) {
         const int32_t lo  = std::max(0, i - half);
@@ -40,16 +40,23 @@ static double total(const float * x, int32_t n) {
     return std::accumulate(x, x + n, 0.0);
 }
 
-// in place: image cells keep the sum, unless the question about them is still to come
+// in place
 static void score_by_kind(const cells & c, const float * recent, float * score) {
-    const int32_t n    = c.size();
-    const auto    pool = pooled(recent, n);
-    const double  n0   = total(score, n);
-    const double  n1   = total(pool.data(), n);
+    const int32_t n        = c.size();
+    const auto    of_image = pooled(recent, n, pool_size);
+    const auto    of_text  = pooled(recent, n, text_pool_size);
+    const double  n0       = total(score, n);
+    const double  n_image  = total(of_image.data(), n);
+    const double  n_text   = total(of_text.data(), n);
+
+    const auto share = [](double x, double all) {
+        return all > 0.0 ? x / all : 0.0;
+    };
     for (int32_t i = 0; i < n; ++i) {
-        if (c.kind[i] != cell_kind::image || c.ends_with_image()) {
-            score[i] = (float) ((n0 > 0.0 ? score[i] / n0 : 0.0) + (n1 > 0.0 ? pool[i] / n1 : 0.0));
-        }
+        const double asked = c.kind[i] != cell_kind::image ? share(of_text[i], n_text)
+                             : c.ends_with_image()         ? share(of_image[i], n_image)
+                                                           : image_recent * share(of_image[i], n_image);
+        score[i]           = (float) (share(score[i], n0) + asked);
     }
 }
 
@@ -95,7 +102,7 @@ head_map score_cells(score_rule rule, const cells & c, const importance_map & im
             break;
         case score_rule::window:
             for_each_row(res, [&](int32_t il, int32_t ih, float * row) {
-                const auto pool = pooled(importance.recent.row(il, ih), res.n_cells);
+                const auto pool = pooled(importance.recent.row(il, ih), res.n_cells, pool_size);
                 std::copy(pool.begin(), pool.end(), row);
             });
             break;

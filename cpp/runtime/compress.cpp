@@ -29,7 +29,7 @@ static head_map kept_only(const head_map & m, const plan & p) {
 }
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
-    const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens));
+    const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens), true);
     if (cfg.release_memory && active()) {
         trim_heap();  // what planning took, megabytes
     }
@@ -37,7 +37,7 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
 }
 
 // n_target: cells that the sequence may hold, shared ones included
-int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target) {
+int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next) {
     // pending shifts and stream copies still have to reach the rows
     ctx.memory_update(false);
 
@@ -60,13 +60,17 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target) {
 
     // with nothing of its own left to spare, the sequence keeps the least that a plan can have
     const int32_t n_least = std::min<int32_t>((int32_t) rows.size(), (n_shared ? 0 : cfg.n_sink) + 1);
-    const int32_t n_keep  = std::max(n_least, n_target - n_shared);
+    int32_t       n_keep  = std::max(n_least, n_target - n_shared);
 
     if (!active() || n_keep >= (int32_t) rows.size()) {
         st.pending        = false;
         st.n_prompt_cells = n_all;
         store->rate_image_cells(strm, rows);
         return n_all;
+    }
+
+    if (answer_next) {
+        n_keep = std::max(n_least, n_keep - cells_for_answer(cfg.pol, c, n_keep));
     }
 
     ctx.synchronize();

@@ -126,7 +126,7 @@ class elastic_cache : public llama_elastic_i {
     bool    fades(const llama_ubatch & ubatch) const;
     void    make_room(llama_seq_id seq_id);
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
-    int32_t compress_to(llama_seq_id seq_id, int32_t n_target);
+    int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
     void    release_rows(uint32_t strm, int32_t n_used);
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,

@@ -44,7 +44,7 @@ void elastic_cache::make_room_for_prompt(llama_seq_id seq_id, int32_t n_new) {
         return;
     }
     try {
-        compress_to(seq_id, cfg.max_cells);
+        compress_to(seq_id, cfg.max_cells, false);
     } catch (const std::exception & e) {
         LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
     }

@@ -36,7 +36,12 @@ def mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def merge(
-    rule: str, kept: np.ndarray, bucket: np.ndarray, cells: Cells, bias_weight: float = 1
+    rule: str,
+    kept: np.ndarray,
+    bucket: np.ndarray,
+    cells: Cells,
+    bias_weight: float = 1,
+    key_weight: float = 0,
 ) -> tuple[Cells, list[bool]]:
     """The kept cells after a merge (in f64), and which of them took others in."""
     n_keep, d = len(kept), cells.k.shape[1]
@@ -55,12 +60,15 @@ def merge(
         if rule == "nearest_mean":
             out.k[j] = mean(cells.k[group], cells.count[group])
             out.v[j] = mean(cells.v[group], cells.count[group])
-        elif cells.mass[a] > 0:
-            out.v[j] = mean(cells.v[group], cells.mass[group])
-            out.bias[j] += bias_weight * np.log(out.mass[j] / np.float64(cells.mass[a]))
-        else:
-            out.v[j] = mean(cells.v[group], np.ones(len(group)))
-            out.bias[j] += bias_weight * np.log(len(group))
+            continue
+        mass = cells.mass[group].astype(np.float64) if cells.mass[a] > 0 else np.ones(len(group))
+        out.v[j] = mean(cells.v[group], mass)
+        out.bias[j] += bias_weight * np.log(mass.sum() / mass[0])
+        goal = mean(cells.k[group], mass)
+        out.k[j] = (1 - key_weight) * out.k[j] + key_weight * goal
+        seen = mass > 0
+        mean_log = (mass[seen] * np.log(mass[seen])).sum() / mass.sum()
+        out.bias[j] += key_weight * (np.log(mass[0]) - mean_log)
     return out, took
 
 

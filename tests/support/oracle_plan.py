@@ -11,7 +11,7 @@ import numpy as np
 TEXT, IMAGE, GENERATED = 0, 1, 2
 
 
-WINDOW, POOL = 32, 7
+WINDOW, POOL, TEXT_POOL, IMAGE_RECENT = 32, 7, 13, 0.1
 
 
 def scores(
@@ -22,7 +22,8 @@ def scores(
     out = np.zeros(importance.shape, dtype=np.float32)
     for layer, head in np.ndindex(n_layer, n_head):
         sums = importance[layer, head].astype(np.float64)
-        pool = None if recent is None else pooled(recent[layer, head])
+        pool = None if recent is None else pooled(recent[layer, head], POOL)
+        text_pool = None if recent is None else pooled(recent[layer, head], TEXT_POOL)
         for i in range(n_cells):
             if rule == "frequency":
                 out[layer, head, i] = sums[i]
@@ -38,9 +39,11 @@ def scores(
             elif rule == "window":
                 out[layer, head, i] = pool[i]
             elif rule == "by_kind":
-                share = share_of(sums[i], sums) + share_of(pool[i], pool)
-                asked = kind[-1] != IMAGE
-                out[layer, head, i] = sums[i] if kind[i] == IMAGE and asked else share
+                if kind[i] != IMAGE:
+                    asked = share_of(text_pool[i], text_pool)
+                else:
+                    asked = share_of(pool[i], pool) * (1 if kind[-1] == IMAGE else IMAGE_RECENT)
+                out[layer, head, i] = share_of(sums[i], sums) + asked
     return out
 
 
@@ -49,11 +52,11 @@ def share_of(x: float, row: np.ndarray) -> float:
     return float(x) / total if total > 0 else 0.0
 
 
-def pooled(row: np.ndarray) -> np.ndarray:
-    """Mean over the POOL cells around each; fewer at the ends."""
+def pooled(row: np.ndarray, size: int) -> np.ndarray:
+    """Mean over the `size` cells around each; fewer at the ends."""
     out = np.empty(len(row), dtype=np.float32)
     for i in range(len(row)):
-        near = row[max(0, i - POOL // 2) : i + POOL // 2 + 1].astype(np.float64)
+        near = row[max(0, i - size // 2) : i + size // 2 + 1].astype(np.float64)
         out[i] = near.sum() / len(near)
     return out
 
@@ -100,6 +103,11 @@ def split(n_keep: int, n_text: int, n_image: int) -> tuple[int, int]:
     else:
         text = n_keep - half_share
     return text, n_keep - text
+
+
+def left_free(n_keep: int) -> int:
+    """Cells that `elastic` leaves for the answer when a prompt with an image is compressed."""
+    return min(4, n_keep // 8)
 
 
 def segments(kind: np.ndarray) -> list[list[int]]:
@@ -203,16 +211,13 @@ def rank_scores(
     return out
 
 
-VALUE_WEIGHT = 0.5
-
-
 def run_features(run: list[int], keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Keys and values of a run side by side [n, 2 d], each over the square root of its variance."""
     parts = []
-    for x, weight in ((keys[run], 1.0), (values[run], VALUE_WEIGHT)):
-        x = x.astype(np.float64)
+    for rows in (keys, values):
+        x = rows[run].astype(np.float64)
         variance = ((x - x.mean(0)) ** 2).sum(1).mean()
-        parts.append(x * (np.sqrt(weight / variance) if variance > 1e-9 else 0.0))
+        parts.append(x * (np.sqrt(1 / variance) if variance > 1e-9 else 0.0))
     return np.concatenate(parts, axis=1)
 
 
@@ -235,7 +240,7 @@ def cover_run(
 
     def worth(i: int) -> float:
         near = min((distance(i, j) for j in anchors()), default=1.0)
-        return float(score[i]) * near
+        return float(score[i]) * near**1.5
 
     while len(chosen) < n_keep:
         chosen.append(max((i for i in run if i not in chosen), key=lambda i: (worth(i), -i)))

@@ -94,6 +94,7 @@ def merge_layer(
     count: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     bias: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     bias_weight: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    key_weight: typing.SupportsFloat | typing.SupportsIndex = 0.0,
 ) -> tuple:
     """
     Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).
