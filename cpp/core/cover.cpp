@@ -98,7 +98,7 @@ class features {
         put(run, k, d_k, 0);
         put(run, v, d_v, d_k);
         for (int32_t i = 0; i < n; ++i) {
-            norms[i] = std::inner_product(row(i), row(i) + d, row(i), 0.0f);
+            norms[i] = squared(i);
         }
     }
 
@@ -122,6 +122,17 @@ class features {
 
   private:
     static constexpr int32_t N_LANES = 16;  // sums side by side
+
+    float squared(int32_t i) const {
+        const float * x             = row(i);
+        float         sums[N_LANES] = {};
+        for (int32_t e = 0; e < d; e += N_LANES) {
+            for (int32_t l = 0; l < N_LANES; ++l) {
+                sums[l] += x[e + l] * x[e + l];
+            }
+        }
+        return std::accumulate(sums, sums + N_LANES, 0.0f);
+    }
 
     int32_t            n = 0;
     int32_t            d = 0;
