@@ -185,7 +185,7 @@ def test_head_sizes_that_are_no_whole_blocks(kind, transposed, d):
         check(Case(seed, kind, kind, transposed, d=d), "nearest_mean")
 
 
-def as_case(k, v, mass, kept, bucket, bias=None, count=None):
+def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
     """An f32 case of one head out of given cells, in rows of their own."""
     case = Case(0, "f32", "f32", False, len(k), len(kept), 1, k.shape[1])
     case.n_rows = len(k)
@@ -194,7 +194,7 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None):
     case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
     case.mass = mass[None, None].astype(np.float32)
-    case.bias_weight, case.key_weight = 1.0, 0.0
+    case.bias_weight, case.key_weight = 1.0, key_weight
     case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
     case.count = np.ones_like(case.mass) if count is None else count[None, None]
     return case
@@ -214,9 +214,10 @@ def random_plan(rng, n_cells, n_keep):
     return kept, bucket
 
 
+@pytest.mark.parametrize("key_weight", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("equal_keys", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_biased_attention_is_conserved(seed, equal_keys):
+def test_biased_attention_is_conserved(seed, equal_keys, key_weight):
     rng = np.random.default_rng(seed)
     n, d = 40, 16
     k, v = rng.standard_normal((2, n, d)).astype(np.float32)
@@ -224,7 +225,8 @@ def test_biased_attention_is_conserved(seed, equal_keys):
     kept, bucket = random_plan(rng, n, 9)
     if equal_keys:
         k = k[kept][bucket]
-    cells = merged_cells(as_case(k, v, oracle.attention_weights(q, k), kept, bucket), "mass")
+    mass = oracle.attention_weights(q, k)
+    cells = merged_cells(as_case(k, v, mass, kept, bucket, key_weight=key_weight), "mass")
     # any query when keys are equal within a bucket, otherwise the one that the masses come from
     for query in (q, other) if equal_keys else (q,):
         want = oracle.attention(query, k, v, np.zeros(n))
@@ -232,7 +234,8 @@ def test_biased_attention_is_conserved(seed, equal_keys):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     # merged again, without the tokens being known any more
     kept, bucket = random_plan(rng, 9, 3)
-    case = as_case(cells.k, cells.v, cells.mass, kept, bucket, cells.bias, cells.count)
+    state = cells.k, cells.v, cells.mass, kept, bucket, cells.bias, cells.count
+    case = as_case(*state, key_weight)
     again = merged_cells(case, "mass")
     got = oracle.attention(q, again.k, again.v, again.bias)
     want = oracle.attention(q, k, v, np.zeros(n))
@@ -254,12 +257,13 @@ def test_means_of_means_are_means_of_all():
     assert last.count[0] == 20
 
 
+@pytest.mark.parametrize("key_weight", [0.0, 0.4])
 @pytest.mark.parametrize("smallest", [0.0, 1e-45, 1e-40, 1e-38])
-def test_anchors_next_to_no_mass_get_a_finite_bias(smallest):
+def test_anchors_next_to_no_mass_get_a_finite_bias(smallest, key_weight):
     rng = np.random.default_rng(0)
     k, v = rng.standard_normal((2, 3, 16)).astype(np.float32)
     mass = np.array([1, 2, smallest], np.float32)
-    case = as_case(k, v, mass, np.array([2]), np.array([0, 0, 0]))
+    case = as_case(k, v, mass, np.array([2]), np.array([0, 0, 0]), key_weight=key_weight)
     check(case, "mass")
     assert np.isfinite(merged_cells(case, "mass").bias).all()
 

@@ -32,6 +32,19 @@ def test_first_token_sees_the_whole_prompt(tiny_gqa: Path) -> None:
         assert e.session.n_cells(0) == kept - left_free(kept) + 1
 
 
+@pytest.mark.parametrize(("budget", "free"), [(100.0, 4), (24.0, 3), (7.0, 0)])
+def test_room_for_the_answer(tiny_gqa: Path, budget: float, free: int) -> None:
+    """Cells stay free where an answer about an image comes next, and nowhere else."""
+    elastic = {"policy": "elastic", "budget": budget, "min_cells": 2}
+    with Engine(tiny_gqa, elastic=elastic) as e:
+        e.prompt(random_tokens(40, N_VOCAB, 1))
+        assert e.session.compress(0) == min(budget, 40)  # text alone
+        e.image(image_rows(200, e.n_embd), 40)
+        assert e.session.compress(0) == budget  # its question is still to come
+        e.prompt(random_tokens(8, N_VOCAB, 2), 240)
+        assert e.session.compress(0) == budget - free
+
+
 @pytest.mark.parametrize("n_batch", [17, 64, 512])
 def test_batches_do_not_matter(tiny_gqa: Path, n_batch: int) -> None:
     """One prompt in any number of decode calls makes one plan, once."""

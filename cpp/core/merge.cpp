@@ -62,15 +62,20 @@ std::vector<float> towards(const std::vector<float> & weights, float share) {
     return res;
 }
 
-// ln(mass of the first) - mean of ln(mass), by mass: what the log mass of a key changes on its way to the mean key
-float log_mass_lost(const float * mass, const std::vector<int32_t> & members, float mass_sum) {
+// what an anchor's log mass without its bias, which is linear in its key, loses on the way to the mean key
+double log_mass_lost(const float * mass, const float * bias, const std::vector<int32_t> & members, const std::vector<float> & weights) {
+    const auto of_key = [&](int32_t i) {
+        return (mass[members[0]] > 0.0f ? std::log((double) mass[i]) : 0.0) - bias[i];
+    };
     double res = 0.0;
-    for (const int32_t i : members) {
-        if (mass[i] > 0.0f) {
-            res += (double) mass[i] / mass_sum * (std::log((double) mass[members[0]]) - std::log((double) mass[i]));
+    double sum = 0.0;
+    for (size_t k = 0; k < members.size(); ++k) {
+        if (weights[k] > 0.0f) {
+            res += weights[k] * (of_key(members[0]) - of_key(members[k]));
+            sum += weights[k];
         }
     }
-    return (float) res;
+    return res / sum;
 }
 
 // one head of K or V on its way: what only moves as stored bytes, what is merged as f32
@@ -193,11 +198,12 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 }
                 // in f64: a quotient by a subnormal mass is infinite in f32
                 const double n_times = by_mass ? (double) mass_sum / mass[anchor] : (double) members.size();
-                out.bias.row(il, ih)[j] += p.bias_weight * (float) std::log(n_times);
+                double       more    = p.bias_weight * std::log(n_times);
                 if (moves_keys) {
-                    out.bias.row(il, ih)[j] += by_mass ? p.key_weight * log_mass_lost(mass, members, mass_sum) : 0.0f;
+                    more += p.key_weight * log_mass_lost(mass, bias, members, weights);
                     head_k.merge(rows_dst[j], members, towards(weights, p.key_weight));
                 }
+                out.bias.row(il, ih)[j] = (float) (bias[anchor] + more);
             }
             head_v.merge(rows_dst[j], members, weights);
         }

@@ -16,7 +16,7 @@ enum class score_rule : int32_t {
     frequency_layer,  // the same, averaged over the heads of a layer (the paper)
     frequency_model,  // the same, averaged over all layers and heads
     window,           // attention of the last queries, pooled over neighbors, per KV head (SnapKV)
-    by_kind,          // image cells by frequency; text by frequency and the last queries together
+    by_kind,          // text by frequency and the last queries together; image cells nearly by frequency alone
 };
 
 enum class select_rule : int32_t {
@@ -31,7 +31,7 @@ enum class select_rule : int32_t {
 enum class combine_rule : int32_t {
     evict,         // dropped cells are lost
     nearest_mean,  // join the nearest anchor by logical index, K and V become the mean (the paper)
-    mass,          // image cells join the nearest kept one, V weighted by importance, K kept, log bias
+    mass,          // image cells join the nearest kept one: V by importance, K moves part of the way, log bias
 };
 
 enum class generate_rule : int32_t {
@@ -117,7 +117,7 @@ struct row_source {
     virtual void    load_v(int32_t il, int32_t ih, float * dst) const = 0;
 };
 
-// of n_keep cells those that a compressed prompt leaves free
+// of n_keep cells those that a compressed prompt leaves free: answer_reserve, or an eighth if that is less
 int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep);
 
 // pure: the plan for one compression. The shape of importance.sum is always set; its values may be all zero for

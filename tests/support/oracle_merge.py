@@ -67,8 +67,9 @@ def merge(
         goal = mean(cells.k[group], mass)
         out.k[j] = (1 - key_weight) * out.k[j] + key_weight * goal
         seen = mass > 0
-        mean_log = (mass[seen] * np.log(mass[seen])).sum() / mass.sum()
-        out.bias[j] += key_weight * (np.log(mass[0]) - mean_log)
+        bias = cells.bias[group].astype(np.float64)
+        of_key = np.log(mass[seen]) - bias[seen]  # log mass without the bias, linear in the key
+        out.bias[j] += key_weight * (of_key[0] - (mass[seen] * of_key).sum() / mass.sum())
     return out, took
 
 
