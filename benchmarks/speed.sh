@@ -1,6 +1,6 @@
 #!/bin/bash
 # The rows of docs/speed.md, one command each, on a machine that does nothing else:
-#   benchmarks/speed.sh hires|seqs16|seqs16-fa|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off
+#   benchmarks/speed.sh hires|seqs16|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off
 # The models are made once, into $SHAPED (build/shaped).
 set -e -o pipefail
 cd "$(dirname "$0")/.."
@@ -24,8 +24,7 @@ image)      bench image      -m "$(model 4)" --scenarios image -r 3 ;;
 kv-types)   bench kv-types   -m "$(model 4)" --scenarios image,hires --kv-types q8_0,q4_0 -fa on -r 1 -n 80 ;;
 images8)    bench images8    -m "$(model 4)" --scenarios images8,images8-capped -fa off -r 1 ;;
 seqs8)      bench seqs8      -m "$(model 4)" --scenarios seqs8 -fa off -r 1 ;;
-seqs16)     bench seqs16     -m "$(model 4)" --scenarios seqs16 -fa off -r 1 ;;
-seqs16-fa)  bench seqs16-fa  -m "$(model 4)" --scenarios seqs16 -fa on -r 1 ;;
+seqs16)     bench seqs16     -m "$(model 4)" --scenarios seqs16 -fa off,on -r 1 ;;
 full-image) bench full-image -m "$(model 32)" --scenarios image -fa off -r 1 -n 80 ;;
 full-hires) bench full-hires -m "$(model 32)" --scenarios hires -fa off -r 1 -n 80 ;;
 embedded)   bench embedded   --scenarios image,hires -r 3 ;;
