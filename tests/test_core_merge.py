@@ -122,7 +122,7 @@ def check_merged(kind, got, expected):
     nearest = load(kind, nearest_bytes, d)[:, 0]
     # f32 sums may round to the other side: by one step, and rarely
     assert (np.abs(got_f32 - nearest) <= 1.01 * step(kind, expected) + 2e-6).all()
-    assert (got != nearest_bytes[:, 0]).sum() <= max(4, 0.05 * got.size)
+    assert (got != nearest_bytes[:, 0]).sum() < max(5, 0.05 * got.size)
     assert (np.abs(got_f32 - expected) <= 1.1 * step(kind, expected) + 2e-6).all()
 
 
