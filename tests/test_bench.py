@@ -41,7 +41,7 @@ def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
 
     n = scenario.n_prompt
     kept = min(math.ceil(0.5 * n), scenario.kv_cells or n)
-    kept -= left_free(kept) if scenario.images else 0
+    kept -= left_free(kept)
     end = min(math.ceil(0.5 * (n + 18)), scenario.kv_cells or n)  # 2 + 8 + 8 tokens generated
     assert (runs["stock"].cells_kept, runs["stock"].cells_end) == (n, n + 18)
     assert (runs["elastic"].cells_kept, runs["elastic"].cells_end) == (kept, end)

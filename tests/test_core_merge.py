@@ -65,8 +65,9 @@ class Case:
             self.bucket[0, h, self.kept[0, h]] = np.arange(n_keep)
         self.mass = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
         self.mass[rng.random(self.mass.shape) < 0.2] = 0
+        self.weight = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
+        self.weight[rng.random(self.mass.shape) < 0.2] = 0
         self.count = rng.integers(1, 4, self.bucket.shape).astype(np.float32)
-        self.bias_weight = float(rng.choice([0.5, 1.0]))
         self.key_weight = float(rng.choice([0.0, 0.4, 1.0]))
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
 
@@ -93,7 +94,7 @@ class Case:
             self.mass,
             self.count,
             self.bias,
-            self.bias_weight,
+            self.weight,
             self.key_weight,
         )
         after_k = Stream(self.k.kind, False, self.n_head, self.d, k)
@@ -108,6 +109,7 @@ class Case:
             self.mass[0, h],
             self.count[0, h],
             self.bias[0, h],
+            self.weight[0, h],
         )
 
 
@@ -133,9 +135,7 @@ def check(case, rule):
         np.testing.assert_array_equal(after.rows()[others], before.rows()[others])
     for h in range(case.n_head):
         kept = case.kept[0, h]
-        want, took = oracle.merge(
-            rule, kept, case.bucket[0, h], case.cells(h), case.bias_weight, case.key_weight
-        )
+        want, took = oracle.merge(rule, kept, case.bucket[0, h], case.cells(h), case.key_weight)
         took = np.array(took)
         for name, before, after in (("k", case.k, after_k), ("v", case.v, after_v)):
             moves = rule == "mass" and (name == "v" or case.key_weight > 0)
@@ -193,8 +193,8 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
     case.k = Stream.from_rows("f32", False, k.shape[1], store("f32", k[:, None]))
     case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
-    case.mass = mass[None, None].astype(np.float32)
-    case.bias_weight, case.key_weight = 1.0, key_weight
+    case.mass = case.weight = mass[None, None].astype(np.float32)
+    case.key_weight = key_weight
     case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
     case.count = np.ones_like(case.mass) if count is None else count[None, None]
     return case

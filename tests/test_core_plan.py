@@ -104,17 +104,17 @@ def test_plan_equals_oracle(problem):
     plan = core.make_plan(**problem)
     rules = POLICIES[problem["policy"]]
     found = np.full(score.shape, -1)
-    if rules["select"] == "image_cover":
+    if rules["select"] == "cover":
         names = ("kind", "pinned", "keys", "values", "n_sink")
         own = {name: problem[name] for name in names}
         kept, found = oracle.cover(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
     bucket = oracle.buckets(rules["combine"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)
-    ahead = rules["combine"] == "mass" and problem["kind"][-1] == oracle.IMAGE
-    assert plan["bias_weight"] == (0.5 if ahead else 1)
-    moves = rules["combine"] == "mass" and not ahead
-    assert plan["key_weight"] == (np.float32(0.4) if moves else 0)
+    if rules["combine"] == "mass":
+        keys = np.where(problem["kind"] == oracle.IMAGE, np.float32(0.4), 0)
+        np.testing.assert_array_equal(plan["key_weight"], keys)
+        np.testing.assert_allclose(plan["weight"], score, rtol=1e-6)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
     if rules["select"] != "all":  # nothing leaves there
         ranks = oracle.rank_scores(
@@ -146,7 +146,7 @@ def test_invariants(problem):
         assert (kept == i).any(axis=2).all()
         assert all((row == row[i]).sum() == 1 for row in bucket.reshape(-1, n_cells))
     assert (np.diff(plan["positions"]) > 0).all()
-    if POLICIES[problem["policy"]]["select"].startswith("image_"):
+    if POLICIES[problem["policy"]]["select"] in ("image_first", "cover"):
         # rank j is of one kind in all layers and heads
         is_image = problem["kind"][kept] == oracle.IMAGE
         assert (is_image == is_image[0, 0]).all()
@@ -226,7 +226,7 @@ def test_cover_spends_no_place_on_a_copy():
     problem = make_problem("elastic", n_cells=10, n_keep=4, n_sink=1)
     problem["kind"][:] = [0] + [1] * 8 + [0]
     problem["importance"][:] = [1, 9, 9, 9, 9, 1, 1, 1, 1, 1]
-    problem["recent"][:] = 1
+    problem["recent"][:] = 0
     problem["keys"][:, :, 1:5], problem["keys"][:, :, 5:9] = 1.0, -1.0
     problem["values"][:, :, 1:5], problem["values"][:, :, 5:9] = 1.0, -1.0
     plan = core.make_plan(**problem)

@@ -13,6 +13,7 @@
 
 #include <numeric>
 #include <optional>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -29,7 +30,7 @@ static std::string rule_name(score_rule r) {
     return names[(int) r];
 }
 static std::string rule_name(select_rule r) {
-    static const char * names[] = { "all", "top", "heavy_recent", "window_top", "image_first", "image_cover" };
+    static const char * names[] = { "all", "top", "heavy_recent", "window_top", "image_first", "cover" };
     return names[(int) r];
 }
 static std::string rule_name(combine_rule r) {
@@ -136,8 +137,8 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
     res["positions"]  = to_array(rank_positions(p));
     res["rank_score"] = to_array(p.rank_score);
 
-    res["bias_weight"] = p.bias_weight;
-    res["key_weight"]  = p.key_weight;
+    res["key_weight"] = to_array(p.key_weight);
+    res["weight"]     = to_array(p.weight);
     return res;
 }
 
@@ -175,7 +176,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
                                 const std::string & type_k, const u8_array & v, const std::string & type_v, bool v_transposed,
                                 int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
                                 const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
-                                const f32_array & bias, float bias_weight, float key_weight) {
+                                const f32_array & bias, const std::optional<f32_array> & weight, float key_weight) {
     if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
         throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
     }
@@ -185,8 +186,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     p.n_keep    = (int32_t) kept.shape(2);
     p.n_cells   = (int32_t) bucket.shape(2);
 
-    p.bias_weight = bias_weight;
-    p.key_weight  = key_weight;
+    p.key_weight.assign(p.n_cells, key_weight);
+    p.weight = make_map(weight ? *weight : mass, "weight");
     p.kept.assign(kept.data(), kept.data() + kept.size());
     p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
 
@@ -201,9 +202,9 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     const kv_rows        t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
 
     const cell_state in = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
-    for (const auto * m : { &in.mass, &in.count, &in.bias }) {
+    for (const auto * m : { &in.mass, &in.count, &in.bias, &std::as_const(p).weight }) {
         if (m->n_layer != 1 || m->n_head_kv != p.n_head_kv || m->n_cells != p.n_cells) {
-            throw error("[merge_layer] mass, count and bias: expected [1, n_head_kv, n_cells] like the plan");
+            throw error("[merge_layer] mass, count, bias and weight: expected [1, n_head_kv, n_cells] like the plan");
         }
     }
     cell_state         out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
@@ -291,8 +292,10 @@ void bind_core(py::module_ & m) {
         "Logical indices of the cells among which each head loses one of its own.");
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
-             py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("bias_weight") = 1.0f,
-             py::arg("key_weight") = 0.0f, "Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).");
+             py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
+             py::arg("key_weight") = 0.0f,
+             "Carry out a plan of one layer on copies of K and V, by weights that are the mass unless given; returns (k, v, mass, count, "
+             "bias).");
     core.def("quantize_rows", &quantize_rows, py::arg("type"), py::arg("x"), "Rows of f32 [n, d] as stored bytes.");
     core.def("dequantize_rows", &dequantize_rows, py::arg("type"), py::arg("bytes"), py::arg("d"), "Stored bytes as f32 [n, d].");
 }

@@ -27,7 +27,7 @@ static void assign_nearest(const cells & c, const int32_t * kept, int32_t n_keep
 }
 
 void assign_buckets(combine_rule rule, const cells & c, plan & p) {
-    // what the selection found already (image_cover) stays
+    // what the selection found already (cover) stays
     p.bucket.resize((size_t) p.n_layer * p.n_head_kv * p.n_cells, -1);
 
     for (int32_t il = 0; il < p.n_layer; ++il) {

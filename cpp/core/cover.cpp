@@ -13,23 +13,23 @@ namespace elastic {
 
 namespace {
 
-// a run of image cells, the same for all layers and heads
-struct image_run {
+// neighboring cells that are all of an image or all not, of which some have to go: the same for all layers and heads
+struct run_of_kind {
     std::vector<int32_t> cells;       // logical indices, ascending
     std::vector<int32_t> protect;     // places in `cells`
     int32_t              first  = 0;  // rank of its first kept cell
     int32_t              n_keep = 0;
 };
 
-std::vector<image_run> find_runs(const plan_params & params, const cells & c, const plan & p) {
-    const auto protect = protected_cells(select_rule::image_cover, params, c);
+std::vector<run_of_kind> find_runs(const plan_params & params, const cells & c, const plan & p) {
+    const auto protect  = protected_cells(select_rule::cover, params, c);
+    const auto is_image = [&](int32_t i) {
+        return c.kind[i] == cell_kind::image;
+    };
 
-    std::vector<image_run> res;
+    std::vector<run_of_kind> res;
     for (int32_t i = 0; i < c.size(); ++i) {
-        if (c.kind[i] != cell_kind::image) {
-            continue;
-        }
-        if (i == 0 || c.kind[i - 1] != cell_kind::image) {
+        if (i == 0 || is_image(i) != is_image(i - 1)) {
             res.emplace_back();
         }
         auto & run = res.back();
@@ -47,6 +47,10 @@ std::vector<image_run> find_runs(const plan_params & params, const cells & c, co
         run.first          = (int32_t) (lo - kept);
         run.n_keep         = (int32_t) (hi - lo);
     }
+    const auto is_whole = [](const run_of_kind & run) {
+        return run.n_keep == (int32_t) run.cells.size();
+    };
+    res.erase(std::remove_if(res.begin(), res.end(), is_whole), res.end());
     return res;
 }
 
@@ -90,7 +94,7 @@ void inner_products(const float * const * cells, const float * anchors, int32_t 
 class features {
   public:
     // memory is kept from run to run
-    void fill(const image_run & run, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v) {
+    void fill(const run_of_kind & run, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v) {
         n = (int32_t) run.cells.size();
         d = (d_k + d_v + N_LANES - 1) / N_LANES * N_LANES;
         data.assign((size_t) n * d, 0.0f);
@@ -139,7 +143,7 @@ class features {
     std::vector<float> data;   // [n][d]
     std::vector<float> norms;  // squared, [n]
 
-    void put(const image_run & run, const std::vector<float> & x, int32_t d_x, int32_t first) {
+    void put(const run_of_kind & run, const std::vector<float> & x, int32_t d_x, int32_t first) {
         std::vector<double> mean(d_x, 0.0);
         std::vector<double> sq(d_x, 0.0);
         for (const int32_t i : run.cells) {
@@ -168,7 +172,7 @@ class features {
 // are N_ANCHORS new anchors: many cells with a few anchors at a time stay in the cache.
 class chooser {
   public:
-    chooser(const image_run & run, const cells & c, const features & f, const float * score)
+    chooser(const run_of_kind & run, const cells & c, const features & f, const float * score)
         : run(run), c(c), f(f), score(score), n((int32_t) run.cells.size()), has_place(n, 0), known(n),
           side_by_side((size_t) N_ANCHORS * f.size(), 0.0f) {}
 
@@ -222,11 +226,11 @@ class chooser {
         int32_t n_seen   = 0;  // anchors looked at
     };
 
-    const image_run & run;
-    const cells &     c;
-    const features &  f;
-    const float *     score;
-    const int32_t     n;
+    const run_of_kind & run;
+    const cells &       c;
+    const features &    f;
+    const float *       score;
+    const int32_t       n;
 
     std::vector<uint8_t>        has_place;
     std::vector<nearest_anchor> known;
@@ -317,8 +321,7 @@ class chooser {
 
 }  // namespace
 
-void cover_images(const plan_params & params, const cells & c, const head_map & score, const row_source & rows, plan & p,
-                  int32_t n_threads) {
+void cover_runs(const plan_params & params, const cells & c, const head_map & score, const row_source & rows, plan & p, int32_t n_threads) {
     const auto    runs = find_runs(params, c, p);
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();

@@ -62,10 +62,10 @@ std::vector<float> towards(const std::vector<float> & weights, float share) {
     return res;
 }
 
-// what an anchor's log mass without its bias, which is linear in its key, loses on the way to the mean key
-double log_mass_lost(const float * mass, const float * bias, const std::vector<int32_t> & members, const std::vector<float> & weights) {
+// what an anchor's log weight without its bias, which is linear in its key, loses on the way to the mean key
+double log_weight_lost(const float * weight, const float * bias, const std::vector<int32_t> & members, const std::vector<float> & weights) {
     const auto of_key = [&](int32_t i) {
-        return (mass[members[0]] > 0.0f ? std::log((double) mass[i]) : 0.0) - bias[i];
+        return (weight[members[0]] > 0.0f ? std::log((double) weight[i]) : 0.0) - bias[i];
     };
     double res = 0.0;
     double sum = 0.0;
@@ -144,6 +144,9 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
                     ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));
     }
+    if (rule == combine_rule::mass && ((int32_t) p.key_weight.size() != p.n_cells || p.weight.n_cells != p.n_cells)) {
+        throw error("[merge_layer] weights: the plan has none for its " + std::to_string(p.n_cells) + " cells");
+    }
     check_shape(k, p, "K");
     check_shape(v, p, "V");
     check_rows(rows_src, k, v, "rows_src");
@@ -156,14 +159,17 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         const int32_t * kept = p.kept_row(il, ih);
         const groups    g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep);
 
-        const float * mass  = in.mass.row(il, ih);
-        const float * count = in.count.row(il, ih);
-        const float * bias  = in.bias.row(il, ih);
+        const float * mass   = in.mass.row(il, ih);
+        const float * count  = in.count.row(il, ih);
+        const float * bias   = in.bias.row(il, ih);
+        const float * weight = rule == combine_rule::mass ? p.weight.row(il, ih) : nullptr;
 
         // everything is read before anything is written, so rows may move anywhere
-        const bool moves_keys = rule == combine_rule::nearest_mean || (rule == combine_rule::mass && p.key_weight > 0.0f);
-        head_rows  head_k(k, rows_src, kept, p.n_keep, ih, moves_keys);
-        head_rows  head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
+        const bool moves_keys =
+            rule == combine_rule::nearest_mean ||
+            (rule == combine_rule::mass && std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; }));
+        head_rows head_k(k, rows_src, kept, p.n_keep, ih, moves_keys);
+        head_rows head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
 
         for (int32_t j = 0; j < p.n_keep; ++j) {
             const int32_t anchor = kept[j];
@@ -192,16 +198,16 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 }
                 head_k.merge(rows_dst[j], members, weights);
             } else {
-                const bool by_mass = mass[anchor] > 0.0f;
+                // in f64: a quotient by a subnormal weight is infinite in f32
+                double total = 0.0;
                 for (const int32_t i : members) {
-                    weights.push_back(by_mass ? mass[i] : 1.0f);
+                    weights.push_back(weight[anchor] > 0.0f ? weight[i] : 1.0f);
+                    total += weights.back();
                 }
-                // in f64: a quotient by a subnormal mass is infinite in f32
-                const double n_times = by_mass ? (double) mass_sum / mass[anchor] : (double) members.size();
-                double       more    = p.bias_weight * std::log(n_times);
-                if (moves_keys) {
-                    more += p.key_weight * log_mass_lost(mass, bias, members, weights);
-                    head_k.merge(rows_dst[j], members, towards(weights, p.key_weight));
+                double more = std::log(total / weights[0]);
+                if (p.key_weight[anchor] > 0.0f) {
+                    more += p.key_weight[anchor] * log_weight_lost(weight, bias, members, weights);
+                    head_k.merge(rows_dst[j], members, towards(weights, p.key_weight[anchor]));
                 }
                 out.bias.row(il, ih)[j] = (float) (bias[anchor] + more);
             }

@@ -17,11 +17,12 @@ struct cell_state {
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
 // Rows that are only moved are copied bit by bit; merged rows are computed in f32 and re-quantized.
 //   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise
-//   mass:         V = sum(mass_i V_i) / sum(mass_i), bias += bias_weight * ln(sum(mass_i) / mass_anchor)
-//                 (mass_anchor == 0: plain mean and ln of the number of cells)
-//                 K = K_anchor + key_weight * (mean of the group's K by the same weights - K_anchor). The mass of a cell is
+//   mass:         with the plan's weights w, the attention that is expected of a cell:
+//                 V = sum(w_i V_i) / sum(w_i), bias += ln(sum(w_i) / w_anchor)
+//                 (w_anchor == 0: plain mean and ln of the number of cells)
+//                 K = K_anchor + key_weight * (mean of the group's K by the same weights - K_anchor). What a cell is given is
 //                 exp(q K + bias), so without the bias its logarithm moves with the key:
-//                 bias += key_weight * (ln(mass_anchor) - bias_anchor - mean of the group's (ln(mass_i) - bias_i))
+//                 bias += key_weight * (ln(w_anchor) - bias_anchor - mean of the group's (ln(w_i) - bias_i))
 // `out` must be sized [n_layer][n_head_kv][n_keep]; layer il of it is filled.
 void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v, const std::vector<int32_t> & rows_src,
                  const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out);

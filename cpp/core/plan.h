@@ -14,9 +14,11 @@ struct plan {
 
     // logical indices of the kept cells in rank order, which need not ascend  [n_layer][n_head_kv][n_keep]
     std::vector<int32_t> kept;
-    // share of the log bias that anchors get, and of the way to their group's mean that their keys go, see merge.h
-    float                bias_weight = 1.0f;
-    float                key_weight  = 0.0f;
+
+    // for merge.h: the attention that is expected of each cell  [n_layer][n_head_kv][n_cells], and the share of the way to its
+    // group's mean that the key of an anchor goes  [n_cells]
+    head_map           weight;
+    std::vector<float> key_weight;
 
     // score of a rank summed over layers and heads, infinite where a protected cell holds it  [n_keep]
     std::vector<float>   rank_score;

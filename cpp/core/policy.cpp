@@ -26,7 +26,7 @@ const std::vector<policy> & policies() {
         { "snapkv",        s::window,          k::window_top,   c::evict,        g::lowest,   "attention of the last queries, pooled, per KV head (SnapKV)" },
         { "elastic-paper", s::frequency_layer, k::top,          c::nearest_mean, g::distance, "anchors per layer, neighbours averaged into them (Elastic Cache, section 3)" },
         { "elastic-evict", s::by_kind,         k::image_first,  c::evict,        g::per_head, "text stays, image cells per KV head, the others are lost" },
-        { "elastic",       s::by_kind,         k::image_cover,  c::mass,         g::per_head, "text stays, image cells per KV head, the others are merged and keep their attention mass" },
+        { "elastic",       s::by_kind,         k::cover,        c::mass,         g::per_head, "text stays while it can, then cells per KV head; the others are merged and keep their attention mass" },
         // clang-format on
     };
     return table;
@@ -90,8 +90,7 @@ static void check(const policy & pol, const plan_params & params, const cells & 
 }
 
 int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep) {
-    const bool has_image = std::find(c.kind.begin(), c.kind.end(), cell_kind::image) != c.kind.end();
-    return pol.combine == combine_rule::mass && has_image && !c.ends_with_image() ? std::min(answer_reserve, n_keep / 8) : 0;
+    return pol.combine == combine_rule::mass && !c.ends_with_image() ? std::min(answer_reserve, n_keep / 8) : 0;
 }
 
 plan make_plan(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance, const row_source * rows,
@@ -104,18 +103,20 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     p.n_cells   = c.size();
     p.n_keep    = pol.select == select_rule::all ? p.n_cells : params.n_keep;
 
-    const head_map    score = score_cells(pol.score, c, importance);
+    head_map          score = score_cells(pol.score, c, importance);
     const plan_params own   = { p.n_keep, params.n_sink };
     select_cells(pol.select, pol.ranked(), own, c, score, p);
-    if (pol.select == select_rule::image_cover) {
-        cover_images(own, c, score, *rows, p, n_threads);
-    }
-    if (pol.combine == combine_rule::mass) {
-        p.bias_weight = c.ends_with_image() ? bias_ahead : 1.0f;
-        p.key_weight  = c.ends_with_image() ? 0.0f : key_weight;
+    if (pol.select == select_rule::cover) {
+        cover_runs(own, c, score, *rows, p, n_threads);
     }
     sum_rank_scores(pol.select, own, c, score, p);
     assign_buckets(pol.combine, c, p);
+    if (pol.combine == combine_rule::mass) {
+        for (const cell_kind kind : c.kind) {
+            p.key_weight.push_back(kind == cell_kind::image ? key_weight : 0.0f);
+        }
+        p.weight = std::move(score);
+    }
 
     return p;
 }

@@ -25,13 +25,13 @@ enum class select_rule : int32_t {
     heavy_recent,  // the most recent cells take half of the places, the highest scores the other half (H2O)
     window_top,    // the last window_size cells stay, the highest scores take the rest (SnapKV)
     image_first,   // text stays, image cells share what is left; see select.h
-    image_cover,   // the same, image cells taken so that those left out have a near one; see cover.h
+    cover,         // the same share for each kind, cells taken so that those left out have a near one; see cover.h
 };
 
 enum class combine_rule : int32_t {
     evict,         // dropped cells are lost
     nearest_mean,  // join the nearest anchor by logical index, K and V become the mean (the paper)
-    mass,          // image cells join the nearest kept one: V by importance, K moves part of the way, log bias
+    mass,          // dropped cells join the nearest kept one: V by score, log bias, an image's K moves part of the way
 };
 
 enum class generate_rule : int32_t {
@@ -45,25 +45,26 @@ enum class generate_rule : int32_t {
 // queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
 constexpr int32_t window_size     = 32;
 // how much the weight of a query of text shrinks with every later one in the recent score of score_rule::by_kind
-constexpr float   text_decay      = 15.0f / 16.0f;
+constexpr float   text_decay      = 0.9f;
 // generate_rule::per_head: the newest tokens that never leave
 constexpr int32_t per_head_recent = 16;
 // and the tokens up to which an answer counts as short: text that was kept whole stays as long
 constexpr int32_t short_answer    = 4;
-// score_rule::by_kind and combine_rule::mass, when the cells end with an image: what share of the log bias an anchor
-// gets. The weights come from patches that look at each other, and a later question would be pulled astray by all of it
-constexpr float   bias_ahead      = 0.5f;
 // and the tokens between two of which the attention is added to the scores: to read all keys for that costs time
 constexpr int32_t score_interval  = 4;
-// combine_rule::mass: how far an anchor's key moves to the mean of its group's, unless the cells end with an image
+// combine_rule::mass: how far the key of an image's anchor moves to the mean of its group's
 constexpr float   key_weight      = 0.4f;
 // and the cells that it leaves for the answer, which then has to drop fewer while it is written
 constexpr int32_t answer_reserve  = 4;
-// neighbors that a recent score is averaged over, and of text in score_rule::by_kind: what belongs to a word is said around it
+// select_rule::cover: the newest text stays as it is, a quarter of all cells at most
+constexpr int32_t text_recent     = 16;
+// and the first cells of an image while its question is still to come
+constexpr int32_t image_start     = 3;
+// neighbors that a recent score is averaged over, and in score_rule::by_kind: what belongs to a word is said around it
 constexpr int32_t pool_size       = 7;
-constexpr int32_t text_pool_size  = 13;
-// score_rule::by_kind: what the recent score counts for image cells whose question is known
-constexpr float   image_recent    = 0.1f;
+constexpr int32_t kind_pool_size  = 13;
+// score_rule::by_kind: what the recent score counts for image cells while the question is still to come
+constexpr float   asked_ahead     = 3.0f;
 
 struct policy {
     const char *  name;
@@ -84,7 +85,7 @@ struct policy {
 
     // whether kept cells are ordered by score, so that the last of them may leave in all heads at once
     bool    ranked() const { return generate == generate_rule::lowest; }
-    bool    needs_rows() const { return select == select_rule::image_cover; }
+    bool    needs_rows() const { return select == select_rule::cover; }
     // whether scores go on while generating
     bool    scores_generation() const { return generate == generate_rule::heavy || generate == generate_rule::per_head; }
     // at every how many tokens
@@ -107,7 +108,7 @@ struct importance_map {
     head_map recent;  // from the last ones, see policy::n_window and policy::decay
 };
 
-// keys and values as f32, for select_rule::image_cover only
+// keys and values as f32, for select_rule::cover only
 struct row_source {
     virtual ~row_source()                                             = default;
     virtual int32_t n_embd_head_k() const                             = 0;

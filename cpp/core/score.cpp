@@ -43,20 +43,26 @@ static double total(const float * x, int32_t n) {
 // in place
 static void score_by_kind(const cells & c, const float * recent, float * score) {
     const int32_t n        = c.size();
-    const auto    of_image = pooled(recent, n, pool_size);
-    const auto    of_text  = pooled(recent, n, text_pool_size);
-    const double  n0       = total(score, n);
-    const double  n_image  = total(of_image.data(), n);
-    const double  n_text   = total(of_text.data(), n);
+    const auto    is_image = [&](int32_t i) {
+        return c.kind[i] == cell_kind::image;
+    };
+    // the first words and the question draw far more than patches do, which must not spill over to the patches beside them
+    std::vector<float> image_only(recent, recent + n);
+    for (int32_t i = 0; i < n; ++i) {
+        image_only[i] = is_image(i) ? recent[i] : 0.0f;
+    }
+    const auto   of_image = pooled(image_only.data(), n, kind_pool_size);
+    const auto   of_text  = pooled(recent, n, kind_pool_size);
+    const double n_sum    = total(score, n);
+    const double n_image  = total(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
+    const double n_text   = total(of_text.data(), n);
 
     const auto share = [](double x, double all) {
         return all > 0.0 ? x / all : 0.0;
     };
     for (int32_t i = 0; i < n; ++i) {
-        const double asked = c.kind[i] != cell_kind::image ? share(of_text[i], n_text)
-                             : c.ends_with_image()         ? share(of_image[i], n_image)
-                                                           : image_recent * share(of_image[i], n_image);
-        score[i]           = (float) (share(score[i], n0) + asked);
+        const double asked = is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text);
+        score[i]           = (float) (share(score[i], n_sum) + asked);
     }
 }
 

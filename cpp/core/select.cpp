@@ -40,11 +40,34 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
     for (int32_t i = 0; i < n; ++i) {
         res[i] |= c.pinned[i] != 0;
     }
+    if (rule != select_rule::cover) {
+        return res;
+    }
+    int32_t    n_free = params.n_keep - (int32_t) std::count(res.begin(), res.end(), 1);
+    const auto add    = [&](int32_t i) {
+        if (!res[i] && n_free > 0) {
+            res[i] = 1;
+            n_free--;
+        }
+    };
+    const int32_t n_recent = std::min(text_recent, params.n_keep / 4);
+    for (int32_t i = n - 1; i >= std::max(0, n - n_recent); --i) {
+        if (c.kind[i] != cell_kind::image) {
+            add(i);
+        }
+    }
+    int32_t n_image = 0;  // in a row
+    for (int32_t i = 0; i < n && c.ends_with_image(); ++i) {
+        n_image = c.kind[i] == cell_kind::image ? n_image + 1 : 0;
+        if (n_image > 0 && n_image <= image_start) {
+            add(i);
+        }
+    }
     return res;
 }
 
 static bool by_kind(select_rule rule) {
-    return rule == select_rule::image_first || rule == select_rule::image_cover;
+    return rule == select_rule::image_first || rule == select_rule::cover;
 }
 
 namespace {

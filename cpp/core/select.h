@@ -4,7 +4,7 @@
 
 namespace elastic {
 
-// how many image cells and text cells stay when n_keep of the cells may (select_rule::image_first and image_cover)
+// how many image cells and text cells stay when n_keep of the cells may (select_rule::image_first and cover)
 //   all text stays while it leaves image cells at least half of their proportional share
 //   (n_keep*n_image/(2*n_cells), rounded down); otherwise the image gets that share and text the rest
 struct split {
@@ -20,13 +20,15 @@ int32_t recent_cells(select_rule rule, const plan_params & params);
 // 1 for the cells that stay whatever their score  [n_cells]
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c);
 
-// image_first works on runs of neighbouring cells of one kind: the kind's number of cells is shared between its runs in
+// image_first and cover work on runs of neighbouring cells of one kind: the kind's number of cells is shared between its runs in
 // proportion to their unprotected cells (rounded down, what is left over to the earlier runs), so that rank j is of the
 // same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.
 //
 // fills kept of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
-// heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most). Ties go to the
-// earlier cell. If the protected cells alone exceed n_keep, elastic::error says so.
+// heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most), with cover what is no
+// image of the last text_recent cells (n_keep/4 at most) and, if the cells end with an image, the first image_start cells of
+// every image, as far as there is room. Ties go to the earlier cell. If the protected cells
+// alone exceed n_keep, elastic::error says so.
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and
 //   may leave without moving anything. Otherwise ranks are in logical order.

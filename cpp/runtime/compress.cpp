@@ -137,6 +137,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     stats.t_plan_us += t_merge - t_plan;
     stats.t_merge_us += t_end - t_merge;
 
+    p.weight  = {};  // as large as the scores, and of no more use
     plan_last = std::move(p);
 
     return st.n_prompt_cells;

@@ -14,7 +14,8 @@ import numpy as np
 class Cells:
     """What the cells of one head hold and stand for.
 
-    ``k``, ``v`` are [n, d]; ``mass``, ``count`` and ``bias`` are [n].
+    ``k``, ``v`` are [n, d]; ``mass``, ``count``, ``bias`` and ``weight``, by which a merge of rule
+    "mass" weighs them, are [n].
     """
 
     k: np.ndarray
@@ -22,6 +23,7 @@ class Cells:
     mass: np.ndarray
     count: np.ndarray
     bias: np.ndarray
+    weight: np.ndarray | None = None
 
 
 def members_of(j: int, kept: np.ndarray, bucket: np.ndarray) -> list[int]:
@@ -40,7 +42,6 @@ def merge(
     kept: np.ndarray,
     bucket: np.ndarray,
     cells: Cells,
-    bias_weight: float = 1,
     key_weight: float = 0,
 ) -> tuple[Cells, list[bool]]:
     """The kept cells after a merge (in f64), and which of them took others in."""
@@ -61,15 +62,16 @@ def merge(
             out.k[j] = mean(cells.k[group], cells.count[group])
             out.v[j] = mean(cells.v[group], cells.count[group])
             continue
-        mass = cells.mass[group].astype(np.float64) if cells.mass[a] > 0 else np.ones(len(group))
-        out.v[j] = mean(cells.v[group], mass)
-        out.bias[j] += bias_weight * np.log(mass.sum() / mass[0])
-        goal = mean(cells.k[group], mass)
+        weight = cells.mass if cells.weight is None else cells.weight
+        w = weight[group].astype(np.float64) if weight[a] > 0 else np.ones(len(group))
+        out.v[j] = mean(cells.v[group], w)
+        out.bias[j] += np.log(w.sum() / w[0])
+        goal = mean(cells.k[group], w)
         out.k[j] = (1 - key_weight) * out.k[j] + key_weight * goal
-        seen = mass > 0
+        seen = w > 0
         bias = cells.bias[group].astype(np.float64)
-        of_key = np.log(mass[seen]) - bias[seen]  # log mass without the bias, linear in the key
-        out.bias[j] += key_weight * (of_key[0] - (mass[seen] * of_key).sum() / mass.sum())
+        of_key = np.log(w[seen]) - bias[seen]  # log weight without the bias, linear in the key
+        out.bias[j] += key_weight * (of_key[0] - (w[seen] * of_key).sum() / w.sum())
     return out, took
 
 

@@ -11,7 +11,7 @@ import numpy as np
 TEXT, IMAGE, GENERATED = 0, 1, 2
 
 
-WINDOW, POOL, TEXT_POOL, IMAGE_RECENT = 32, 7, 13, 0.1
+WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
 
 
 def scores(
@@ -23,7 +23,6 @@ def scores(
     for layer, head in np.ndindex(n_layer, n_head):
         sums = importance[layer, head].astype(np.float64)
         pool = None if recent is None else pooled(recent[layer, head], POOL)
-        text_pool = None if recent is None else pooled(recent[layer, head], TEXT_POOL)
         for i in range(n_cells):
             if rule == "frequency":
                 out[layer, head, i] = sums[i]
@@ -39,10 +38,14 @@ def scores(
             elif rule == "window":
                 out[layer, head, i] = pool[i]
             elif rule == "by_kind":
-                if kind[i] != IMAGE:
-                    asked = share_of(text_pool[i], text_pool)
+                row = recent[layer, head]
+                if kind[i] == IMAGE:
+                    near = pooled(np.where(kind == IMAGE, row, 0), KIND_POOL)[i]
+                    times = ASKED_AHEAD if kind[-1] == IMAGE else 1
+                    asked = times * share_of(near, row)
                 else:
-                    asked = share_of(pool[i], pool) * (1 if kind[-1] == IMAGE else IMAGE_RECENT)
+                    near = pooled(row, KIND_POOL)
+                    asked = share_of(near[i], near)
                 out[layer, head, i] = share_of(sums[i], sums) + asked
     return out
 
@@ -80,12 +83,19 @@ def ends(rule: str, n_keep: int, n_sink: int) -> tuple[int, int]:
 def protected(
     rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int
 ) -> set[int]:
-    """Cells that stay whatever their score: sinks, the last ones, pinned cells."""
+    """Cells that stay whatever their score: the first, last and pinned ones; with cover more."""
     n_cells = len(kind)
     n_first, n_last = ends(rule, n_keep, n_sink)
     cells = set(range(max(0, n_cells - n_last), n_cells))
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
+    if rule == "cover":
+        recent = range(max(0, n_cells - min(TEXT_RECENT, n_keep // 4)), n_cells)
+        free = [i for i in reversed(recent) if i not in cells and kind[i] != IMAGE]
+        if kind[-1] == IMAGE:
+            images = [run for run in segments(kind) if kind[run[0]] == IMAGE]
+            free += [i for run in images for i in run[:IMAGE_START] if i not in cells]
+        cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
 
 
@@ -106,7 +116,7 @@ def split(n_keep: int, n_text: int, n_image: int) -> tuple[int, int]:
 
 
 def left_free(n_keep: int) -> int:
-    """Cells that `elastic` leaves for the answer when a prompt with an image is compressed."""
+    """Cells that `elastic` leaves for the answer when it compresses a prompt."""
     return min(4, n_keep // 8)
 
 
@@ -138,7 +148,7 @@ def share(runs: list[list[int]], stay: set[int], n_keep: int) -> list[int]:
 
 def quotas(rule: str, kind: np.ndarray, stay: set[int], n_keep: int) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
-    if rule not in ("image_first", "image_cover"):
+    if rule not in ("image_first", "cover"):
         return [(list(range(len(kind))), n_keep)]
     runs = segments(kind)
     image = [run for run in runs if kind[run[0]] == IMAGE]
@@ -229,7 +239,7 @@ def cover_run(
     x: np.ndarray,
     n_keep: int,
 ) -> tuple[list[int], dict[int, int]]:
-    """Kept cells of a run of image cells, ascending, and for the others the kept one nearest."""
+    """Kept cells of a run of one kind, ascending, and for the others the kept one nearest."""
     chosen = [i for i in run if i in stay]
 
     def anchors() -> list[int]:
@@ -262,16 +272,16 @@ def cover(
     kept: np.ndarray,
     n_sink: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kept cells with those of images chosen anew, and buckets of the dropped image cells."""
+    """Kept cells chosen anew in every run of one kind, and buckets of the dropped ones."""
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
-    stay = protected("image_cover", kind, pinned, kept.shape[2], n_sink)
+    stay = protected("cover", kind, pinned, kept.shape[2], n_sink)
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
         for run in segments(kind):
-            if kind[run[0]] != IMAGE:
-                continue
             ranks = [j for j, i in enumerate(row) if i in run]
+            if len(ranks) == len(run):
+                continue
             x = run_features(run, keys[layer, head], values[layer, head])
             chosen, joins = cover_run(run, stay, pinned, score[layer, head], x, len(ranks))
             for j, i in zip(ranks, chosen):
@@ -284,7 +294,7 @@ def cover(
 def buckets(
     rule: str, kept: np.ndarray, kind: np.ndarray, pinned: np.ndarray, found: np.ndarray
 ) -> np.ndarray:
-    """Bucket of every cell [L, H, T]; `found` is what `cover` said of the dropped image cells."""
+    """Bucket of every cell [L, H, T]; `found` is what `cover` said of the dropped cells."""
     n_layer, n_head, _ = kept.shape
     out = found.copy() if rule == "mass" else np.full(found.shape, -1)
     for layer, head in np.ndindex(n_layer, n_head):

@@ -93,11 +93,11 @@ def merge_layer(
     mass: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     count: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     bias: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
-    bias_weight: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    weight: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     key_weight: typing.SupportsFloat | typing.SupportsIndex = 0.0,
 ) -> tuple:
     """
-    Carry out a plan of one layer on copies of K and V; returns (k, v, mass, count, bias).
+    Carry out a plan of one layer on copies of K and V, by weights that are the mass unless given; returns (k, v, mass, count, bias).
     """
 
 def policies() -> list:
