@@ -35,20 +35,21 @@ struct groups {
     }
 };
 
-// sum(w_i x_i) / sum(w_i) over rows of x [n][d]
+// sum(w_i x_i) / sum(w_i) over rows of x [n][d]; in f64, so that the order of the rows does not show
 void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<int32_t> & members, const std::vector<float> & weights,
                    float * dst) {
-    std::fill(dst, dst + d, 0.0f);
-    float total = 0.0f;
+    std::vector<double> sum(d, 0.0);
+    double              total = 0.0;
     for (size_t k = 0; k < members.size(); ++k) {
+        const double  w   = weights[k];
         const float * row = x.data() + (size_t) members[k] * d;
         for (int32_t e = 0; e < d; ++e) {
-            dst[e] += weights[k] * row[e];
+            sum[e] += w * row[e];
         }
-        total += weights[k];
+        total += w;
     }
     for (int32_t e = 0; e < d; ++e) {
-        dst[e] /= total;
+        dst[e] = (float) (sum[e] / total);
     }
 }
 
