@@ -12,7 +12,8 @@
 
 namespace elastic {
 
-cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg) : shape(shape) {
+cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg, float bias_scale)
+    : shape(shape), scale(bias_scale) {
     const auto make = [&] {
         std::vector<lazy_map> res;
         for (int32_t i = 0; i < shape.n_stream; ++i) {
@@ -277,8 +278,9 @@ void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, f
     if (value != 0.0f) {
         set_biased(strm, cell, true);
     }
-    ggml_tensor * t = bias_tensors[il];
-    ggml_backend_tensor_set(t, &x, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
+    const float   scaled = value * (1.0f / scale);
+    ggml_tensor * t      = bias_tensors[il];
+    ggml_backend_tensor_set(t, &scaled, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
 }
 
 void cell_store::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
@@ -311,11 +313,14 @@ int64_t cell_store::bias_bytes_per_cell() const {
 }
 
 void cell_store::upload_bias(uint32_t strm, int32_t cell_min, int32_t cell_max) {
+    std::vector<float> scaled(cell_max - cell_min);
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         ggml_tensor * t = bias_tensors[il];
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            ggml_backend_tensor_set(t, bias[strm].row(index(il, ih)) + cell_min, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
-                                    (cell_max - cell_min) * sizeof(float));
+            const float * row = bias[strm].row(index(il, ih)) + cell_min;
+            std::transform(row, row + scaled.size(), scaled.begin(), [&](float x) { return x * (1.0f / scale); });
+            ggml_backend_tensor_set(t, scaled.data(), strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
+                                    scaled.size() * sizeof(float));
         }
     }
 }

@@ -16,7 +16,8 @@ namespace elastic {
 class cell_store {
   public:
     // maps that the policy does not need are not allocated
-    cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg);
+    // bias_scale: what the graphs multiply the logits with after they have added the bias
+    cell_store(const llama_kv_cache & kv, const kv_shape & shape, const config & cfg, float bias_scale);
 
     // an ordinary, new cell
     void reset_cell(uint32_t strm, int32_t cell, cell_kind kind);
@@ -71,11 +72,13 @@ class cell_store {
     bool          has_bias_map() const { return !bias.empty(); }
     bool          any_bias() const { return n_biased > 0; }
     ggml_tensor * bias_tensor(int32_t il_model) const;
+    float         bias_scale() const { return scale; }
 
     int64_t bias_bytes_per_cell() const;
 
   private:
     const kv_shape shape;
+    const float    scale;
 
     // [n_stream] of maps over all cells of the stream. Of the recent scores a policy has one; both are kept
     // while recording
@@ -95,7 +98,7 @@ class cell_store {
     std::vector<std::vector<uint8_t>>   biased;  // [n_stream][kv_size]
     int64_t                             n_biased = 0;
 
-    // the bias where the graphs read it, one tensor per layer: F32 [kv_size, n_head_kv, n_stream]
+    // the bias over its scale where the graphs read it, one tensor per layer: F32 [kv_size, n_head_kv, n_stream]
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
     std::vector<ggml_tensor *>           bias_tensors;

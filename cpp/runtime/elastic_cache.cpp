@@ -112,6 +112,15 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
     return shape;
 }
 
+// Without flash attention most models scale the logits by this. Where one does not, the graph corrects it.
+static float bias_scale_of(const llama_context & ctx, const kv_shape & shape) {
+    const float given = ctx.get_model().hparams.f_attention_scale;
+    if (ctx.get_cparams().flash_attn) {
+        return 1.0f;  // the bias goes into the mask
+    }
+    return given != 0.0f ? given : 1.0f / std::sqrt((float) shape.n_embd_head_k);
+}
+
 elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     : cfg(cfg), ctx(ctx), kv(plain_kv_cache(ctx)), shape(read_shape(ctx, kv)) {
     for (const auto & [name, type, trans] :
@@ -120,7 +129,7 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
     }
-    store = std::make_unique<cell_store>(kv, shape, cfg);
+    store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
     n_touched_v.assign(shape.n_stream, 0);
     on_host = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
@@ -333,6 +342,14 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         }
     }
 
+    std::vector<std::vector<uint8_t>> used(n_stream);
+    for (int64_t s = 0; s < n_stream; ++s) {
+        const auto & cells = kv.get_cells_mut((uint32_t) (sinfo.s0 + s));
+        for (int64_t i = 0; i < res->t_attn_sums.front().second->ne[0]; ++i) {
+            used[s].push_back(!cells.is_empty(i));
+        }
+    }
+
     const bool fading = fades(ubatch);
 
     std::vector<float> data;
@@ -351,15 +368,13 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         const int64_t n_gqa  = n_head / shape.n_head_kv;
 
         for (int64_t s = 0; s < n_stream; ++s) {
-            const uint32_t strm  = (uint32_t) (sinfo.s0 + s);
-            const auto &   cells = kv.get_cells_mut(strm);
+            const uint32_t strm = (uint32_t) (sinfo.s0 + s);
             for (int64_t h = 0; h < n_head; ++h) {
                 const float * src = data.data() + (s * n_head + h) * n_rows * n_kv;
                 const auto    add = [&](int64_t row, float * dst) {
+                    const uint8_t * is_used = used[s].data();
                     for (int64_t i = 0; i < n_kv; ++i) {
-                        if (!cells.is_empty(i)) {
-                            dst[i] += src[row * n_kv + i] / (float) n_gqa;
-                        }
+                        dst[i] += is_used[i] ? src[row * n_kv + i] / (float) n_gqa : 0.0f;
                     }
                 };
                 const int32_t ih = (int32_t) (h / n_gqa);

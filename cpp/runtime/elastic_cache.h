@@ -63,6 +63,7 @@ class elastic_cache : public llama_elastic_i {
     void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
     bool          has_bias() const override { return store->any_bias(); }
     ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
+    float         bias_scale() const override { return store->bias_scale(); }
 
     void on_batch(const llama_batch & batch) override;
     void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx) override;

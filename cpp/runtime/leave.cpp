@@ -9,6 +9,7 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace elastic {
 
@@ -76,6 +77,20 @@ void elastic_cache::let_leave(llama_seq_id seq_id) {
     }
 }
 
+// place in `rows` of the lowest value, the first of equal ones. Values >= 0 stand in the order of their bits, and compilers
+// make a vector loop of a minimum of integers, not of one of floats.
+static size_t first_lowest(const float * values, const std::vector<int32_t> & rows, std::vector<int32_t> & scratch) {
+    scratch.resize(rows.size());
+    int32_t lowest = INT32_MAX;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(&scratch[i], values + rows[i], sizeof(float));
+    }
+    for (const int32_t bits : scratch) {
+        lowest = std::min(lowest, bits);
+    }
+    return (size_t) (std::find(scratch.begin(), scratch.end(), lowest) - scratch.begin());
+}
+
 // Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
 // a head that loses another cell keeps this one in the place of the lost.
 void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
@@ -91,11 +106,13 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     }
     const int32_t freed = may_leave.back();
 
+    std::vector<int32_t> scratch;
+
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         std::vector<int32_t> lost;
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             const float * mass = store->mass_row(strm, il, ih);
-            lost.push_back(*std::min_element(may_leave.begin(), may_leave.end(), [&](int32_t a, int32_t b) { return mass[a] < mass[b]; }));
+            lost.push_back(may_leave[first_lowest(mass, may_leave, scratch)]);
         }
         move_rows(strm, il, freed, lost);
     }
