@@ -68,7 +68,7 @@ class Case:
         self.weight = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
         self.weight[rng.random(self.mass.shape) < 0.2] = 0
         self.count = rng.integers(1, 4, self.bucket.shape).astype(np.float32)
-        self.key_weight = float(rng.choice([0.0, 0.4, 1.0]))
+        self.key_weight = rng.choice(np.array([0.0, 0.4, 1.0], np.float32), n_cells)
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
 
     def stream(self, kind, transposed, poisoned):
@@ -95,7 +95,7 @@ class Case:
             self.count,
             self.bias,
             self.weight,
-            self.key_weight,
+            list(self.key_weight),
         )
         after_k = Stream(self.k.kind, False, self.n_head, self.d, k)
         after_v = Stream(self.v.kind, self.v.transposed, self.n_head, self.d, v)
@@ -138,8 +138,8 @@ def check(case, rule):
         want, took = oracle.merge(rule, kept, case.bucket[0, h], case.cells(h), case.key_weight)
         took = np.array(took)
         for name, before, after in (("k", case.k, after_k), ("v", case.v, after_v)):
-            moves = rule == "mass" and (name == "v" or case.key_weight > 0)
-            new = took & (rule == "nearest_mean" or moves)
+            moves = (name == "v") | (case.key_weight[kept] > 0)
+            new = took & (rule == "nearest_mean" or (rule == "mass") & moves)
             old_rows, new_rows = before.rows()[case.src[kept], h], after.rows()[case.dst, h]
             np.testing.assert_array_equal(new_rows[~new], old_rows[~new])
             if new.any():
@@ -194,7 +194,7 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
     case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
     case.mass = case.weight = mass[None, None].astype(np.float32)
-    case.key_weight = key_weight
+    case.key_weight = np.full(len(k), key_weight, np.float32)
     case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
     case.count = np.ones_like(case.mass) if count is None else count[None, None]
     return case

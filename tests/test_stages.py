@@ -126,6 +126,7 @@ def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
         e.image(image_rows(200, e.n_embd, 7), n + 30)
         e.prompt(random_tokens(10, N_VOCAB, 8), n + 230)
         before = e.session.mass(0).sum(-1)
+        asked = e.session.recent(0)[0].sum(-1) if policy == "elastic" else None
         assert (before > first_mass).all()
         held = e.session.compress(0)
         kept = math.ceil(0.4 * (n + 240))
@@ -136,6 +137,7 @@ def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
             text = e.session.cells(0)["kind"] != 1
             assert text.sum() == 100  # all text of both prompts is kept
             np.testing.assert_allclose(e.session.mass(0).sum(-1), before, rtol=1e-4)
+            np.testing.assert_allclose(e.session.recent(0)[0].sum(-1), asked, rtol=1e-4)
         assert np.isfinite(e.token(20, n + 240)).all()
 
 

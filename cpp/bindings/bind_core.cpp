@@ -176,7 +176,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
                                 const std::string & type_k, const u8_array & v, const std::string & type_v, bool v_transposed,
                                 int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
                                 const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
-                                const f32_array & bias, const std::optional<f32_array> & weight, float key_weight) {
+                                const f32_array & bias, const std::optional<f32_array> & weight, const std::vector<float> & key_weight) {
     if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
         throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
     }
@@ -186,7 +186,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     p.n_keep    = (int32_t) kept.shape(2);
     p.n_cells   = (int32_t) bucket.shape(2);
 
-    p.key_weight.assign(p.n_cells, key_weight);
+    p.key_weight = key_weight;
+    p.key_weight.resize(key_weight.empty() ? p.n_cells : key_weight.size());
     p.weight = make_map(weight ? *weight : mass, "weight");
     p.kept.assign(kept.data(), kept.data() + kept.size());
     p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
@@ -293,9 +294,9 @@ void bind_core(py::module_ & m) {
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
              py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
-             py::arg("key_weight") = 0.0f,
-             "Carry out a plan of one layer on copies of K and V, by weights that are the mass unless given; returns (k, v, mass, count, "
-             "bias).");
+             py::arg("key_weight") = std::vector<float>(),
+             "Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the mass unless given; the keys of anchors "
+             "move by key_weight [T]. Returns (k, v, mass, count, bias).");
     core.def("quantize_rows", &quantize_rows, py::arg("type"), py::arg("x"), "Rows of f32 [n, d] as stored bytes.");
     core.def("dequantize_rows", &dequantize_rows, py::arg("type"), py::arg("bytes"), py::arg("d"), "Stored bytes as f32 [n, d].");
 }

@@ -17,6 +17,7 @@ namespace {
 struct run_of_kind {
     std::vector<int32_t> cells;       // logical indices, ascending
     std::vector<int32_t> protect;     // places in `cells`
+    std::vector<uint8_t> closed;      // 1 for cells that none may join
     int32_t              first  = 0;  // rank of its first kept cell
     int32_t              n_keep = 0;
 };
@@ -37,6 +38,7 @@ std::vector<run_of_kind> find_runs(const plan_params & params, const cells & c, 
             run.protect.push_back((int32_t) run.cells.size());
         }
         run.cells.push_back(i);
+        run.closed.push_back(c.pinned[i] || is_newest_text(params, c, i));
     }
 
     // ranks are in logical order and a run keeps as many cells in every head: the first head tells where
@@ -172,8 +174,8 @@ class features {
 // are N_ANCHORS new anchors: many cells with a few anchors at a time stay in the cache.
 class chooser {
   public:
-    chooser(const run_of_kind & run, const cells & c, const features & f, const float * score)
-        : run(run), c(c), f(f), score(score), n((int32_t) run.cells.size()), has_place(n, 0), known(n),
+    chooser(const run_of_kind & run, const features & f, const float * score)
+        : run(run), f(f), score(score), n((int32_t) run.cells.size()), has_place(n, 0), known(n),
           side_by_side((size_t) N_ANCHORS * f.size(), 0.0f) {}
 
     // places in run.cells that are kept, ascending
@@ -227,7 +229,6 @@ class chooser {
     };
 
     const run_of_kind & run;
-    const cells &       c;
     const features &    f;
     const float *       score;
     const int32_t       n;
@@ -242,7 +243,7 @@ class chooser {
     void take(int32_t i) {
         has_place[i] = 1;
         n_taken++;
-        if (!c.pinned[run.cells[i]]) {
+        if (!run.closed[i]) {
             anchors.push_back(i);
         }
     }
@@ -341,7 +342,7 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
             int32_t * bucket = p.bucket.data() + ((size_t) il * p.n_head_kv + ih) * p.n_cells;
             for (const auto & run : runs) {
                 f.fill(run, k, d_k, v, d_v);
-                chooser              places(run, c, f, score.row(il, ih));
+                chooser              places(run, f, score.row(il, ih));
                 const auto           chosen = places.choose();
                 std::vector<int32_t> rank(run.cells.size(), -1);
                 for (size_t j = 0; j < chosen.size(); ++j) {

@@ -17,7 +17,7 @@ int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int3
 // The cells among which each head loses one of its own, in logical order; empty: none may leave.
 //   heavy:    all but sinks, pinned cells and the most recent half
 //   per_head: all but sinks, pinned cells and the per_head_recent newest; in a short answer also not the text whose
-//             total is infinite (it was kept whole), unless nothing else is left. A short answer needs the whole
+//             total is infinite (it was kept whole, or newest of a text), unless nothing else is left. A short answer needs the whole
 //             question; a long one has taken from it what it needs, and the places are worth more to the image
 std::vector<int32_t> leaving_candidates(generate_rule rule, const cells & c, int32_t n_sink, const std::vector<float> & total);
 

@@ -15,7 +15,7 @@ struct cell_state {
 // Carries out one layer of the plan in place. rows_src[i]: stream row of logical cell i; rows_dst[j]: stream
 // row that kept rank j moves to (no two the same).
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
-// Rows that are only moved are copied bit by bit; merged rows are computed in f32 and re-quantized.
+// Rows that are only moved are copied bit by bit; merged rows are summed in f64 and re-quantized.
 //   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise
 //   mass:         with the plan's weights w, the attention that is expected of a cell:
 //                 V = sum(w_i V_i) / sum(w_i), bias += ln(sum(w_i) / w_anchor)

@@ -16,7 +16,7 @@ enum class score_rule : int32_t {
     frequency_layer,  // the same, averaged over the heads of a layer (the paper)
     frequency_model,  // the same, averaged over all layers and heads
     window,           // attention of the last queries, pooled over neighbors, per KV head (SnapKV)
-    by_kind,          // text by frequency and the last queries together; image cells nearly by frequency alone
+    by_kind,          // frequency and the last queries together, pooled over text or over image cells; see score.h
 };
 
 enum class select_rule : int32_t {
@@ -58,7 +58,7 @@ constexpr float   key_weight      = 0.4f;
 constexpr int32_t answer_reserve  = 4;
 // select_rule::cover: the newest text stays as it is, a quarter of all cells at most
 constexpr int32_t text_recent     = 16;
-// and the first cells of an image while its question is still to come
+// and so do the places of the first cells of an image while its question is still to come
 constexpr int32_t image_start     = 3;
 // neighbors that a recent score is averaged over, and in score_rule::by_kind: what belongs to a word is said around it
 constexpr int32_t pool_size       = 7;
@@ -118,7 +118,7 @@ struct row_source {
     virtual void    load_v(int32_t il, int32_t ih, float * dst) const = 0;
 };
 
-// of n_keep cells those that a compressed prompt leaves free: answer_reserve, or an eighth if that is less
+// of n_keep cells those that a compressed prompt leaves free: answer_reserve, or an eighth if that is less; 0 if it ends with an image
 int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep);
 
 // pure: the plan for one compression. The shape of importance.sum is always set; its values may be all zero for

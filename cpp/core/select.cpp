@@ -32,6 +32,10 @@ int32_t sink_cells(select_rule rule, const plan_params & params) {
     return std::min(params.n_sink, params.n_keep - recent_cells(rule, params));
 }
 
+bool is_newest_text(const plan_params & params, const cells & c, int32_t i) {
+    return c.kind[i] != cell_kind::image && c.size() - i <= std::min(text_recent, params.n_keep / 4);
+}
+
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c) {
     const int32_t        n = c.size();
     std::vector<uint8_t> res(n, 0);
@@ -50,18 +54,17 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
             n_free--;
         }
     };
-    const int32_t n_recent = std::min(text_recent, params.n_keep / 4);
-    for (int32_t i = n - 1; i >= std::max(0, n - n_recent); --i) {
-        if (c.kind[i] != cell_kind::image) {
+    for (int32_t i = n - 1; i >= 0; --i) {
+        if (is_newest_text(params, c, i)) {
             add(i);
         }
     }
-    int32_t n_image = 0;  // in a row
-    for (int32_t i = 0; i < n && c.ends_with_image(); ++i) {
-        n_image = c.kind[i] == cell_kind::image ? n_image + 1 : 0;
-        if (n_image > 0 && n_image <= image_start) {
-            add(i);
-        }
+    int32_t first = n;
+    while (first > 0 && c.kind[first - 1] == cell_kind::image) {
+        --first;
+    }
+    for (int32_t i = first; i < std::min(n, first + image_start); ++i) {
+        add(i);
     }
     return res;
 }

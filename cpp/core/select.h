@@ -17,6 +17,9 @@ split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image);
 int32_t sink_cells(select_rule rule, const plan_params & params);
 int32_t recent_cells(select_rule rule, const plan_params & params);
 
+// select_rule::cover: whether cell i stays as it is, no image and one of the last text_recent cells (n_keep/4 at most)
+bool is_newest_text(const plan_params & params, const cells & c, int32_t i);
+
 // 1 for the cells that stay whatever their score  [n_cells]
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c);
 
@@ -26,8 +29,8 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
 //
 // fills kept of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
 // heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most), with cover what is no
-// image of the last text_recent cells (n_keep/4 at most) and, if the cells end with an image, the first image_start cells of
-// every image, as far as there is room. Ties go to the earlier cell. If the protected cells
+// image of the last text_recent cells (n_keep/4 at most) and, if the cells end with an image, its first image_start cells, as
+// far as there is room. Ties go to the earlier cell. If the protected cells
 // alone exceed n_keep, elastic::error says so.
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and

@@ -12,16 +12,22 @@
 
 namespace elastic {
 
-// the values of the anchors, in rank order
-static head_map kept_only(const head_map & m, const plan & p) {
+// the values of the ranks: of the anchor alone, or summed over what it takes in
+static head_map of_ranks(const head_map & m, const plan & p, bool summed) {
     if (m.n_cells == 0) {
-        return m;
+        return {};
     }
     head_map res(p.n_layer, p.n_head_kv, p.n_keep);
     for (int32_t il = 0; il < p.n_layer; ++il) {
         for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            for (int32_t j = 0; j < p.n_keep; ++j) {
-                res.row(il, ih)[j] = m.row(il, ih)[p.kept_row(il, ih)[j]];
+            const int32_t * bucket = p.bucket_row(il, ih);
+            const int32_t * kept   = p.kept_row(il, ih);
+            const float *   src    = m.row(il, ih);
+            float *         dst    = res.row(il, ih);
+            for (int32_t i = 0; i < p.n_cells; ++i) {
+                if (bucket[i] >= 0 && (summed || kept[bucket[i]] == i)) {
+                    dst[bucket[i]] += src[i];
+                }
             }
         }
     }
@@ -119,7 +125,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     commit(seq_id, p, rows, dst);
     store->scatter(strm, dst, after);
     store->set_totals(strm, dst, p.rank_score);
-    store->scatter_fading(strm, dst, kept_only(fading, p));
+    store->scatter_fading(strm, dst, of_ranks(fading, p, cfg.pol.combine == combine_rule::mass));
 
     release_rows(strm, (int32_t) kv.get_cells_mut(strm).used_max_p1());
 

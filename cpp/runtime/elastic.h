@@ -15,7 +15,7 @@ extern "C" {
 struct elastic_params {
     const char * policy;     // a row of the policy table, e.g. "elastic"
     double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells. Up to four of
-                             // them stay free for the answer after a prompt with an image (policy "elastic")
+                             // them stay free for the answer, unless the prompt ends with an image (policy "elastic")
     int32_t      n_sink;     // first cells that always stay, >= 0
     int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
     int32_t      min_cells;  // a sequence with fewer cells is left alone

@@ -26,8 +26,8 @@ class ElasticConfig:
     ----------
     budget : float or int
         What is KEPT. 0 < budget <= 1: the fraction of the tokens seen that stay as cells; a whole
-        number above 1: that many cells. After a prompt with an image `elastic` leaves up to four of
-        them free for the answer.
+        number above 1: that many cells. `elastic` leaves up to four of them free for the answer,
+        unless a prompt ends with an image.
     policy : str
         A row of the policy table, see `policy_names`. "full" keeps everything.
     n_sink : int

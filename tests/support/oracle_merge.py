@@ -42,7 +42,7 @@ def merge(
     kept: np.ndarray,
     bucket: np.ndarray,
     cells: Cells,
-    key_weight: float = 0,
+    key_weight: np.ndarray | None = None,
 ) -> tuple[Cells, list[bool]]:
     """The kept cells after a merge (in f64), and which of them took others in."""
     n_keep, d = len(kept), cells.k.shape[1]
@@ -67,11 +67,12 @@ def merge(
         out.v[j] = mean(cells.v[group], w)
         out.bias[j] += np.log(w.sum() / w[0])
         goal = mean(cells.k[group], w)
-        out.k[j] = (1 - key_weight) * out.k[j] + key_weight * goal
+        way = 0.0 if key_weight is None else float(key_weight[a])
+        out.k[j] = (1 - way) * out.k[j] + way * goal
         seen = w > 0
         bias = cells.bias[group].astype(np.float64)
         of_key = np.log(w[seen]) - bias[seen]  # log weight without the bias, linear in the key
-        out.bias[j] += key_weight * (of_key[0] - (w[seen] * of_key).sum() / w.sum())
+        out.bias[j] += way * (of_key[0] - (w[seen] * of_key).sum() / w.sum())
     return out, took
 
 

@@ -80,6 +80,13 @@ def ends(rule: str, n_keep: int, n_sink: int) -> tuple[int, int]:
     return min(n_sink, n_keep - n_last), n_last
 
 
+def newest_text(kind: np.ndarray, n_keep: int) -> set[int]:
+    """Cells at the end that `cover` keeps as they are."""
+    n_cells = len(kind)
+    recent = range(max(0, n_cells - min(TEXT_RECENT, n_keep // 4)), n_cells)
+    return {i for i in recent if kind[i] != IMAGE}
+
+
 def protected(
     rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int
 ) -> set[int]:
@@ -90,11 +97,9 @@ def protected(
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
     if rule == "cover":
-        recent = range(max(0, n_cells - min(TEXT_RECENT, n_keep // 4)), n_cells)
-        free = [i for i in reversed(recent) if i not in cells and kind[i] != IMAGE]
+        free = sorted(newest_text(kind, n_keep) - cells, reverse=True)
         if kind[-1] == IMAGE:
-            images = [run for run in segments(kind) if kind[run[0]] == IMAGE]
-            free += [i for run in images for i in run[:IMAGE_START] if i not in cells]
+            free += [i for i in segments(kind)[-1][:IMAGE_START] if i not in cells]
         cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
 
@@ -234,7 +239,7 @@ def run_features(run: list[int], keys: np.ndarray, values: np.ndarray) -> np.nda
 def cover_run(
     run: list[int],
     stay: set[int],
-    pinned: np.ndarray,
+    closed: set[int],
     score: np.ndarray,
     x: np.ndarray,
     n_keep: int,
@@ -243,7 +248,7 @@ def cover_run(
     chosen = [i for i in run if i in stay]
 
     def anchors() -> list[int]:
-        return [j for j in chosen if not pinned[j]]
+        return [j for j in chosen if j not in closed]
 
     def distance(i: int, j: int) -> float:
         return float(((x[run.index(i)] - x[run.index(j)]) ** 2).sum())
@@ -276,6 +281,7 @@ def cover(
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
     stay = protected("cover", kind, pinned, kept.shape[2], n_sink)
+    closed = newest_text(kind, kept.shape[2]) | set(np.flatnonzero(pinned))
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
         for run in segments(kind):
@@ -283,7 +289,7 @@ def cover(
             if len(ranks) == len(run):
                 continue
             x = run_features(run, keys[layer, head], values[layer, head])
-            chosen, joins = cover_run(run, stay, pinned, score[layer, head], x, len(ranks))
+            chosen, joins = cover_run(run, stay, closed, score[layer, head], x, len(ranks))
             for j, i in zip(ranks, chosen):
                 kept[layer, head, j] = i
             for i, anchor in joins.items():
