@@ -237,6 +237,7 @@ class chooser {
     std::vector<nearest_anchor> known;
     std::vector<int32_t>        anchors;       // cells that may be joined, in the order in which they got their places
     std::vector<float>          side_by_side;  // features of a few of them, [d][N_ANCHORS]
+    float                       anchor_norms[N_ANCHORS];
     int32_t                     n_taken  = 0;
     int32_t                     n_passed = 0;  // anchors that all cells have looked at
 
@@ -277,8 +278,10 @@ class chooser {
         const int32_t n_anchors = (int32_t) anchors.size();
         for (; n_passed < n_anchors; n_passed = std::min(n_passed + N_ANCHORS, n_anchors)) {
             const int32_t n_here = std::min(n_anchors - n_passed, N_ANCHORS);
+            std::fill(anchor_norms, anchor_norms + N_ANCHORS, FLT_MAX);
             for (int32_t r = 0; r < n_here; ++r) {
                 const float * row = f.row(anchors[n_passed + r]);
+                anchor_norms[r]   = slack() * f.norm(anchors[n_passed + r]);
                 for (int32_t e = 0; e < f.size(); ++e) {
                     side_by_side[(size_t) e * N_ANCHORS + r] = row[e];
                 }
@@ -298,18 +301,27 @@ class chooser {
         float products[N_CELLS][N_ANCHORS];
         inner_products(x, side_by_side.data(), f.size(), products);
 
-        const float slack = 1.0f - 2.0f * (float) f.size() * FLT_EPSILON;
         for (int32_t q = 0; q < n_cells; ++q) {
-            auto & cell = known[cells[q]];
-            for (int32_t r = 0; r < n_here; ++r) {
-                const float both = f.norm(cells[q]) + f.norm(anchors[n_passed + r]);
-                if (slack * both - 2.0f * products[q][r] < cell.distance && n_passed + r >= cell.n_seen) {
+            auto &      cell = known[cells[q]];
+            const float norm = slack() * f.norm(cells[q]);
+            const auto  near = [&](int32_t r) {
+                return norm + anchor_norms[r] - 2.0f * products[q][r] < cell.distance;
+            };
+            int32_t any = 0;  // mostly none: a loop without branches tells
+            for (int32_t r = 0; r < N_ANCHORS; ++r) {
+                any |= near(r);
+            }
+            for (int32_t r = 0; any && r < n_here; ++r) {
+                if (near(r) && n_passed + r >= cell.n_seen) {
                     look(cells[q], n_passed + r);
                 }
             }
             cell.n_seen = std::max(cell.n_seen, n_passed + n_here);
         }
     }
+
+    // more than the rounding of a quick distance
+    float slack() const { return 1.0f - 2.0f * (float) f.size() * FLT_EPSILON; }
 
     double worth(int32_t i) {
         for (auto & seen = known[i].n_seen; seen < (int32_t) anchors.size(); ++seen) {

@@ -94,10 +94,10 @@ def merge_layer(
     count: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     bias: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     weight: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
-    key_weight: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    key_weight: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
 ) -> tuple:
     """
-    Carry out a plan of one layer on copies of K and V, by weights that are the mass unless given; returns (k, v, mass, count, bias).
+    Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the mass unless given; the keys of anchors move by key_weight [T]. Returns (k, v, mass, count, bias).
     """
 
 def policies() -> list:
