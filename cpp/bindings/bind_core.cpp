@@ -186,9 +186,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     p.n_keep    = (int32_t) kept.shape(2);
     p.n_cells   = (int32_t) bucket.shape(2);
 
-    p.key_weight = key_weight;
-    p.key_weight.resize(key_weight.empty() ? p.n_cells : key_weight.size());
-    p.weight = make_map(weight ? *weight : mass, "weight");
+    p.key_weight = key_weight.empty() ? std::vector<float>(p.n_cells) : key_weight;
+    p.weight     = make_map(weight ? *weight : mass, "weight");
     p.kept.assign(kept.data(), kept.data() + kept.size());
     p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
 

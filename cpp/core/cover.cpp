@@ -13,46 +13,28 @@ namespace elastic {
 
 namespace {
 
-// neighboring cells that are all of an image or all not, of which some have to go: the same for all layers and heads
-struct run_of_kind {
-    std::vector<int32_t> cells;       // logical indices, ascending
-    std::vector<int32_t> protect;     // places in `cells`
-    std::vector<uint8_t> closed;      // 1 for cells that none may join
-    int32_t              first  = 0;  // rank of its first kept cell
-    int32_t              n_keep = 0;
+// a run of which some cells have to go
+struct open_run : segment {
+    std::vector<uint8_t> closed;  // [cells], 1: none may join it
+    int32_t              first;   // rank of its first kept cell
 };
 
-std::vector<run_of_kind> find_runs(const plan_params & params, const cells & c, const plan & p) {
-    const auto protect  = protected_cells(select_rule::cover, params, c);
-    const auto is_image = [&](int32_t i) {
-        return c.kind[i] == cell_kind::image;
-    };
+std::vector<open_run> find_runs(const plan_params & params, const cells & c) {
+    const auto protect = protected_cells(select_rule::cover, params, c);
 
-    std::vector<run_of_kind> res;
-    for (int32_t i = 0; i < c.size(); ++i) {
-        if (i == 0 || is_image(i) != is_image(i - 1)) {
-            res.emplace_back();
+    std::vector<open_run> res;
+    int32_t               first = 0;
+    for (auto & s : shared_segments(select_rule::cover, c, protect, params.n_keep)) {
+        const int32_t n_keep = s.n_keep;
+        if (n_keep < (int32_t) s.cells.size()) {
+            std::vector<uint8_t> closed;
+            for (const int32_t i : s.cells) {
+                closed.push_back(c.pinned[i] || is_newest_text(params, c, i));
+            }
+            res.push_back({ std::move(s), std::move(closed), first });
         }
-        auto & run = res.back();
-        if (protect[i]) {
-            run.protect.push_back((int32_t) run.cells.size());
-        }
-        run.cells.push_back(i);
-        run.closed.push_back(c.pinned[i] || is_newest_text(params, c, i));
+        first += n_keep;
     }
-
-    // ranks are in logical order and a run keeps as many cells in every head: the first head tells where
-    const int32_t * kept = p.kept_row(0, 0);
-    for (auto & run : res) {
-        const int32_t * lo = std::lower_bound(kept, kept + p.n_keep, run.cells.front());
-        const int32_t * hi = std::upper_bound(kept, kept + p.n_keep, run.cells.back());
-        run.first          = (int32_t) (lo - kept);
-        run.n_keep         = (int32_t) (hi - lo);
-    }
-    const auto is_whole = [](const run_of_kind & run) {
-        return run.n_keep == (int32_t) run.cells.size();
-    };
-    res.erase(std::remove_if(res.begin(), res.end(), is_whole), res.end());
     return res;
 }
 
@@ -96,7 +78,7 @@ void inner_products(const float * const * cells, const float * anchors, int32_t 
 class features {
   public:
     // memory is kept from run to run
-    void fill(const run_of_kind & run, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v) {
+    void fill(const open_run & run, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v) {
         n = (int32_t) run.cells.size();
         d = (d_k + d_v + N_LANES - 1) / N_LANES * N_LANES;
         data.assign((size_t) n * d, 0.0f);
@@ -145,7 +127,7 @@ class features {
     std::vector<float> data;   // [n][d]
     std::vector<float> norms;  // squared, [n]
 
-    void put(const run_of_kind & run, const std::vector<float> & x, int32_t d_x, int32_t first) {
+    void put(const open_run & run, const std::vector<float> & x, int32_t d_x, int32_t first) {
         std::vector<double> mean(d_x, 0.0);
         std::vector<double> sq(d_x, 0.0);
         for (const int32_t i : run.cells) {
@@ -174,14 +156,16 @@ class features {
 // are N_ANCHORS new anchors: many cells with a few anchors at a time stay in the cache.
 class chooser {
   public:
-    chooser(const run_of_kind & run, const features & f, const float * score)
+    chooser(const open_run & run, const features & f, const float * score)
         : run(run), f(f), score(score), n((int32_t) run.cells.size()), has_place(n, 0), known(n),
           side_by_side((size_t) N_ANCHORS * f.size(), 0.0f) {}
 
     // places in run.cells that are kept, ascending
     std::vector<int32_t> choose() {
-        for (const int32_t i : run.protect) {
-            take(i);
+        for (int32_t i = 0; i < n; ++i) {
+            if (run.protect[i]) {
+                take(i);
+            }
         }
         if (anchors.empty() && n_taken < run.n_keep) {
             take(highest_score());
@@ -228,10 +212,10 @@ class chooser {
         int32_t n_seen   = 0;  // anchors looked at
     };
 
-    const run_of_kind & run;
-    const features &    f;
-    const float *       score;
-    const int32_t       n;
+    const open_run & run;
+    const features & f;
+    const float *    score;
+    const int32_t    n;
 
     std::vector<uint8_t>        has_place;
     std::vector<nearest_anchor> known;
@@ -335,7 +319,7 @@ class chooser {
 }  // namespace
 
 void cover_runs(const plan_params & params, const cells & c, const head_map & score, const row_source & rows, plan & p, int32_t n_threads) {
-    const auto    runs = find_runs(params, c, p);
+    const auto    runs = find_runs(params, c);
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();
 

@@ -42,14 +42,11 @@ static double total(const float * x, int32_t n) {
 
 // in place
 static void score_by_kind(const cells & c, const float * recent, float * score) {
-    const int32_t n        = c.size();
-    const auto    is_image = [&](int32_t i) {
-        return c.kind[i] == cell_kind::image;
-    };
+    const int32_t      n = c.size();
     // the first words and the question draw far more than patches do, which must not spill over to the patches beside them
-    std::vector<float> image_only(recent, recent + n);
+    std::vector<float> image_only(n);
     for (int32_t i = 0; i < n; ++i) {
-        image_only[i] = is_image(i) ? recent[i] : 0.0f;
+        image_only[i] = c.is_image(i) ? recent[i] : 0.0f;
     }
     const auto   of_image = pooled(image_only.data(), n, kind_pool_size);
     const auto   of_text  = pooled(recent, n, kind_pool_size);
@@ -61,7 +58,7 @@ static void score_by_kind(const cells & c, const float * recent, float * score) 
         return all > 0.0 ? x / all : 0.0;
     };
     for (int32_t i = 0; i < n; ++i) {
-        const double asked = is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text);
+        const double asked = c.is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text);
         score[i]           = (float) (share(score[i], n_sum) + asked);
     }
 }

@@ -33,7 +33,7 @@ int32_t sink_cells(select_rule rule, const plan_params & params) {
 }
 
 bool is_newest_text(const plan_params & params, const cells & c, int32_t i) {
-    return c.kind[i] != cell_kind::image && c.size() - i <= std::min(text_recent, params.n_keep / 4);
+    return !c.is_image(i) && c.size() - i <= std::min(text_recent, params.n_keep / 4);
 }
 
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c) {
@@ -60,7 +60,7 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
         }
     }
     int32_t first = n;
-    while (first > 0 && c.kind[first - 1] == cell_kind::image) {
+    while (first > 0 && c.is_image(first - 1)) {
         --first;
     }
     for (int32_t i = first; i < std::min(n, first + image_start); ++i) {
@@ -75,25 +75,12 @@ static bool by_kind(select_rule rule) {
 
 namespace {
 
-// a run of cells that share one number of kept cells, the same in all layers and heads: so rank j is of one kind everywhere
-struct segment {
-    std::vector<int32_t> cells;    // logical indices, ascending
-    std::vector<uint8_t> protect;  // [cells]
-    bool                 image     = false;
-    int32_t              n_protect = 0;
-    int32_t              n_keep    = 0;
-};
-
-bool is_image(const cells & c, int32_t i) {
-    return c.kind[i] == cell_kind::image;
-}
-
 std::vector<segment> make_segments(bool split_kinds, const cells & c, const std::vector<uint8_t> & protect) {
     std::vector<segment> res;
     for (int32_t i = 0; i < c.size(); ++i) {
-        if (i == 0 || (split_kinds && is_image(c, i) != is_image(c, i - 1))) {
+        if (i == 0 || (split_kinds && c.is_image(i) != c.is_image(i - 1))) {
             res.emplace_back();
-            res.back().image = is_image(c, i);
+            res.back().image = c.is_image(i);
         }
         auto & s = res.back();
         s.cells.push_back(i);
@@ -181,7 +168,8 @@ int32_t * select_head(const segment & s, bool ranked, const float * score, std::
     return kept;
 }
 
-// the runs with the number of cells that each keeps
+}  // namespace
+
 std::vector<segment> shared_segments(select_rule rule, const cells & c, const std::vector<uint8_t> & protect, int32_t n_keep) {
     std::vector<segment> res = make_segments(by_kind(rule), c, protect);
     if (by_kind(rule)) {
@@ -191,8 +179,6 @@ std::vector<segment> shared_segments(select_rule rule, const cells & c, const st
     }
     return res;
 }
-
-}  // namespace
 
 void select_cells(select_rule rule, bool ranked, const plan_params & params, const cells & c, const head_map & score, plan & p) {
     p.kept.resize((size_t) p.n_layer * p.n_head_kv * p.n_keep);

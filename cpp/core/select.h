@@ -23,6 +23,17 @@ bool is_newest_text(const plan_params & params, const cells & c, int32_t i);
 // 1 for the cells that stay whatever their score  [n_cells]
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c);
 
+// neighboring cells that share one number of kept cells, the same in all layers and heads: so rank j is of one kind everywhere
+struct segment {
+    std::vector<int32_t> cells;    // logical indices, ascending
+    std::vector<uint8_t> protect;  // [cells]
+    bool                 image     = false;
+    int32_t              n_protect = 0;
+    int32_t              n_keep    = 0;
+};
+// in logical order, which is the order of their ranks
+std::vector<segment> shared_segments(select_rule rule, const cells & c, const std::vector<uint8_t> & protect, int32_t n_keep);
+
 // image_first and cover work on runs of neighbouring cells of one kind: the kind's number of cells is shared between its runs in
 // proportion to their unprotected cells (rounded down, what is left over to the earlier runs), so that rank j is of the
 // same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.

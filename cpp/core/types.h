@@ -30,6 +30,7 @@ struct cells {
     std::vector<uint8_t>   pinned;  // [n_cells], 1: another sequence uses it too, it must stay as it is
 
     int32_t size() const { return (int32_t) kind.size(); }
+    bool    is_image(int32_t i) const { return kind[i] == cell_kind::image; }
 
     // nothing was said after the last image: what will be asked about it is not known yet
     bool ends_with_image() const { return !kind.empty() && kind.back() == cell_kind::image; }
