@@ -222,16 +222,19 @@ def test_rows_of_another_shape_are_refused(name):
 
 
 def test_cover_spends_no_place_on_a_copy():
-    """Two groups of equal cells: the second place goes to the other group, however unimportant."""
-    problem = make_problem("elastic", n_cells=10, n_keep=4, n_sink=1)
+    """Two groups of equal cells: the second place goes to the other group, however unimportant.
+
+    The first cell of the image stays by itself.
+    """
+    problem = make_problem("elastic", n_cells=10, n_keep=5, n_sink=1)
     problem["kind"][:] = [0] + [1] * 8 + [0]
     problem["importance"][:] = [1, 9, 9, 9, 9, 1, 1, 1, 1, 1]
     problem["recent"][:] = 0
     problem["keys"][:, :, 1:5], problem["keys"][:, :, 5:9] = 1.0, -1.0
     problem["values"][:, :, 1:5], problem["values"][:, :, 5:9] = 1.0, -1.0
     plan = core.make_plan(**problem)
-    np.testing.assert_array_equal(plan["kept"][0, 0], [0, 1, 5, 9])
-    np.testing.assert_array_equal(plan["bucket"][0, 0], [0, 1, 1, 1, 1, 2, 2, 2, 2, 3])
+    np.testing.assert_array_equal(plan["kept"][0, 0], [0, 1, 2, 5, 9])
+    np.testing.assert_array_equal(plan["bucket"][0, 0], [0, 1, 2, 2, 2, 3, 3, 3, 3, 4])
 
 
 def test_unknown_policy_lists_the_names():

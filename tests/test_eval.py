@@ -195,7 +195,7 @@ def test_image_compressed_before_the_question(embedded_model, embedded_mmproj):
         assert b["cases"]["full@1/f16"]["nll"] == pytest.approx(
             a["cases"]["full@1/f16"]["nll"], abs=0.02
         )
-        assert b["cases"]["elastic@0.2/f16"]["kl"] > 1e-3
+        assert b["cases"]["elastic@0.2/f16"]["kl"] > 1e-4
 
 
 @pytest.mark.model

@@ -95,21 +95,40 @@ def test_importance_is_the_column_sum(
         fading, window = e.session.recent(0)
         keys = [e.session.read_kv(0, il)[0] for il in range(mass.shape[0])]
     for il, k in enumerate(keys):
-        q = rotated(capture.seen[f"Qcur-{il}"])
-        n_head, d = q.shape[1:]
-        gqa = n_head // k.shape[1]
-        logits = np.einsum(
-            "mhd,nhd->hmn", q.astype(np.float64), np.repeat(k, gqa, axis=1).astype(np.float64)
-        ) / np.sqrt(d)
-        logits[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
-        a = np.exp(logits - logits.max(-1, keepdims=True))
-        a /= a.sum(-1, keepdims=True)
+        a = attention(capture, il, k)
         ago = np.arange(n)[::-1]
         is_text = np.r_[np.ones(40), np.zeros(150), np.ones(20)]
         decayed = is_text * 0.9 ** (is_text[::-1].cumsum()[::-1] - is_text)
         for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, decayed)):
-            expected = np.einsum("hmn,m->hn", a, weights.astype(np.float64))
-            expected = expected.reshape(k.shape[1], gqa, n).mean(1)
+            expected = np.einsum("gmn,m->gn", a, weights.astype(np.float64))
+            np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)
+
+
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+def test_every_fourth_generated_token_counts_for_four(tiny_gqa: Path, fa: bool) -> None:
+    """Its attention is added to the importance and to the recent score, which fades by four."""
+    capture = Capture("Qcur")
+    with Engine(
+        tiny_gqa,
+        flash_attn=fa,
+        type_k="f32",
+        type_v="f32",
+        cb_eval=capture.callback,
+        elastic={"policy": "elastic", "budget": 400.0},
+    ) as e:
+        n_prompt = feed(e, 150)
+        e.forced(random_tokens(10, N_VOCAB, 3), n_prompt)
+        mass = e.session.mass(0)
+        fading, _ = e.session.recent(0)
+        keys = [e.session.read_kv(0, il)[0] for il in range(mass.shape[0])]
+    is_text = np.r_[np.ones(40), np.zeros(150), np.ones(20)]
+    count = np.r_[np.ones(n_prompt), np.tile([0, 0, 0, 4], 2), 0, 0]
+    ago = 8 + is_text[::-1].cumsum()[::-1] - is_text  # the last two do not count yet
+    recent = np.r_[is_text * 0.9**ago, 0, 0, 0, 4 * 0.9**4, 0, 0, 0, 4, 0, 0]
+    for il, k in enumerate(keys):
+        a = attention(capture, il, k)
+        for found, weights in ((mass, count), (fading, recent)):
+            expected = np.einsum("gmn,m->gn", a, weights)
             np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)
 
 
@@ -128,6 +147,8 @@ def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa
         moved = 0
         for i, t in enumerate(random_tokens(40, N_VOCAB, 3)):
             kind, mass, bias = e.session.cells(0)["kind"], e.session.mass(0), e.session.bias(0)
+            if policy != "h2o":  # shares of all attention and of the recent one, 0.9 per token
+                mass = mass / (n + i) + e.session.recent(0)[0] * (1 - 0.9)
             before = [e.session.read_kv(0, il) for il in range(len(mass))]
             e.token(t, n + i)
             after = [e.session.read_kv(0, il) for il in range(len(mass))]
@@ -150,6 +171,23 @@ def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa
                 )
                 moved += lost != free[-1]
         assert moved > 0  # heads did not all lose the same cell
+
+
+def attention(capture: Capture, il: int, k: np.ndarray) -> np.ndarray:
+    """Softmax of all queries over keys k [n, n_head_kv, d], mean over the heads of a KV head.
+
+    Returns [n_head_kv, n, n].
+    """
+    q = rotated(capture.seen[f"Qcur-{il}"])
+    n, n_head, d = q.shape
+    gqa = n_head // k.shape[1]
+    logits = np.einsum(
+        "mhd,nhd->hmn", q.astype(np.float64), np.repeat(k, gqa, axis=1).astype(np.float64)
+    ) / np.sqrt(d)
+    logits[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    a = np.exp(logits - logits.max(-1, keepdims=True))
+    a /= a.sum(-1, keepdims=True)
+    return a.reshape(k.shape[1], gqa, n, n).mean(1)
 
 
 def rotated(seen: list[np.ndarray]) -> np.ndarray:

@@ -21,6 +21,7 @@ struct open_run : segment {
 
 std::vector<open_run> find_runs(const plan_params & params, const cells & c) {
     const auto protect = protected_cells(select_rule::cover, params, c);
+    const auto apart   = cells_apart(params, c);
 
     std::vector<open_run> res;
     int32_t               first = 0;
@@ -29,7 +30,7 @@ std::vector<open_run> find_runs(const plan_params & params, const cells & c) {
         if (n_keep < (int32_t) s.cells.size()) {
             std::vector<uint8_t> closed;
             for (const int32_t i : s.cells) {
-                closed.push_back(c.pinned[i] || is_newest_text(params, c, i));
+                closed.push_back(c.pinned[i] || apart[i]);
             }
             res.push_back({ std::move(s), std::move(closed), first });
         }

@@ -12,7 +12,7 @@ namespace elastic {
 // (the first to the highest score; ties to the earlier cell). The distance is the squared one between keys plus that
 // between values, each divided by its variance over the run: attention does not change when all keys move by the
 // same vector, so cosines would measure what does not matter.
-// Protected cells (select.h) have their places first; pinned ones and the newest text count as kept but nothing joins them.
+// Protected cells (select.h) have their places first; pinned ones and those that stay as they are count as kept but nothing joins them.
 //
 // Fills kept, and bucket for the dropped cells (-1 for all others, and where a run keeps no cell that may be joined: a few words between
 // images, perhaps).

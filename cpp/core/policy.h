@@ -39,7 +39,7 @@ enum class generate_rule : int32_t {
     distance,  // the cell at logical index P - offset leaves (the paper's fixed point)
     lowest,    // lowest stored score among the prompt's cells, then the oldest generated token
     heavy,     // lowest score among all but the most recent half, scores updated at every step (H2O)
-    per_head,  // in each head the lowest score, updated now and then, of all but the last tokens
+    per_head,  // in each head the lowest score, all attention and recent one, updated now and then, of all but the last tokens
 };
 
 // queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
@@ -58,7 +58,7 @@ constexpr float   key_weight      = 0.4f;
 constexpr int32_t answer_reserve  = 4;
 // select_rule::cover: the newest text stays as it is, a quarter of all cells at most
 constexpr int32_t text_recent     = 16;
-// and so do the places of the first cells of an image while its question is still to come
+// and so do the first cells of every image
 constexpr int32_t image_start     = 3;
 // neighbors that a recent score is averaged over, and in score_rule::by_kind: what belongs to a word is said around it
 constexpr int32_t pool_size       = 7;

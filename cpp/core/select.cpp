@@ -32,8 +32,23 @@ int32_t sink_cells(select_rule rule, const plan_params & params) {
     return std::min(params.n_sink, params.n_keep - recent_cells(rule, params));
 }
 
-bool is_newest_text(const plan_params & params, const cells & c, int32_t i) {
-    return !c.is_image(i) && c.size() - i <= std::min(text_recent, params.n_keep / 4);
+std::vector<uint8_t> cells_apart(const plan_params & params, const cells & c) {
+    const int32_t n      = c.size();
+    const int32_t n_most = params.n_keep / 4;
+
+    std::vector<uint8_t> res(n, 0);
+    int32_t              place   = 0;  // in its image
+    int32_t              n_start = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        if (!c.is_image(i)) {
+            place  = 0;
+            res[i] = n - i <= std::min(text_recent, n_most);
+        } else if (place++ < image_start && n_start < n_most) {
+            res[i] = 1;
+            n_start++;
+        }
+    }
+    return res;
 }
 
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c) {
@@ -47,24 +62,13 @@ std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & param
     if (rule != select_rule::cover) {
         return res;
     }
+    const auto apart  = cells_apart(params, c);
     int32_t    n_free = params.n_keep - (int32_t) std::count(res.begin(), res.end(), 1);
-    const auto add    = [&](int32_t i) {
-        if (!res[i] && n_free > 0) {
+    for (int32_t i = n - 1; i >= 0 && n_free > 0; --i) {
+        if (apart[i] && !res[i]) {
             res[i] = 1;
             n_free--;
         }
-    };
-    for (int32_t i = n - 1; i >= 0; --i) {
-        if (is_newest_text(params, c, i)) {
-            add(i);
-        }
-    }
-    int32_t first = n;
-    while (first > 0 && c.is_image(first - 1)) {
-        --first;
-    }
-    for (int32_t i = first; i < std::min(n, first + image_start); ++i) {
-        add(i);
     }
     return res;
 }

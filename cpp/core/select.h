@@ -17,8 +17,9 @@ split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image);
 int32_t sink_cells(select_rule rule, const plan_params & params);
 int32_t recent_cells(select_rule rule, const plan_params & params);
 
-// select_rule::cover: whether cell i stays as it is, no image and one of the last text_recent cells (n_keep/4 at most)
-bool is_newest_text(const plan_params & params, const cells & c, int32_t i);
+// select_rule::cover: 1 for the cells that stay as they are. Of the last text_recent cells (n_keep/4 at most) those that are no
+// image, and the first image_start cells of each image (n_keep/4 of all images at most)  [n_cells]
+std::vector<uint8_t> cells_apart(const plan_params & params, const cells & c);
 
 // 1 for the cells that stay whatever their score  [n_cells]
 std::vector<uint8_t> protected_cells(select_rule rule, const plan_params & params, const cells & c);
@@ -39,10 +40,9 @@ std::vector<segment> shared_segments(select_rule rule, const cells & c, const st
 // same kind in all layers and heads. Per layer and KV head the cells of highest score in a run stay.
 //
 // fills kept of the plan. Protected: the first n_sink cells, the last cell, pinned cells; with
-// heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most), with cover what is no
-// image of the last text_recent cells (n_keep/4 at most) and, if the cells end with an image, its first image_start cells, as
-// far as there is room. Ties go to the earlier cell. If the protected cells
-// alone exceed n_keep, elastic::error says so.
+// heavy_recent the last n_keep/2 cells, with window_top the last window_size (n_keep/2 at most), with cover cells_apart(),
+// the later ones first, as far as there is room. Ties go to the earlier cell. If the protected cells alone exceed n_keep,
+// elastic::error says so.
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and
 //   may leave without moving anything. Otherwise ranks are in logical order.

@@ -196,8 +196,12 @@ bool elastic_cache::keep_fused(const llama_ubatch & ubatch) const {
 
 // an image's patches look at each other, so they say nothing of what was asked
 bool elastic_cache::fades(const llama_ubatch & ubatch) const {
-    return cfg.decay() > 0.0f && ubatch.token &&
-           std::any_of(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq, [&](llama_seq_id id) { return is_prompt(id); });
+    return cfg.decay() > 0.0f && ubatch.token;
+}
+
+// what a query of a sequence counts for: a generated token stands for those since the last one that was added
+int32_t elastic_cache::query_count(llama_seq_id seq_id) const {
+    return is_prompt(seq_id) ? 1 : std::max(1, sequence(seq_id).n_unscored);
 }
 
 void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const {
@@ -216,12 +220,12 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
             if (!is_scored(seq_id)) {
                 continue;
             }
-            float * row = w.data() + i * n_rows;
-            // a generated token stands for those since the last one that was added
-            row[0]      = is_prompt(seq_id) ? 1.0f : (float) std::max(1, sequence(seq_id).n_unscored);
-            if (fading && is_prompt(seq_id)) {
+            float *     row   = w.data() + i * n_rows;
+            const float count = (float) query_count(seq_id);
+            row[0]            = count;
+            if (fading) {
                 float & f = faded.emplace(seq_id, 1.0f).first->second;
-                row[1]    = f;
+                row[1]    = f * count;
                 f *= decay;
             }
             if (n_later < cfg.n_window()) {
@@ -402,20 +406,17 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
     if (!fades(ubatch)) {
         return;
     }
-    std::map<llama_seq_id, int32_t> n_queries;
+    std::map<llama_seq_id, int32_t> n_later;
     for (int64_t i = first; i < first + n; ++i) {
         const llama_seq_id seq_id = ubatch.seq_id[i][0];
-        if (is_prompt(seq_id)) {
-            n_queries[seq_id]++;
+        if (is_scored(seq_id)) {
+            n_later[seq_id] += query_count(seq_id);
         }
-    }
-    if (n_queries.empty()) {
-        return;  // generation, at every token
     }
     const int32_t      n_used = (int32_t) kv.get_cells_mut(strm).used_max_p1();
     std::vector<float> factor(n_used, 1.0f);
-    for (const auto & [seq_id, n_query] : n_queries) {
-        const float faded = std::pow(decay, (float) n_query);
+    for (const auto & [seq_id, count] : n_later) {
+        const float faded = std::pow(decay, (float) count);
         for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
             factor[cell] *= faded;
         }

@@ -77,18 +77,36 @@ void elastic_cache::let_leave(llama_seq_id seq_id) {
     }
 }
 
-// place in `rows` of the lowest value, the first of equal ones. Values >= 0 stand in the order of their bits, and compilers
+// place of the lowest value, the first of equal ones. Values >= 0 stand in the order of their bits, and compilers
 // make a vector loop of a minimum of integers, not of one of floats.
-static size_t first_lowest(const float * values, const std::vector<int32_t> & rows, std::vector<int32_t> & scratch) {
-    scratch.resize(rows.size());
+static size_t first_lowest(const std::vector<float> & values) {
+    const auto bits_of = [](float x) {
+        int32_t res;
+        std::memcpy(&res, &x, sizeof(res));
+        return res;
+    };
     int32_t lowest = INT32_MAX;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        std::memcpy(&scratch[i], values + rows[i], sizeof(float));
+    for (const float x : values) {
+        lowest = std::min(lowest, bits_of(x));
     }
-    for (const int32_t bits : scratch) {
-        lowest = std::min(lowest, bits);
+    return (size_t) (std::find_if(values.begin(), values.end(), [&](float x) { return bits_of(x) == lowest; }) - values.begin());
+}
+
+// By what one head's cells may leave, the lowest first: the attention until now, or, where the recent one is kept too, the share
+// of either in all that the queries gave (1 each). It is the score of score_rule::by_kind without its means over neighbors.
+void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, const std::vector<int32_t> & rows, std::vector<float> & res) {
+    const uint32_t strm = kv.get_stream(seq_id);
+    const float *  mass = store->mass_row(strm, il, ih);
+
+    res.resize(rows.size());
+    if (cfg.pol.decay() == 0.0f) {
+        std::transform(rows.begin(), rows.end(), res.begin(), [&](int32_t row) { return mass[row]; });
+        return;
     }
-    return (size_t) (std::find(scratch.begin(), scratch.end(), lowest) - scratch.begin());
+    const float * fading   = store->fading_row(strm, il, ih);
+    const float   n_recent = 1.0f / (1.0f - cfg.pol.decay());
+    const float   n_all    = (float) std::max<int64_t>(1, seqs[seq_id].n_tokens);
+    std::transform(rows.begin(), rows.end(), res.begin(), [&](int32_t row) { return mass[row] / n_all + fading[row] / n_recent; });
 }
 
 // Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
@@ -106,13 +124,12 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     }
     const int32_t freed = may_leave.back();
 
-    std::vector<int32_t> scratch;
-
+    std::vector<float> scores;
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         std::vector<int32_t> lost;
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            const float * mass = store->mass_row(strm, il, ih);
-            lost.push_back(may_leave[first_lowest(mass, may_leave, scratch)]);
+            leaving_scores(seq_id, il, ih, may_leave, scores);
+            lost.push_back(may_leave[first_lowest(scores)]);
         }
         move_rows(strm, il, freed, lost);
     }

@@ -80,11 +80,12 @@ def ends(rule: str, n_keep: int, n_sink: int) -> tuple[int, int]:
     return min(n_sink, n_keep - n_last), n_last
 
 
-def newest_text(kind: np.ndarray, n_keep: int) -> set[int]:
-    """Cells at the end that `cover` keeps as they are."""
+def apart(kind: np.ndarray, n_keep: int) -> set[int]:
+    """Cells that `cover` keeps as they are: the newest text and the first cells of each image."""
     n_cells = len(kind)
     recent = range(max(0, n_cells - min(TEXT_RECENT, n_keep // 4)), n_cells)
-    return {i for i in recent if kind[i] != IMAGE}
+    starts = [i for run in segments(kind) if kind[run[0]] == IMAGE for i in run[:IMAGE_START]]
+    return {i for i in recent if kind[i] != IMAGE} | set(starts[: n_keep // 4])
 
 
 def protected(
@@ -97,9 +98,7 @@ def protected(
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
     if rule == "cover":
-        free = sorted(newest_text(kind, n_keep) - cells, reverse=True)
-        if kind[-1] == IMAGE:
-            free += [i for i in segments(kind)[-1][:IMAGE_START] if i not in cells]
+        free = sorted(apart(kind, n_keep) - cells, reverse=True)
         cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
 
@@ -281,7 +280,7 @@ def cover(
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
     stay = protected("cover", kind, pinned, kept.shape[2], n_sink)
-    closed = newest_text(kind, kept.shape[2]) | set(np.flatnonzero(pinned))
+    closed = apart(kind, kept.shape[2]) | set(np.flatnonzero(pinned))
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
         for run in segments(kind):
