@@ -48,9 +48,10 @@ def kv_bytes(e: Engine) -> int:
 
 
 @linux
-def test_a_long_context_costs_nothing_before_it_is_used(tiny_gqa: Path) -> None:
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_long_context_costs_nothing_before_it_is_used(tiny_gqa: Path, flash_attn: bool) -> None:
     before = resident()
-    with lazy(), Engine(tiny_gqa, n_ctx=65536, flash_attn=True, elastic=ELASTIC) as e:
+    with lazy(), Engine(tiny_gqa, n_ctx=65536, flash_attn=flash_attn, elastic=ELASTIC) as e:
         size = kv_bytes(e)
         assert size >= 96 * MIB
         assert resident() - before < size // 4
@@ -58,15 +59,15 @@ def test_a_long_context_costs_nothing_before_it_is_used(tiny_gqa: Path) -> None:
         feed(e)
         assert resident() - before < size // 4
     before = resident()
-    with Engine(tiny_gqa, n_ctx=65536, flash_attn=True) as e:  # off is off
+    with Engine(tiny_gqa, n_ctx=65536, flash_attn=flash_attn) as e:  # off is off
         assert resident() - before > 0.9 * size
 
 
 @linux
-@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
-def test_freed_rows_are_given_back(tiny_gqa: Path, type_k: str) -> None:
+@pytest.mark.parametrize(("flash_attn", "kind"), [(False, "f16"), (True, "f16"), (True, "q8_0")])
+def test_freed_rows_are_given_back(tiny_gqa: Path, flash_attn: bool, kind: str) -> None:
     """At least 90 % of the bytes of the cells that a compression frees."""
-    kinds = {"type_k": type_k, "type_v": type_k, "flash_attn": True}
+    kinds = {"type_k": kind, "type_v": kind, "flash_attn": flash_attn}
     config = {**ELASTIC, "policy": "h2o"}
     with Engine(tiny_gqa, n_ctx=8192, n_ubatch=1024, elastic=config, **kinds) as e:
         n = feed(e, 7000)

@@ -57,7 +57,7 @@ struct kv_rows {
     uint8_t * data        = nullptr;
     int32_t   n_head_kv   = 0;
     int32_t   n_embd_head = 0;      // elements of one head of one row
-    int64_t   n_rows      = 0;      // cells in the stream
+    int64_t   n_rows      = 0;      // cells in the stream that may be used
     int64_t   row_bytes   = 0;      // rows:       bytes from one cell to the next
     bool      transposed  = false;  // transposed: element (cell, e) lies at (e*n_rows + cell), plain types only
 };

@@ -43,6 +43,7 @@ void detach(llama_context & ctx) {
         throw not_empty("[elastic_detach] some cells carry an attention bias; clear the cache first (llama_memory_clear)");
     }
     if (cache) {
+        cache->restore_layout();
         ctx.set_elastic(nullptr);
     }
 }

@@ -81,8 +81,6 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     ctx.synchronize();
 
-    const int32_t n_threads = cfg.n_threads > 0 ? cfg.n_threads : (int32_t) ctx.n_threads_batch();
-
     const int64_t t_plan = ggml_time_us();
 
     std::vector<kv_layer_access> layers;
@@ -101,7 +99,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     const importance_map importance = { before.mass, cfg.pol.n_window() > 0 ? window : fading };
 
-    plan p = make_plan(cfg.pol, params, c, importance, &source, n_threads);
+    plan p = make_plan(cfg.pol, params, c, importance, &source, n_threads());
     validate(p, c, sink_cells(cfg.pol.select, params));
 
     const int64_t t_merge = ggml_time_us();
@@ -116,7 +114,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         head_map(shape.n_layer, shape.n_head_kv, n_keep, 1.0f),
         head_map(shape.n_layer, shape.n_head_kv, n_keep),
     };
-    parallel_for(shape.n_layer, n_threads,
+    parallel_for(shape.n_layer, n_threads(),
                  [&](int32_t il) { merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after); });
     for (auto & layer : layers) {
         layer.store();
@@ -127,7 +125,8 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     store->set_totals(strm, dst, p.rank_score);
     store->scatter_fading(strm, dst, of_ranks(fading, p, cfg.pol.combine == combine_rule::mass));
 
-    release_rows(strm, (int32_t) kv.get_cells_mut(strm).used_max_p1());
+    shrink_v();
+    release_rows(strm, n_used(strm));
 
     const int64_t t_end = ggml_time_us();
 

@@ -132,8 +132,10 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
     n_touched_v.assign(shape.n_stream, 0);
-    on_host = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
-                          [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer); });
+    on_host  = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
+                           [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer); });
+    moves_v  = active() && can_move_v();
+    stride_v = min_stride();
     kv.set_elastic(this);
 }
 
@@ -251,9 +253,9 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     }
     // what was removed since the last batch; not every few rows anew
     for (int32_t s = 0; s < shape.n_stream; ++s) {
-        const int32_t n_used = (int32_t) kv.get_cells_mut(s).used_max_p1();
-        if (std::max(n_touched[s], n_touched_v[s]) - n_used >= N_RELEASE) {
-            release_rows(s, n_used);
+        if (n_touched[s] - n_used(s) >= N_RELEASE) {
+            shrink_v();
+            release_rows(s, n_used(s));
         }
     }
 
@@ -297,6 +299,8 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
     }
     const auto & sinfo = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
 
+    grow_v(std::any_of(in_prompt.begin(), in_prompt.end(), [](const auto & p) { return p.second; }));
+
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {
         for (size_t ii = 0; ii < sinfo.size(); ++ii) {
             const size_t       i      = s * sinfo.size() + ii;
@@ -305,10 +309,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
             const cell_kind kind = !ubatch.token ? cell_kind::image : is_prompt(seq_id) ? cell_kind::text : cell_kind::generated;
             store->reset_cell(sinfo.strm[s], (int32_t) sinfo.idxs[s][ii], kind);
 
-            int32_t & touched = n_touched[sinfo.strm[s]];
-            touched           = std::max(touched, (int32_t) sinfo.idxs[s][ii] + 1);
-
-            n_touched_v[sinfo.strm[s]] = std::max(n_touched_v[sinfo.strm[s]], touched);
+            note_touched(sinfo.strm[s], (int32_t) sinfo.idxs[s][ii] + 1);
 
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
                 auto & st = seqs[ubatch.seq_id[i][j]];
@@ -413,8 +414,8 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
             n_later[seq_id] += query_count(seq_id);
         }
     }
-    const int32_t      n_used = (int32_t) kv.get_cells_mut(strm).used_max_p1();
-    std::vector<float> factor(n_used, 1.0f);
+    const int32_t      n_rows = n_used(strm);
+    std::vector<float> factor(n_rows, 1.0f);
     for (const auto & [seq_id, count] : n_later) {
         const float faded = std::pow(decay, (float) count);
         for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
@@ -424,7 +425,7 @@ void elastic_cache::fade_recent(const llama_ubatch & ubatch, uint32_t strm, int6
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             float * row = store->fading_row(strm, il, ih);
-            for (int32_t i = 0; i < n_used; ++i) {
+            for (int32_t i = 0; i < n_rows; ++i) {
                 row[i] *= factor[i];
             }
         }
@@ -488,8 +489,7 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
     const auto s0 = kv.get_stream(seq_id_src);
     const auto s1 = kv.get_stream(seq_id_dst);
     if (s0 != s1) {
-        const auto n = (int32_t) kv.get_cells_mut(s0).used_max_p1();
-        store->copy_stream(s0, s1, n);
+        store->copy_stream(s0, s1, n_used(s0));
         n_touched[s1] = n_touched_v[s1] = shape.kv_size;  // llama.cpp copies all of a stream
     }
 }
@@ -509,6 +509,7 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
 void elastic_cache::on_clear() {
     seqs.clear();
     store->reset();
+    stride_v = min_stride();
     for (int32_t s = 0; s < shape.n_stream; ++s) {
         release_rows(s, 0);
     }
@@ -517,6 +518,14 @@ void elastic_cache::on_clear() {
 //
 // callers' side
 //
+
+int32_t elastic_cache::n_used(uint32_t strm) const {
+    return (int32_t) kv.get_cells_mut(strm).used_max_p1();
+}
+
+int32_t elastic_cache::n_threads() const {
+    return cfg.n_threads > 0 ? cfg.n_threads : (int32_t) ctx.n_threads_batch();
+}
 
 int32_t elastic_cache::n_cells(llama_seq_id seq_id) const {
     return (int32_t) kv.get_cells(seq_id).seq_pos_get(seq_id).size();

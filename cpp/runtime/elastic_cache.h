@@ -75,12 +75,18 @@ class elastic_cache : public llama_elastic_i {
     void on_clear() override;
     void clear_buffer(ggml_backend_buffer_t buffer) override;
 
+    uint32_t v_stride() const override { return (uint32_t) stride_v; }
+    void     on_restored() override;
+
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
     void state_read(llama_io_read_i & io, llama_seq_id seq_id) override;
 
     // callers' side
 
     void set_hold(bool value) { hold = value; }
+
+    // K and V as llama.cpp stores them, before it goes on without this cache
+    void restore_layout();
 
     // compresses the prompt of a sequence now; returns the cells it holds after. throws elastic::error,
     // and then the cache is as it was
@@ -117,7 +123,10 @@ class elastic_cache : public llama_elastic_i {
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
     plan                                   plan_last;
     std::vector<int32_t>                   n_touched;    // [n_stream]: rows of K that may take memory
-    std::vector<int32_t>                   n_touched_v;  // and of V
+    std::vector<int32_t>                   n_touched_v;  // and of V, or the stride up to which V may
+
+    bool    moves_v  = false;  // V is transposed, and its stride follows the cells in use
+    int32_t stride_v = 0;
 
     bool    active() const;
     int32_t target_cells(int64_t n_tokens) const;
@@ -129,7 +138,17 @@ class elastic_cache : public llama_elastic_i {
     void    make_room(llama_seq_id seq_id);
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
     int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
+    int32_t n_threads() const;
+    int32_t n_used_max() const;  // of the streams
+    bool    can_move_v() const;
+    int32_t min_stride() const;
+    void    set_v_stride(int32_t to);
+    void    grow_v(bool in_prompt);
+    void    shrink_v();
+    void    note_touched(uint32_t strm, int32_t n_rows);
+    int32_t n_used(uint32_t strm) const;
     void    release_rows(uint32_t strm, int32_t n_used);
+    void    release_v(uint32_t strm, int32_t n_used);
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);

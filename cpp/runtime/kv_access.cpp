@@ -25,9 +25,9 @@ kv_layer_access::kv_layer_access(const llama_kv_cache & kv, const kv_shape & sha
     v.type        = t_v->type;
     v.n_head_kv   = shape.n_head_kv;
     v.n_embd_head = shape.n_embd_head_v;
-    v.n_rows      = shape.kv_size;
     v.row_bytes   = (int64_t) t_v->nb[1];
     v.transposed  = kv.get_v_trans();
+    v.n_rows      = v.transposed ? (int64_t) kv.get_v_stride() : shape.kv_size;
 }
 
 static void load(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf) {

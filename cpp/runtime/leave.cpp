@@ -94,7 +94,8 @@ static size_t first_lowest(const std::vector<float> & values) {
 
 // By what one head's cells may leave, the lowest first: the attention until now, or, where the recent one is kept too, the share
 // of either in all that the queries gave (1 each). It is the score of score_rule::by_kind without its means over neighbors.
-void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, const std::vector<int32_t> & rows, std::vector<float> & res) {
+void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, const std::vector<int32_t> & rows,
+                                   std::vector<float> & res) {
     const uint32_t strm = kv.get_stream(seq_id);
     const float *  mass = store->mass_row(strm, il, ih);
 

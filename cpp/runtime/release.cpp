@@ -10,41 +10,40 @@
 namespace elastic {
 
 // rows [begin, end) of one K or V tensor in one stream; returns the bytes given back
-static size_t release_tensor(ggml_tensor * t, uint32_t strm, int64_t kv_size, bool transposed, int64_t begin, int64_t end) {
+static size_t release_tensor(ggml_tensor * t, uint32_t strm, int64_t begin, int64_t end) {
     if (!can_release(t->buffer) || begin >= end) {
         return 0;
     }
-    uint8_t * base = (uint8_t *) t->data + strm * t->nb[2];
-    if (!transposed) {
-        return release_bytes(base + begin * t->nb[1], (end - begin) * t->nb[1]);
-    }
-    const int64_t size = (int64_t) ggml_type_size(t->type);
-    size_t        res  = 0;
-    for (int64_t e = 0; e < t->ne[0]; ++e) {
-        res += release_bytes(base + (e * kv_size + begin) * size, (end - begin) * size);
-    }
-    return res;
+    return release_bytes((uint8_t *) t->data + strm * t->nb[2] + begin * t->nb[1], (end - begin) * t->nb[1]);
+}
+
+// rows that may take memory from now on, as they are written
+void elastic_cache::note_touched(uint32_t strm, int32_t n_rows) {
+    n_touched[strm]   = std::max(n_touched[strm], n_rows);
+    n_touched_v[strm] = std::max(n_touched_v[strm], moves_v && n_rows > 0 ? stride_v : n_rows);
 }
 
 void elastic_cache::release_rows(uint32_t strm, int32_t n_used) {
     if (!cfg.release_memory || !active()) {
         return;
     }
-    // an element of all cells lies side by side in a transposed V, so only long runs of cells hold whole pages
-    const bool    transposed = kv.get_v_trans();
-    const int32_t n_page     = transposed ? (int32_t) (page_size() / ggml_type_size(kv.type_v())) : 1;
-    const bool    with_v     = n_touched_v[strm] - n_used >= n_page;
-
     for (const int32_t il : shape.layer_ids) {
-        stats.n_bytes_released += release_tensor(kv.get_k_storage(il), strm, shape.kv_size, false, n_used, n_touched[strm]);
-        if (with_v) {
-            stats.n_bytes_released += release_tensor(kv.get_v_storage(il), strm, shape.kv_size, transposed, n_used, n_touched_v[strm]);
-        }
+        stats.n_bytes_released += release_tensor(kv.get_k_storage(il), strm, n_used, n_touched[strm]);
     }
     n_touched[strm] = std::min(n_touched[strm], n_used);
-    if (with_v) {
-        n_touched_v[strm] = transposed ? std::min(n_touched_v[strm], n_used + n_page) : n_used;
+    release_v(strm, n_used);
+}
+
+// a transposed V takes its stride times its elements, which is as much as `stride` rows would
+void elastic_cache::release_v(uint32_t strm, int32_t n_used) {
+    if (!cfg.release_memory || !active() || (kv.get_v_trans() && !moves_v)) {
+        return;
     }
+    const int32_t n_held = moves_v && n_used > 0 ? stride_v : n_used;
+    for (const int32_t il : shape.layer_ids) {
+        stats.n_bytes_released += release_tensor(kv.get_v_storage(il), strm, n_held, n_touched_v[strm]);
+    }
+    n_touched_v[strm] = std::min(n_touched_v[strm], n_held);
 }
 
 void elastic_cache::clear_buffer(ggml_backend_buffer_t buffer) {

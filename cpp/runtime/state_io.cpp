@@ -101,14 +101,16 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
     }
 }
 
+void elastic_cache::on_restored() {
+    grow_v(false);
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        note_touched(s, n_used(s));
+    }
+}
+
 void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (!active()) {
         return;
-    }
-
-    for (int32_t s = 0; s < shape.n_stream; ++s) {
-        n_touched[s]   = std::max(n_touched[s], (int32_t) kv.get_cells_mut(s).used_max_p1());
-        n_touched_v[s] = std::max(n_touched_v[s], n_touched[s]);
     }
 
     state_header h;
