@@ -30,9 +30,47 @@ size_t head_bytes(const kv_rows & t) {
     return ggml_row_size(t.type, t.n_embd_head);
 }
 
+// ggml-base's own go number by number; compilers make vector loops of these, and the bits are the same
+
+static void f16_to_f32(const uint16_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = src[i];
+        const uint32_t rest = (bits & 0x7fff) << 13;
+        float          x;
+        std::memcpy(&x, &rest, sizeof(x));
+        x *= 0x1p112f;
+        uint32_t res;
+        std::memcpy(&res, &x, sizeof(res));
+        res = (rest >= 0x0f800000 ? rest | 0x70000000 : res) | (bits & 0x8000) << 16;  // infinite, or no number
+        std::memcpy(dst + i, &res, sizeof(res));
+    }
+}
+
+// to the nearest, to the even one of two
+static void f32_to_f16(const float * src, uint16_t * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, src + i, sizeof(bits));
+        const uint32_t rest   = bits & 0x7fffffff;
+        const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
+        // below the least normal number the sum of floats rounds
+        float          x;
+        std::memcpy(&x, &rest, sizeof(x));
+        x += 0.5f;
+        uint32_t small;
+        std::memcpy(&small, &x, sizeof(small));
+        small -= 0x3f000000;
+        const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+        const uint32_t res   = rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large;
+        dst[i]               = (uint16_t) (res | (bits >> 16 & 0x8000));
+    }
+}
+
 static void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        f16_to_f32((const uint16_t *) src, dst, n);
     } else {
         ggml_get_type_traits(type)->to_float(src, dst, n);
     }
@@ -41,6 +79,8 @@ static void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) 
 static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        f32_to_f16(src, (uint16_t *) dst, n);
     } else if (is_plain(type)) {
         ggml_get_type_traits(type)->from_float_ref(src, dst, n);
     } else {
@@ -56,6 +96,20 @@ static uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
 // where element e of head ih of all rows begins, in the transposed layout
 static uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
     return t.data + ((int64_t) ih * t.n_embd_head + e) * t.n_rows * (int64_t) ggml_type_size(t.type);
+}
+
+// rows of one head lie far apart, each on another page
+static constexpr size_t N_AHEAD = 16;
+
+static void prefetch(const uint8_t * data, size_t size) {
+#ifdef __GNUC__
+    for (size_t i = 0; i < size; i += 64) {
+        __builtin_prefetch(data + i);
+    }
+#else
+    (void) data;
+    (void) size;
+#endif
 }
 
 template <typename T> static void read_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {
@@ -116,6 +170,15 @@ void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) 
 }
 
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
+    if (!t.transposed) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            if (i + N_AHEAD < rows.size()) {
+                prefetch(head_ptr(t, rows[i + N_AHEAD], ih), head_bytes(t));
+            }
+            to_f32(t.type, head_ptr(t, rows[i], ih), dst + i * t.n_embd_head, t.n_embd_head);
+        }
+        return;
+    }
     std::vector<uint8_t> raw(rows.size() * head_bytes(t));
     read_raw(t, rows, ih, raw.data());
     to_f32(t.type, raw.data(), dst, (int64_t) rows.size() * t.n_embd_head);

@@ -3,6 +3,7 @@
 
 #include "core/budget.h"
 #include "core/combine.h"
+#include "core/features.h"
 #include "core/generate.h"
 #include "core/merge.h"
 #include "core/parallel.h"
@@ -298,6 +299,93 @@ static void test_merges() {
     CHECK(!rows_supported(GGML_TYPE_Q2_K, false));
 }
 
+// the bits of ggml's own conversions: all halves, and of floats what lies around and halfway between them
+static void test_halves() {
+    const auto bits_of = [](float x) {
+        uint32_t res;
+        std::memcpy(&res, &x, sizeof(res));
+        return res;
+    };
+    std::vector<ggml_fp16_t> halves;
+    std::vector<float>       floats = { 65519.996f, 65520.0f, 1e30f, 1e-30f };
+    for (uint32_t h = 0; h < 0x7c00; ++h) {
+        const float x = ggml_fp16_to_fp32((ggml_fp16_t) h);
+        const float y = ggml_fp16_to_fp32((ggml_fp16_t) (h + 1));
+        const float m = (x + std::min(y, 65536.0f)) / 2;
+        halves.push_back((ggml_fp16_t) h);
+        floats.insert(floats.end(), { x, m, std::nextafter(m, 0.0f), std::nextafter(m, HUGE_VALF), uniform(x, m) });
+    }
+    halves.push_back(0x7c00);
+    floats.push_back(HUGE_VALF);
+    for (size_t i = 0, n = halves.size(); i < n; ++i) {
+        halves.push_back((ggml_fp16_t) (halves[i] | 0x8000));
+    }
+    for (size_t i = 0, n = floats.size(); i < n; ++i) {
+        floats.push_back(-floats[i]);
+    }
+    const auto one_row = [](ggml_type type, void * data, size_t n) {
+        return kv_rows{ type, (uint8_t *) data, 1, (int32_t) n, 1, (int64_t) ggml_row_size(type, (int64_t) n), false };
+    };
+
+    std::vector<float> read(halves.size());
+    read_f32(one_row(GGML_TYPE_F16, halves.data(), halves.size()), { 0 }, 0, read.data());
+    for (size_t i = 0; i < halves.size(); ++i) {
+        CHECK(bits_of(read[i]) == bits_of(ggml_fp16_to_fp32(halves[i])));
+    }
+    std::vector<ggml_fp16_t> written(floats.size());
+    write_f32(one_row(GGML_TYPE_F16, written.data(), floats.size()), { 0 }, 0, floats.data());
+    for (size_t i = 0; i < floats.size(); ++i) {
+        CHECK(written[i] == ggml_fp32_to_fp16(floats[i]));
+    }
+    float       no_number = NAN;
+    ggml_fp16_t half;
+    write_f32(one_row(GGML_TYPE_F16, &half, 1), { 0 }, 0, &no_number);
+    CHECK(std::isnan(ggml_fp16_to_fp32(half)));
+}
+
+// the quick bounds are below the distances, and not by much; a few channels are far larger than the others
+static void test_bounds() {
+    const int32_t n = 200, d = 40;
+
+    std::vector<float>   k, v;
+    std::vector<int32_t> cells, anchors;
+    for (int32_t i = 0; i < n; ++i) {
+        cells.push_back(i);
+        for (int32_t e = 0; e < d; ++e) {
+            k.push_back(uniform(-1.0f, 1.0f) * (e % 8 == 0 ? 30.0f : 1.0f));
+            v.push_back(i % 10 == 0 ? 0.0f : uniform(0.0f, 1.0f));
+        }
+    }
+    features f;
+    f.fill(cells, k, d, v, d);
+    for (int32_t r = 0; r < N_ANCHORS - 1; ++r) {
+        anchors.push_back(7 * r);
+    }
+    anchor_block block;
+    block.set(f, anchors.data(), (int32_t) anchors.size());
+
+    for (int32_t first = 0; first < n; first += N_CELLS - 1) {
+        const int32_t n_here = std::min(n - first, N_CELLS - 1);
+
+        float bounds[N_CELLS][N_ANCHORS], than[N_CELLS];
+        bool  any[N_CELLS];
+        for (int32_t q = 0; q < n_here; ++q) {
+            than[q] = uniform(0.0f, 3.0f);
+        }
+        block.bound(f, cells.data() + first, n_here, than, bounds, any);
+        for (int32_t q = 0; q < n_here; ++q) {
+            float least = HUGE_VALF;
+            for (size_t r = 0; r < anchors.size(); ++r) {
+                const float distance = f.distance(first + q, anchors[r]);
+                CHECK(bounds[q][r] <= distance && bounds[q][r] > distance - 0.15f);
+                least = std::min(least, bounds[q][r]);
+            }
+            CHECK(bounds[q][N_ANCHORS - 1] > 1e30f);
+            CHECK(any[q] == (least < than[q]));
+        }
+    }
+}
+
 static void test_parallel() {
     for (const int32_t n_threads : { -1, 1, 3, 100 }) {
         std::vector<int> hits(17, 0);
@@ -386,6 +474,8 @@ int main(int argc, char ** argv) {
     test_plans();
     test_generate();
     test_merges();
+    test_halves();
+    test_bounds();
     test_parallel();
     printf("%s: %d failed checks\n", n_failed ? "FAILED" : "ok", n_failed);
     return n_failed ? 1 : 0;

@@ -1,0 +1,290 @@
+#include "core/features.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+// four products of bytes at once, added to each of N_ANCHORS sums
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define HAS_BYTE_PRODUCTS
+
+typedef __m512i byte_sums;
+
+static byte_sums add_products(byte_sums sum, const uint8_t * cell, byte_sums anchors) {
+    int32_t four;
+    std::memcpy(&four, cell, sizeof(four));
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), anchors);
+}
+#elif defined(__AVXVNNI__)
+#include <immintrin.h>
+#define HAS_BYTE_PRODUCTS
+
+typedef __m256i byte_sums;
+
+static byte_sums add_products(byte_sums sum, const uint8_t * cell, byte_sums anchors) {
+    int32_t four;
+    std::memcpy(&four, cell, sizeof(four));
+    return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi32(four), anchors);
+}
+#endif
+
+namespace elastic {
+
+#ifdef HAS_BYTE_PRODUCTS
+static constexpr bool has_byte_products = true;
+#else
+static constexpr bool has_byte_products = false;
+#endif
+
+// a number per anchor
+#ifdef __GNUC__
+typedef float   lanes __attribute__((vector_size(N_ANCHORS * sizeof(float))));
+typedef int32_t int_lanes __attribute__((vector_size(N_ANCHORS * sizeof(float))));
+#else
+struct lanes {
+    float x[N_ANCHORS];
+
+    lanes & operator+=(const lanes & y) {
+        for (int32_t r = 0; r < N_ANCHORS; ++r) {
+            x[r] += y.x[r];
+        }
+        return *this;
+    }
+};
+
+static lanes operator*(float x, lanes y) {
+    for (float & z : y.x) {
+        z *= x;
+    }
+    return y;
+}
+#endif
+
+static void load(lanes & dst, const float * x) {
+    std::memcpy(&dst, x, sizeof(dst));
+}
+
+static constexpr int32_t N_LANES = 32;  // sums side by side, so that the compiler can keep them in registers
+
+template <typename F> static float sum_lanes(int32_t d, F term) {
+    float sums[N_LANES] = {};
+    for (int32_t e = 0; e < d; e += N_LANES) {
+        for (int32_t l = 0; l < N_LANES; ++l) {
+            sums[l] += term(e + l);
+        }
+    }
+    for (int32_t half = N_LANES / 2; half > 0; half /= 2) {
+        for (int32_t l = 0; l < half; ++l) {
+            sums[l] += sums[l + half];
+        }
+    }
+    return sums[0];
+}
+
+static float squared(const float * x, int32_t d) {
+    return sum_lanes(d, [&](int32_t e) { return x[e] * x[e]; });
+}
+
+// more than the rounding of a quick distance
+static float slack(int32_t d) {
+    return 1.0f - 2.0f * (float) d * FLT_EPSILON;
+}
+
+//
+// features
+//
+
+void features::fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v,
+                    int32_t d_v) {
+    n = (int32_t) cells.size();
+    d = (d_k + d_v + N_LANES - 1) / N_LANES * N_LANES;
+    data.assign((size_t) n * d, 0.0f);
+    norms.resize(n);
+    put(cells, k, d_k, 0);
+    put(cells, v, d_v, d_k);
+    for (int32_t i = 0; i < n; ++i) {
+        norms[i] = squared(row(i), d);
+    }
+    if (has_byte_products) {
+        round_rows();
+    }
+}
+
+void features::put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first) {
+    std::vector<double> mean(d_x, 0.0);
+    std::vector<double> sq(d_x, 0.0);
+    for (const int32_t i : cells) {
+        for (int32_t e = 0; e < d_x; ++e) {
+            const double y = x[(size_t) i * d_x + e];
+            mean[e] += y;
+            sq[e] += y * y;
+        }
+    }
+    double variance = 0.0;
+    for (int32_t e = 0; e < d_x; ++e) {
+        mean[e] /= n;
+        variance += std::max(0.0, sq[e] / n - mean[e] * mean[e]);
+    }
+    const float scale = variance > 0.0 ? (float) std::sqrt(1.0 / variance) : 0.0f;
+    for (int32_t i = 0; i < n; ++i) {
+        for (int32_t e = 0; e < d_x; ++e) {
+            data[(size_t) i * d + first + e] = scale * (x[(size_t) cells[i] * d_x + e] - (float) mean[e]);
+        }
+    }
+}
+
+void features::round_rows() {
+    bytes.resize(data.size());
+    scales.resize(n);
+    errors.resize(n);
+    for (int32_t i = 0; i < n; ++i) {
+        const float * x            = row(i);
+        uint8_t *     y            = bytes.data() + (size_t) i * d;
+        float         top[N_LANES] = {};
+        for (int32_t e = 0; e < d; e += N_LANES) {
+            for (int32_t l = 0; l < N_LANES; ++l) {
+                top[l] = std::max(top[l], std::fabs(x[e + l]));
+            }
+        }
+        const float highest = *std::max_element(top, top + N_LANES);
+        const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+        const float scale   = highest / 127.0f;
+        for (int32_t e = 0; e < d; ++e) {
+            y[e] = (uint8_t) (int32_t) (x[e] * inverse + 128.5f);
+        }
+        const float lost = sum_lanes(d, [&](int32_t e) {
+            const float diff = x[e] - scale * (float) ((int32_t) y[e] - 128);
+            return diff * diff;
+        });
+        scales[i]        = scale;
+        errors[i]        = std::sqrt(lost) / slack(d);
+    }
+}
+
+float features::distance(int32_t i, int32_t j) const {
+    const float * x = row(i);
+    const float * y = row(j);
+    return sum_lanes(d, [&](int32_t e) {
+        const float diff = x[e] - y[e];
+        return diff * diff;
+    });
+}
+
+//
+// anchors
+//
+
+void anchor_block::set(const features & f, const int32_t * anchors, int32_t n) {
+    std::fill(norms, norms + N_ANCHORS, FLT_MAX);
+    std::fill(lengths, lengths + N_ANCHORS, 0.0f);
+    std::fill(scales, scales + N_ANCHORS, 0.0f);
+    std::fill(errors, errors + N_ANCHORS, 0.0f);
+    std::fill(offsets, offsets + N_ANCHORS, 0.0f);
+    data.resize((size_t) f.d * N_ANCHORS, 0.0f);
+    bytes.resize((size_t) f.d * N_ANCHORS, 0);
+
+    for (int32_t r = 0; r < n; ++r) {
+        const int32_t i = anchors[r];
+        norms[r]        = f.norms[i];
+        lengths[r]      = std::sqrt(norms[r]);
+        if (!has_byte_products) {
+            for (int32_t e = 0; e < f.d; ++e) {
+                data[(size_t) e * N_ANCHORS + r] = f.row(i)[e];
+            }
+            continue;
+        }
+        const uint8_t * x   = f.bytes.data() + (size_t) i * f.d;
+        int32_t         sum = 0;
+        for (int32_t e = 0; e < f.d; ++e) {
+            const int32_t byte                                  = (int32_t) x[e] - 128;
+            bytes[(size_t) (e / 4 * N_ANCHORS + r) * 4 + e % 4] = (int8_t) byte;
+            sum += byte;
+        }
+        scales[r]  = f.scales[i];
+        errors[r]  = f.errors[i];
+        offsets[r] = 128.0f * (float) sum;
+    }
+}
+
+// mostly none is: without branches that is told by a few instructions
+static bool any_below(const float * x, float than) {
+    int32_t below[N_ANCHORS];
+    for (int32_t r = 0; r < N_ANCHORS; ++r) {
+        below[r] = x[r] < than ? -1 : 0;
+    }
+    uint64_t pairs[N_ANCHORS / 2];
+    std::memcpy(pairs, below, sizeof(pairs));
+    uint64_t res = 0;
+    for (const uint64_t pair : pairs) {
+        res |= pair;
+    }
+    return res != 0;
+}
+
+#ifdef HAS_BYTE_PRODUCTS
+
+// |x - y|^2 = |x|^2 + |y|^2 - 2xy, and of rounded x and y the product is off by at most |x||dy| + |dx||y| + |dx||dy|
+void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
+                         bool * any) const {
+    const uint8_t * x[N_CELLS];
+    for (int32_t q = 0; q < N_CELLS; ++q) {
+        x[q] = f.bytes.data() + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
+    }
+    byte_sums sums[N_CELLS] = {};
+    for (int32_t e = 0; e < f.d; e += 4) {
+        byte_sums y;
+        std::memcpy(&y, bytes.data() + (size_t) e * N_ANCHORS, sizeof(y));
+        for (int32_t q = 0; q < N_CELLS; ++q) {
+            sums[q] = add_products(sums[q], x[q] + e, y);
+        }
+    }
+    lanes all_norms, all_lengths, all_scales, all_errors, all_offsets;
+    load(all_norms, norms);
+    load(all_lengths, lengths);
+    load(all_scales, scales);
+    load(all_errors, errors);
+    load(all_offsets, offsets);
+    for (int32_t q = 0; q < n_cells; ++q) {
+        const int32_t i      = cells[q];
+        const float   length = std::sqrt(f.norms[i]) + f.errors[i];
+
+        const lanes product = f.scales[i] * all_scales * (__builtin_convertvector((int_lanes) sums[q], lanes) - all_offsets);
+        const lanes off     = f.errors[i] * all_lengths + length * all_errors;
+        const lanes bounds  = slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off);
+        std::memcpy(dst[q], &bounds, sizeof(bounds));
+        any[q] = any_below(dst[q], than[q]);
+    }
+}
+
+#else
+
+// |x - y|^2 = |x|^2 + |y|^2 - 2xy, which is quick but not exact
+void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
+                         bool * any) const {
+    const float * x[N_CELLS];
+    for (int32_t q = 0; q < N_CELLS; ++q) {
+        x[q] = f.row(cells[std::min(q, n_cells - 1)]);
+    }
+    lanes sums[N_CELLS] = {};
+    for (int32_t e = 0; e < f.d; ++e) {
+        lanes y;
+        load(y, data.data() + (size_t) e * N_ANCHORS);
+        for (int32_t q = 0; q < N_CELLS; ++q) {
+            sums[q] += x[q][e] * y;
+        }
+    }
+    float products[N_CELLS][N_ANCHORS];
+    std::memcpy(products, sums, sizeof(products));
+    for (int32_t q = 0; q < n_cells; ++q) {
+        for (int32_t r = 0; r < N_ANCHORS; ++r) {
+            dst[q][r] = slack(f.d) * (f.norms[cells[q]] + norms[r]) - 2.0f * products[q][r];
+        }
+        any[q] = any_below(dst[q], than[q]);
+    }
+}
+
+#endif
+
+}  // namespace elastic

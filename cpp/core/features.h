@@ -1,0 +1,68 @@
+#pragma once
+
+// Distances between the cells of a run, in keys and values. A cell has to be compared with all anchors, of which few are
+// nearer than what it has found already: a quick bound tells which, and their distances are computed exactly.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace elastic {
+
+// as many anchors are compared at once with as many cells
+#ifdef __AVX512F__
+constexpr int32_t N_ANCHORS = 16;
+#else
+constexpr int32_t N_ANCHORS = 8;
+#endif
+constexpr int32_t N_CELLS = 8;
+
+// Keys and values side by side, moved and scaled so that squared distances are the ones of cover.h.
+class features {
+  public:
+    // of the given rows of k [.., d_k] and v [.., d_v]; memory is kept from run to run
+    void fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v);
+
+    // squared distance between two cells
+    float distance(int32_t i, int32_t j) const;
+
+  private:
+    friend class anchor_block;
+
+    int32_t            n = 0;
+    int32_t            d = 0;
+    std::vector<float> data;   // [n][d]
+    std::vector<float> norms;  // squared, [n]
+
+    // rounded to a byte per element, where the processor multiplies bytes: x is scale*(byte - 128), give or take a
+    // vector of length `error`
+    std::vector<uint8_t> bytes;  // [n][d]
+    std::vector<float>   scales;
+    std::vector<float>   errors;
+
+    const float * row(int32_t i) const { return data.data() + (size_t) i * d; }
+
+    void put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first);
+    void round_rows();
+};
+
+// up to N_ANCHORS anchors side by side
+class anchor_block {
+  public:
+    void set(const features & f, const int32_t * anchors, int32_t n);
+
+    // bounds below the squared distances of up to N_CELLS cells; any[q]: one of cell q is below than[q]
+    void bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS], bool * any) const;
+
+  private:
+    float norms[N_ANCHORS];  // squared
+    float lengths[N_ANCHORS];
+    float scales[N_ANCHORS];  // of bytes
+    float errors[N_ANCHORS];
+    float offsets[N_ANCHORS];  // what 128 too much in each byte of a cell adds to a product
+
+    std::vector<float>  data;   // [d][N_ANCHORS]
+    std::vector<int8_t> bytes;  // [d/4][N_ANCHORS][4]
+};
+
+}  // namespace elastic
