@@ -292,6 +292,26 @@ def test_save_before_compression(tiny_gqa: Path) -> None:
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 @pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+def test_prompts_of_one_batch(tiny_gqa: Path, unified: bool, fa: bool) -> None:
+    """Two prompts in one ubatch: logits and scores of each as if it were alone."""
+    prompts = [random_tokens(150, N_VOCAB, seed) for seed in (1, 2)]
+    kw = {"flash_attn": fa, "elastic": {"policy": "elastic", "budget": 0.3, "min_cells": 8}}
+    alone = []
+    for prompt in prompts:
+        with Engine(tiny_gqa, **kw) as e:
+            e.prompt(prompt)
+            alone.append((e.logits(-1), e.session.mass(0), e.session.recent(0)[0]))
+    with Engine(tiny_gqa, n_seq_max=2, unified=unified, **kw) as e:
+        rows = [(t, i, seq, i == 149) for seq in (0, 1) for i, t in enumerate(prompts[seq])]
+        assert e.decode(rows) == 0
+        for seq, (logits, mass, recent) in enumerate(alone):
+            assert nmse(logits, e.logits(149 + 150 * seq)) <= 1e-6
+            np.testing.assert_allclose(e.session.mass(seq), mass, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(e.session.recent(seq)[0], recent, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
 def test_sequences_do_not_disturb_each_other(tiny_gqa: Path, unified: bool, fa: bool) -> None:
     """Two sequences in one cache, one long enough to be compressed: each as if alone."""
     forced = random_tokens(12, N_VOCAB, 3)

@@ -17,7 +17,7 @@ namespace elastic {
 // rows that must be free at the end before a batch gives them back
 static constexpr int32_t N_RELEASE = 256;
 
-// queries from which a ubatch that is scored goes without flash attention
+// queries from which a ubatch that is scored, and that build_attn() has no op for, goes without flash attention
 static constexpr uint32_t N_PLAIN = 128;
 
 config make_config(const elastic_params & params) {

@@ -50,6 +50,13 @@ struct kv_values {
     std::vector<float> v;  // [n_cells][n_head_kv][n_embd_head_v]
 };
 
+// of the logits and of the stored bias, and how V lies
+struct attention_scales {
+    float logits;
+    float bias;
+    bool  v_trans;
+};
+
 class elastic_cache : public llama_elastic_i {
   public:
     elastic_cache(llama_context & ctx, const config & cfg);
@@ -61,6 +68,8 @@ class elastic_cache : public llama_elastic_i {
     uint32_t      n_sum_rows(const llama_ubatch & ubatch) const override;
     bool          keep_fused(const llama_ubatch & ubatch) const override;
     void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
+    ggml_tensor * build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
+                             ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const override;
     bool          has_bias() const override { return store->any_bias(); }
     ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
     float         bias_scale() const override { return store->bias_scale(); }
@@ -118,6 +127,8 @@ class elastic_cache : public llama_elastic_i {
     bool hold       = false;
     bool on_host    = false;  // all of K and V
     bool score_step = false;  // the current batch generates, and its attention is added to the scores
+
+    mutable std::map<float, attention_scales> attn_scales;  // by that of the logits
 
     std::map<llama_seq_id, sequence_state> seqs;
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch

@@ -1,6 +1,7 @@
 // Every function of the core on small inputs and at the edges, for the sanitizers. Values are compared with
 // independent oracles in the Python tests.
 
+#include "core/attention.h"
 #include "core/budget.h"
 #include "core/combine.h"
 #include "core/features.h"
@@ -18,6 +19,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 
 using namespace elastic;
@@ -386,6 +388,117 @@ static void test_bounds() {
     }
 }
 
+// against the same in f64, number by number
+static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int32_t n_q, int32_t n_kv, bool with_bias) {
+    const int32_t n_head = 4, n_head_kv = 2, d_k = 32, d_v = 40, n_rows = n_kv + 3, n_sums = 2;
+
+    const auto random = [](size_t n, float scale) {
+        std::vector<float> res(n);
+        for (auto & x : res) {
+            x = uniform(-scale, scale);
+        }
+        return res;
+    };
+    std::vector<int32_t> all(n_kv);
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<uint8_t> k_data(ggml_row_size(type_k, d_k * n_head_kv) * n_rows), v_data(ggml_row_size(type_v, d_v * n_head_kv) * n_rows);
+
+    attention a;
+    a.n_q    = n_q;
+    a.n_kv   = n_kv;
+    a.n_head = n_head;
+    a.k      = { type_k, k_data.data(), n_head_kv, d_k, n_rows, (int64_t) ggml_row_size(type_k, d_k * n_head_kv), false };
+    a.v      = { type_v, v_data.data(), n_head_kv, d_v, n_rows, (int64_t) ggml_row_size(type_v, d_v * n_head_kv), v_trans };
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        write_f32(a.k, all, ih, random((size_t) n_kv * d_k, 1.0f).data());
+        write_f32(a.v, all, ih, random((size_t) n_kv * d_v, 1.0f).data());
+    }
+    const auto q       = random((size_t) n_q * n_head * d_k, 3.0f);
+    const auto weights = random((size_t) n_q * n_sums, 1.0f);
+    const auto bias    = random((size_t) n_head_kv * n_rows, 4.0f);
+
+    // causal, but for cells that nobody sees and a query that sees nothing
+    const auto sees = [&](int32_t i, int32_t c) {
+        return c <= n_kv - n_q + i && c % 7 != 5 && (c < 40 || c >= 110) && i != n_q / 2;
+    };
+    std::vector<float>       mask;
+    std::vector<ggml_fp16_t> mask16;
+    for (int32_t i = 0; i < n_q; ++i) {
+        for (int32_t c = 0; c < n_rows; ++c) {
+            mask.push_back(sees(i, c) ? 0.0f : -INFINITY);
+            mask16.push_back(ggml_fp32_to_fp16(mask.back()));
+        }
+    }
+    std::vector<float> out((size_t) n_q * n_head * d_v, NAN), sums((size_t) n_head * n_sums * n_kv, NAN);
+
+    a.q             = q.data();
+    a.q_stride      = n_head * d_k;
+    a.q_stride_head = d_k;
+    a.scale         = 0.5f;
+    a.mask          = with_bias ? (const void *) mask16.data() : mask.data();
+    a.mask_type     = with_bias ? GGML_TYPE_F16 : GGML_TYPE_F32;
+    a.mask_stride   = n_rows;
+    a.bias          = with_bias ? bias.data() : nullptr;
+    a.bias_stride   = n_rows;
+    a.bias_scale    = 0.25f;
+    a.weights       = weights.data();
+    a.n_sums        = n_sums;
+    a.out           = out.data();
+    a.sums          = sums.data();
+    attend(a, 0, 1);
+    attend(a, 1, n_head);
+
+    std::vector<float> k((size_t) n_kv * d_k), v((size_t) n_kv * d_v);
+    for (int32_t h = 0; h < n_head; ++h) {
+        read_f32(a.k, all, h / 2, k.data());
+        read_f32(a.v, all, h / 2, v.data());
+        std::vector<double> expected((size_t) n_sums * n_kv, 0.0);
+        for (int32_t i = 0; i < n_q; ++i) {
+            std::vector<double> w(n_kv, 0.0);
+            double              sum = 0.0;
+            for (int32_t c = 0; c < n_kv; ++c) {
+                double x = 0.0;
+                for (int32_t e = 0; e < d_k; ++e) {
+                    x += (double) q[((size_t) i * n_head + h) * d_k + e] * k[(size_t) c * d_k + e];
+                }
+                x    = 0.5 * x + (with_bias ? 0.25 * bias[(size_t) (h / 2) * n_rows + c] : 0.0);
+                w[c] = sees(i, c) ? std::exp(x) : 0.0;
+                sum += w[c];
+            }
+            for (int32_t e = 0; e < d_v; ++e) {
+                double x = 0.0;
+                for (int32_t c = 0; c < n_kv; ++c) {
+                    x += sum > 0.0 ? w[c] / sum * v[(size_t) c * d_v + e] : 0.0;
+                }
+                CHECK(std::fabs(out[((size_t) i * n_head + h) * d_v + e] - x) < 2e-6);
+            }
+            for (int32_t c = 0; c < n_kv && sum > 0.0; ++c) {
+                for (int32_t r = 0; r < n_sums; ++r) {
+                    expected[(size_t) r * n_kv + c] += w[c] / sum * weights[(size_t) i * n_sums + r];
+                }
+            }
+        }
+        for (size_t j = 0; j < expected.size(); ++j) {
+            CHECK(std::fabs(sums[(size_t) h * n_sums * n_kv + j] - expected[j]) < 1e-5);
+        }
+    }
+}
+
+static void test_attentions() {
+    if (!can_attend()) {
+        return;
+    }
+    for (const bool with_bias : { false, true }) {
+        for (const int32_t n_q : { 1, 64, 150 }) {
+            for (const bool v_trans : { false, true }) {
+                test_attention(GGML_TYPE_F16, GGML_TYPE_F16, v_trans, n_q, 203, with_bias);
+                test_attention(GGML_TYPE_F32, GGML_TYPE_F32, v_trans, n_q, 150, with_bias);
+            }
+            test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, false, n_q, 203, with_bias);
+        }
+    }
+}
+
 static void test_parallel() {
     for (const int32_t n_threads : { -1, 1, 3, 100 }) {
         std::vector<int> hits(17, 0);
@@ -476,6 +589,7 @@ int main(int argc, char ** argv) {
     test_merges();
     test_halves();
     test_bounds();
+    test_attentions();
     test_parallel();
     printf("%s: %d failed checks\n", n_failed ? "FAILED" : "ok", n_failed);
     return n_failed ? 1 : 0;

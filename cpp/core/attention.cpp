@@ -1,0 +1,315 @@
+#include "core/attention.h"
+
+#include "core/rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace elastic {
+
+#ifndef __GNUC__
+
+bool can_attend() {
+    return false;
+}
+
+void attend(const attention &, int32_t, int32_t) {}
+
+#else
+
+bool can_attend() {
+    return true;
+}
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int32_t N_LANES = 16;
+#else
+constexpr int32_t N_LANES = 8;
+#endif
+constexpr int32_t N_GROUP = 64;                 // queries that are finished together
+constexpr int32_t N_PARTS = N_GROUP / N_LANES;  // registers that they take
+constexpr int32_t N_TILE  = 8;                  // sums that are kept in registers
+constexpr int32_t N_CHUNK = 32;                 // cells that stay in the first cache
+
+typedef float    lanes __attribute__((vector_size(N_LANES * 4)));
+typedef int32_t  int_lanes __attribute__((vector_size(N_LANES * 4)));
+typedef uint64_t query_set;  // a bit per query of a group
+
+lanes load(const float * x) {
+    lanes res;
+    std::memcpy(&res, x, sizeof(res));
+    return res;
+}
+
+void store(float * dst, lanes x) {
+    std::memcpy(dst, &x, sizeof(x));
+}
+
+lanes splat(float x) {
+    return x - lanes{};
+}
+
+lanes larger(lanes x, lanes y) {
+    return x > y ? x : y;
+}
+
+float total(lanes x) {
+    float values[N_LANES];
+    store(values, x);
+    for (int32_t half = N_LANES / 2; half > 0; half /= 2) {
+        for (int32_t l = 0; l < half; ++l) {
+            values[l] += values[l + half];
+        }
+    }
+    return values[0];
+}
+
+// of x <= 0, to a few units in the last place; 0 below e^-87 (range reduction and polynomial as in Cephes' expf)
+lanes exp_lanes(lanes x) {
+    const lanes shifted   = x * 1.44269504f + 12582912.0f;  // the integer part stands in the lowest bits
+    const lanes n         = shifted - 12582912.0f;
+    const lanes r         = x - n * 0.693359375f + n * 2.12194440e-4f;
+    lanes       p         = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p                     = p * r + 8.3334519073e-3f;
+    p                     = p * r + 4.1665795894e-2f;
+    p                     = p * r + 1.6666665459e-1f;
+    p                     = p * r + 5.0000001201e-1f;
+    p                     = p * r * r + r + 1.0f;
+    const int_lanes power = ((int_lanes) shifted - 0x4b400000 + 127) << 23;
+    return x < -87.0f ? lanes{} : p * (lanes) power;
+}
+
+class head_attention {
+  public:
+    explicit head_attention(const attention & a)
+        : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_LANES - 1) / N_LANES), all(a.n_kv) {
+        std::iota(all.begin(), all.end(), 0);
+        for (int32_t first = 0; first < a.n_q; first += N_GROUP) {
+            seen.push_back(read_mask(first));
+        }
+    }
+
+    void run(int32_t ih) {
+        load_kv(ih / (a.n_head / a.k.n_head_kv));
+        std::fill(sums(ih, 0), sums(ih, a.n_sums), 0.0f);
+        for (size_t g = 0; g < seen.size(); ++g) {
+            group(ih, (int32_t) g * N_GROUP, seen[g]);
+        }
+    }
+
+  private:
+    const attention &    a;
+    const int32_t        d_k;
+    const int32_t        d_v;
+    const int32_t        n_blocks;  // registers that a value takes
+    std::vector<int32_t> all;       // rows
+
+    std::vector<std::vector<query_set>> seen;  // [groups][n_kv]: the queries that may see a cell
+
+    int32_t            ih_kv = -1;
+    std::vector<float> k;       // [n_kv][d_k]
+    std::vector<float> v;       // [n_blocks][n_kv][N_LANES]
+    std::vector<float> v_rows;  // [n_kv][d_v]
+
+    std::vector<float> q;        // [N_PARTS][d_k][N_LANES], scaled
+    std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n_kv][N_GROUP]
+    std::vector<float> sum_weights;
+    std::vector<float> out;  // [n_blocks][N_GROUP][N_LANES]
+
+    float * sums(int32_t ih, int32_t row) const { return a.sums + ((size_t) ih * a.n_sums + row) * a.n_kv; }
+
+    std::vector<query_set> read_mask(int32_t first) const {
+        std::vector<query_set> res(a.n_kv, 0);
+        for (int32_t i = 0; i < std::min(N_GROUP, a.n_q - first); ++i) {
+            const int64_t row = (first + i) * a.mask_stride;
+            for (int32_t c = 0; c < a.n_kv; ++c) {
+                const bool open =
+                    a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[row + c] == 0 : ((const float *) a.mask)[row + c] == 0.0f;
+                res[c] |= (query_set) open << i;
+            }
+        }
+        return res;
+    }
+
+    void load_kv(int32_t ih) {
+        if (ih == ih_kv) {
+            return;
+        }
+        ih_kv = ih;
+        k.resize((size_t) a.n_kv * d_k);
+        read_f32(a.k, all, ih, k.data());
+        v_rows.resize((size_t) a.n_kv * d_v);
+        read_f32(a.v, all, ih, v_rows.data());
+        v.assign((size_t) n_blocks * a.n_kv * N_LANES, 0.0f);
+        for (int32_t c = 0; c < a.n_kv; ++c) {
+            for (int32_t e = 0; e < d_v; ++e) {
+                v[((size_t) (e / N_LANES) * a.n_kv + c) * N_LANES + e % N_LANES] = v_rows[(size_t) c * d_v + e];
+            }
+        }
+    }
+
+    void load_q(int32_t ih, int32_t first, int32_t n) {
+        q.assign((size_t) N_PARTS * d_k * N_LANES, 0.0f);
+        for (int32_t i = 0; i < n; ++i) {
+            const float * src = a.q + (first + i) * a.q_stride + ih * a.q_stride_head;
+            float *       dst = q.data() + (size_t) (i / N_LANES) * d_k * N_LANES + i % N_LANES;
+            for (int32_t e = 0; e < d_k; ++e) {
+                dst[(size_t) e * N_LANES] = a.scale * src[e];
+            }
+        }
+    }
+
+    void group(int32_t ih, int32_t first, const std::vector<query_set> & may_see) {
+        const int32_t n = std::min(N_GROUP, a.n_q - first);
+
+        load_q(ih, first, n);
+        weights.resize((size_t) (a.n_kv + N_TILE) * N_GROUP);
+
+        lanes highest[N_PARTS];
+        lanes sum[N_PARTS] = {};
+        std::fill(highest, highest + N_PARTS, splat(-INFINITY));
+
+        // runs of cells that some query sees
+        std::vector<std::pair<int32_t, int32_t>> runs;
+        for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
+            const int32_t end = std::min(a.n_kv, c + N_CHUNK);
+            if (std::any_of(may_see.begin() + c, may_see.begin() + end, [](query_set s) { return s != 0; })) {
+                runs.emplace_back(c, end);
+            }
+        }
+
+        for (const auto & [begin, end] : runs) {
+            logits(begin, end);
+            hide(begin, end, may_see, highest);
+        }
+        for (int32_t p = 0; p < N_PARTS; ++p) {
+            highest[p] = highest[p] == -INFINITY ? lanes{} : highest[p];  // sees nothing
+        }
+        for (const auto & [begin, end] : runs) {
+            for (int32_t c = begin; c < end; ++c) {
+                for (int32_t p = 0; p < N_PARTS; ++p) {
+                    float *     w = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
+                    const lanes x = exp_lanes(load(w) - highest[p]);
+                    sum[p] += x;
+                    store(w, x);
+                }
+            }
+        }
+        float inverse[N_GROUP];
+        for (int32_t p = 0; p < N_PARTS; ++p) {
+            store(inverse + p * N_LANES, sum[p] > 0.0f ? 1.0f / sum[p] : lanes{});
+        }
+
+        add_sums(ih, first, n, inverse, runs);
+        values(runs);
+        for (int32_t i = 0; i < n; ++i) {
+            float * dst = a.out + ((size_t) (first + i) * a.n_head + ih) * d_v;
+            for (int32_t e = 0; e < d_v; ++e) {
+                dst[e] = inverse[i] * out[((size_t) (e / N_LANES) * N_GROUP + i) * N_LANES + e % N_LANES];
+            }
+        }
+    }
+
+    // k of some cells times all queries of the group
+    void logits(int32_t begin, int32_t end) {
+        for (int32_t p = 0; p < N_PARTS; ++p) {
+            const float * part = q.data() + (size_t) p * d_k * N_LANES;
+            for (int32_t c = begin; c < end; c += N_TILE) {
+                const float * rows[N_TILE];
+                for (int32_t t = 0; t < N_TILE; ++t) {
+                    rows[t] = k.data() + (size_t) std::min(c + t, end - 1) * d_k;
+                }
+                lanes acc[N_TILE] = {};
+                for (int32_t e = 0; e < d_k; ++e) {
+                    const lanes y = load(part + (size_t) e * N_LANES);
+                    for (int32_t t = 0; t < N_TILE; ++t) {
+                        acc[t] += rows[t][e] * y;
+                    }
+                }
+                for (int32_t t = 0; t < std::min(N_TILE, end - c); ++t) {
+                    store(weights.data() + (size_t) (c + t) * N_GROUP + p * N_LANES, acc[t]);
+                }
+            }
+        }
+    }
+
+    // bias and mask
+    void hide(int32_t begin, int32_t end, const std::vector<query_set> & may_see, lanes * highest) {
+        int_lanes bit;
+        for (int32_t l = 0; l < N_LANES; ++l) {
+            bit[l] = 1 << l;
+        }
+        for (int32_t c = begin; c < end; ++c) {
+            const float more = a.bias ? a.bias_scale * a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
+            for (int32_t p = 0; p < N_PARTS; ++p) {
+                float *         w    = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
+                const int_lanes open = ((int32_t) (may_see[c] >> (p * N_LANES) & ((1u << N_LANES) - 1)) & bit) != 0;
+                const lanes     x    = open ? load(w) + more : splat(-INFINITY);
+                highest[p]           = larger(highest[p], x);
+                store(w, x);
+            }
+        }
+    }
+
+    void add_sums(int32_t ih, int32_t first, int32_t n, const float * inverse, const std::vector<std::pair<int32_t, int32_t>> & runs) {
+        for (int32_t row = 0; row < a.n_sums; ++row) {
+            float own[N_GROUP] = {};
+            bool  any          = false;
+            for (int32_t i = 0; i < n; ++i) {
+                own[i] = inverse[i] * a.weights[(size_t) (first + i) * a.n_sums + row];
+                any |= own[i] != 0.0f;
+            }
+            float * dst = sums(ih, row);
+            for (const auto & [begin, end] : runs) {
+                for (int32_t c = begin; any && c < end; ++c) {
+                    const float * w   = weights.data() + (size_t) c * N_GROUP;
+                    lanes         acc = {};
+                    for (int32_t p = 0; p < N_PARTS; ++p) {
+                        acc += load(w + p * N_LANES) * load(own + p * N_LANES);
+                    }
+                    dst[c] += total(acc);
+                }
+            }
+        }
+    }
+
+    // weights times v
+    void values(const std::vector<std::pair<int32_t, int32_t>> & runs) {
+        out.assign((size_t) n_blocks * N_GROUP * N_LANES, 0.0f);
+        for (const auto & [begin, end] : runs) {
+            for (int32_t b = 0; b < n_blocks; ++b) {
+                const float * block = v.data() + (size_t) b * a.n_kv * N_LANES;
+                for (int32_t i = 0; i < N_GROUP; i += N_TILE) {
+                    float * dst = out.data() + ((size_t) b * N_GROUP + i) * N_LANES;
+                    lanes   acc[N_TILE];
+                    std::memcpy(acc, dst, sizeof(acc));
+                    for (int32_t c = begin; c < end; ++c) {
+                        const lanes   y = load(block + (size_t) c * N_LANES);
+                        const float * w = weights.data() + (size_t) c * N_GROUP + i;
+                        for (int32_t t = 0; t < N_TILE; ++t) {
+                            acc[t] += w[t] * y;
+                        }
+                    }
+                    std::memcpy(dst, acc, sizeof(acc));
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void attend(const attention & a, int32_t first, int32_t last) {
+    head_attention head(a);
+    for (int32_t ih = first; ih < last; ++ih) {
+        head.run(ih);
+    }
+}
+
+#endif
+
+}  // namespace elastic
