@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-// four products of bytes at once, added to each of N_ANCHORS sums
+// four products of bytes at once, added to each of N_WIDE sums
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define HAS_BYTE_PRODUCTS
@@ -38,16 +38,22 @@ static constexpr bool has_byte_products = true;
 static constexpr bool has_byte_products = false;
 #endif
 
-// a number per anchor
+// anchors that fit in a register
+#ifdef __AVX512F__
+static constexpr int32_t N_WIDE = 16;
+#else
+static constexpr int32_t N_WIDE = 8;
+#endif
+
 #ifdef __GNUC__
-typedef float   lanes __attribute__((vector_size(N_ANCHORS * sizeof(float))));
-typedef int32_t int_lanes __attribute__((vector_size(N_ANCHORS * sizeof(float))));
+typedef float   lanes __attribute__((vector_size(N_WIDE * sizeof(float))));
+typedef int32_t int_lanes __attribute__((vector_size(N_WIDE * sizeof(float))));
 #else
 struct lanes {
-    float x[N_ANCHORS];
+    float x[N_WIDE];
 
     lanes & operator+=(const lanes & y) {
-        for (int32_t r = 0; r < N_ANCHORS; ++r) {
+        for (int32_t r = 0; r < N_WIDE; ++r) {
             x[r] += y.x[r];
         }
         return *this;
@@ -232,28 +238,32 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
     for (int32_t q = 0; q < N_CELLS; ++q) {
         x[q] = f.bytes.data() + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
     }
-    byte_sums sums[N_CELLS] = {};
-    for (int32_t e = 0; e < f.d; e += 4) {
-        byte_sums y;
-        std::memcpy(&y, bytes.data() + (size_t) e * N_ANCHORS, sizeof(y));
-        for (int32_t q = 0; q < N_CELLS; ++q) {
-            sums[q] = add_products(sums[q], x[q] + e, y);
+    for (int32_t first = 0; first < N_ANCHORS; first += N_WIDE) {
+        byte_sums sums[N_CELLS] = {};
+        for (int32_t e = 0; e < f.d; e += 4) {
+            byte_sums y;
+            std::memcpy(&y, bytes.data() + (size_t) e * N_ANCHORS + first * 4, sizeof(y));
+            for (int32_t q = 0; q < N_CELLS; ++q) {
+                sums[q] = add_products(sums[q], x[q] + e, y);
+            }
+        }
+        lanes all_norms, all_lengths, all_scales, all_errors, all_offsets;
+        load(all_norms, norms + first);
+        load(all_lengths, lengths + first);
+        load(all_scales, scales + first);
+        load(all_errors, errors + first);
+        load(all_offsets, offsets + first);
+        for (int32_t q = 0; q < n_cells; ++q) {
+            const int32_t i      = cells[q];
+            const float   length = std::sqrt(f.norms[i]) + f.errors[i];
+
+            const lanes product = f.scales[i] * all_scales * (__builtin_convertvector((int_lanes) sums[q], lanes) - all_offsets);
+            const lanes off     = f.errors[i] * all_lengths + length * all_errors;
+            const lanes bounds  = slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off);
+            std::memcpy(dst[q] + first, &bounds, sizeof(bounds));
         }
     }
-    lanes all_norms, all_lengths, all_scales, all_errors, all_offsets;
-    load(all_norms, norms);
-    load(all_lengths, lengths);
-    load(all_scales, scales);
-    load(all_errors, errors);
-    load(all_offsets, offsets);
     for (int32_t q = 0; q < n_cells; ++q) {
-        const int32_t i      = cells[q];
-        const float   length = std::sqrt(f.norms[i]) + f.errors[i];
-
-        const lanes product = f.scales[i] * all_scales * (__builtin_convertvector((int_lanes) sums[q], lanes) - all_offsets);
-        const lanes off     = f.errors[i] * all_lengths + length * all_errors;
-        const lanes bounds  = slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off);
-        std::memcpy(dst[q], &bounds, sizeof(bounds));
         any[q] = any_below(dst[q], than[q]);
     }
 }
@@ -267,16 +277,20 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
     for (int32_t q = 0; q < N_CELLS; ++q) {
         x[q] = f.row(cells[std::min(q, n_cells - 1)]);
     }
-    lanes sums[N_CELLS] = {};
-    for (int32_t e = 0; e < f.d; ++e) {
-        lanes y;
-        load(y, data.data() + (size_t) e * N_ANCHORS);
+    float products[N_CELLS][N_ANCHORS];
+    for (int32_t first = 0; first < N_ANCHORS; first += N_WIDE) {
+        lanes sums[N_CELLS] = {};
+        for (int32_t e = 0; e < f.d; ++e) {
+            lanes y;
+            load(y, data.data() + (size_t) e * N_ANCHORS + first);
+            for (int32_t q = 0; q < N_CELLS; ++q) {
+                sums[q] += x[q][e] * y;
+            }
+        }
         for (int32_t q = 0; q < N_CELLS; ++q) {
-            sums[q] += x[q][e] * y;
+            std::memcpy(products[q] + first, &sums[q], sizeof(sums[q]));
         }
     }
-    float products[N_CELLS][N_ANCHORS];
-    std::memcpy(products, sums, sizeof(products));
     for (int32_t q = 0; q < n_cells; ++q) {
         for (int32_t r = 0; r < N_ANCHORS; ++r) {
             dst[q][r] = slack(f.d) * (f.norms[cells[q]] + norms[r]) - 2.0f * products[q][r];

@@ -10,12 +10,8 @@
 namespace elastic {
 
 // as many anchors are compared at once with as many cells
-#ifdef __AVX512F__
 constexpr int32_t N_ANCHORS = 16;
-#else
-constexpr int32_t N_ANCHORS = 8;
-#endif
-constexpr int32_t N_CELLS = 8;
+constexpr int32_t N_CELLS   = 8;
 
 // Keys and values side by side, moved and scaled so that squared distances are the ones of cover.h.
 class features {
