@@ -59,7 +59,14 @@ def saved(e: Engine) -> list[np.ndarray]:
     said = [e.token(20, 900, 0), e.token(21, 400, 1)]
     e.clear()
     assert e.load(one, 2) == len(one)
-    return [*said, e.token(22, 400, 2)]
+    said.append(e.token(22, 400, 2))
+    e.clear()
+    e.prompt(random_tokens(100, N_VOCAB, 3), seq=0)  # a longer one comes after it
+    e.prompt(random_tokens(900, N_VOCAB, 4), seq=1)
+    whole = e.save()
+    e.clear()
+    assert e.load(whole) == len(whole)
+    return [*said, e.token(20, 100, 0), e.token(21, 900, 1)]
 
 
 @pytest.mark.parametrize("type_v", ["f16", "f32"])
@@ -91,6 +98,20 @@ def test_the_context_changes_nothing(tiny_gqa: Path, n_ctx: int) -> None:
         with Engine(tiny_gqa, n_ctx=n, n_ubatch=64, elastic=elastic) as e:
             n_prompt = feed(e, 400)
             said.append(e.forced(random_tokens(40, N_VOCAB, 3), n_prompt))
+    np.testing.assert_array_equal(*said)
+
+
+def test_detached_while_a_copy_waits(tiny_gqa: Path) -> None:
+    """llama.cpp copies between streams at the next batch, when the source may be gone."""
+    said = []
+    for elastic in (None, KEEPING):
+        with Engine(tiny_gqa, n_ctx=N_CTX, n_seq_max=2, unified=False, elastic=elastic) as e:
+            e.prompt(random_tokens(300, N_VOCAB, 1))
+            llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+            assert e.seq_rm(0, -1, -1)
+            if elastic:
+                e.session.detach()
+            said.append(e.token(20, 300, 1))
     np.testing.assert_array_equal(*said)
 
 

@@ -1,5 +1,6 @@
 #include "core/attention.h"
 
+#include "core/lanes.h"
 #include "core/rows.h"
 
 #include <algorithm>
@@ -9,45 +10,14 @@
 
 namespace elastic {
 
-#ifndef __GNUC__
-
-bool can_attend() {
-    return false;
-}
-
-void attend(const attention &, int32_t, int32_t) {}
-
-#else
-
-bool can_attend() {
-    return true;
-}
-
 namespace {
 
-#ifdef __AVX512F__
-constexpr int32_t N_LANES = 16;
-#else
-constexpr int32_t N_LANES = 8;
-#endif
 constexpr int32_t N_GROUP = 64;                 // queries that are finished together
 constexpr int32_t N_PARTS = N_GROUP / N_LANES;  // registers that they take
 constexpr int32_t N_TILE  = 8;                  // sums that are kept in registers
 constexpr int32_t N_CHUNK = 32;                 // cells that stay in the first cache
 
-typedef float    lanes __attribute__((vector_size(N_LANES * 4)));
-typedef int32_t  int_lanes __attribute__((vector_size(N_LANES * 4)));
 typedef uint64_t query_set;  // a bit per query of a group
-
-lanes load(const float * x) {
-    lanes res;
-    std::memcpy(&res, x, sizeof(res));
-    return res;
-}
-
-void store(float * dst, lanes x) {
-    std::memcpy(dst, &x, sizeof(x));
-}
 
 lanes splat(float x) {
     return x - lanes{};
@@ -57,29 +27,18 @@ lanes larger(lanes x, lanes y) {
     return x > y ? x : y;
 }
 
-float total(lanes x) {
-    float values[N_LANES];
-    store(values, x);
-    for (int32_t half = N_LANES / 2; half > 0; half /= 2) {
-        for (int32_t l = 0; l < half; ++l) {
-            values[l] += values[l + half];
-        }
-    }
-    return values[0];
-}
-
 // of x <= 0, to a few units in the last place; 0 below e^-87 (range reduction and polynomial as in Cephes' expf)
 lanes exp_lanes(lanes x) {
-    const lanes shifted   = x * 1.44269504f + 12582912.0f;  // the integer part stands in the lowest bits
-    const lanes n         = shifted - 12582912.0f;
-    const lanes r         = x - n * 0.693359375f + n * 2.12194440e-4f;
-    lanes       p         = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p                     = p * r + 8.3334519073e-3f;
-    p                     = p * r + 4.1665795894e-2f;
-    p                     = p * r + 1.6666665459e-1f;
-    p                     = p * r + 5.0000001201e-1f;
-    p                     = p * r * r + r + 1.0f;
-    const int_lanes power = ((int_lanes) shifted - 0x4b400000 + 127) << 23;
+    const lanes shifted = x * 1.44269504f + 12582912.0f;  // the integer part stands in the lowest bits
+    const lanes n       = shifted - 12582912.0f;
+    const lanes r       = x - n * 0.693359375f + n * 2.12194440e-4f;
+    lanes       p       = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p                   = p * r + 8.3334519073e-3f;
+    p                   = p * r + 4.1665795894e-2f;
+    p                   = p * r + 1.6666665459e-1f;
+    p                   = p * r + 5.0000001201e-1f;
+    p                   = p * r * r + r + 1.0f;
+    const auto power    = ((uint_lanes) shifted - 0x4b400000u + 127u) << 23;
     return x < -87.0f ? lanes{} : p * (lanes) power;
 }
 
@@ -113,7 +72,7 @@ class head_attention {
     int32_t            ih_kv = -1;
     std::vector<float> k;       // [n_kv][d_k]
     std::vector<float> v;       // [n_blocks][n_kv][N_LANES]
-    std::vector<float> v_rows;  // [n_kv][d_v]
+    std::vector<float> v_rows;  // of some cells
 
     std::vector<float> q;        // [N_PARTS][d_k][N_LANES], scaled
     std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n_kv][N_GROUP]
@@ -142,12 +101,15 @@ class head_attention {
         ih_kv = ih;
         k.resize((size_t) a.n_kv * d_k);
         read_f32(a.k, all, ih, k.data());
-        v_rows.resize((size_t) a.n_kv * d_v);
-        read_f32(a.v, all, ih, v_rows.data());
         v.assign((size_t) n_blocks * a.n_kv * N_LANES, 0.0f);
-        for (int32_t c = 0; c < a.n_kv; ++c) {
-            for (int32_t e = 0; e < d_v; ++e) {
-                v[((size_t) (e / N_LANES) * a.n_kv + c) * N_LANES + e % N_LANES] = v_rows[(size_t) c * d_v + e];
+        v_rows.resize((size_t) N_GROUP * d_v);
+        for (int32_t first = 0; first < a.n_kv; first += N_GROUP) {
+            const int32_t n = std::min(N_GROUP, a.n_kv - first);
+            read_f32(a.v, { all.begin() + first, all.begin() + first + n }, ih, v_rows.data());
+            for (int32_t c = 0; c < n; ++c) {
+                for (int32_t e = 0; e < d_v; ++e) {
+                    v[((size_t) (e / N_LANES) * a.n_kv + first + c) * N_LANES + e % N_LANES] = v_rows[(size_t) c * d_v + e];
+                }
             }
         }
     }
@@ -304,12 +266,13 @@ class head_attention {
 }  // namespace
 
 void attend(const attention & a, int32_t first, int32_t last) {
+    if (first >= last) {
+        return;
+    }
     head_attention head(a);
     for (int32_t ih = first; ih < last; ++ih) {
         head.run(ih);
     }
 }
-
-#endif
 
 }  // namespace elastic

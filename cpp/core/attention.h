@@ -10,9 +10,6 @@
 
 namespace elastic {
 
-// whether this compiler has the vectors that attend() is made of
-bool can_attend();
-
 // one stream
 struct attention {
     int32_t n_q    = 0;

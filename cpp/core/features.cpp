@@ -1,11 +1,13 @@
 #include "core/features.h"
 
+#include "core/lanes.h"
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 
-// four products of bytes at once, added to each of N_WIDE sums
+// four products of bytes at once, added to each of N_LANES sums
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define HAS_BYTE_PRODUCTS
@@ -38,59 +40,20 @@ static constexpr bool has_byte_products = true;
 static constexpr bool has_byte_products = false;
 #endif
 
-// anchors that fit in a register
-#ifdef __AVX512F__
-static constexpr int32_t N_WIDE = 16;
-#else
-static constexpr int32_t N_WIDE = 8;
-#endif
+static constexpr int32_t N_SUMS = 32;  // sums side by side, so that the compiler can keep them in registers
 
-#ifdef __GNUC__
-typedef float   lanes __attribute__((vector_size(N_WIDE * sizeof(float))));
-typedef int32_t int_lanes __attribute__((vector_size(N_WIDE * sizeof(float))));
-#else
-struct lanes {
-    float x[N_WIDE];
-
-    lanes & operator+=(const lanes & y) {
-        for (int32_t r = 0; r < N_WIDE; ++r) {
-            x[r] += y.x[r];
-        }
-        return *this;
-    }
-};
-
-static lanes operator*(float x, lanes y) {
-    for (float & z : y.x) {
-        z *= x;
-    }
-    return y;
-}
-#endif
-
-static void load(lanes & dst, const float * x) {
-    std::memcpy(&dst, x, sizeof(dst));
-}
-
-static constexpr int32_t N_LANES = 32;  // sums side by side, so that the compiler can keep them in registers
-
-template <typename F> static float sum_lanes(int32_t d, F term) {
-    float sums[N_LANES] = {};
-    for (int32_t e = 0; e < d; e += N_LANES) {
-        for (int32_t l = 0; l < N_LANES; ++l) {
+template <typename F> static float sum_up(int32_t d, F term) {
+    float sums[N_SUMS] = {};
+    for (int32_t e = 0; e < d; e += N_SUMS) {
+        for (int32_t l = 0; l < N_SUMS; ++l) {
             sums[l] += term(e + l);
         }
     }
-    for (int32_t half = N_LANES / 2; half > 0; half /= 2) {
-        for (int32_t l = 0; l < half; ++l) {
-            sums[l] += sums[l + half];
-        }
-    }
-    return sums[0];
+    return total(sums);
 }
 
 static float squared(const float * x, int32_t d) {
-    return sum_lanes(d, [&](int32_t e) { return x[e] * x[e]; });
+    return sum_up(d, [&](int32_t e) { return x[e] * x[e]; });
 }
 
 // more than the rounding of a quick distance
@@ -105,7 +68,7 @@ static float slack(int32_t d) {
 void features::fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v,
                     int32_t d_v) {
     n = (int32_t) cells.size();
-    d = (d_k + d_v + N_LANES - 1) / N_LANES * N_LANES;
+    d = (d_k + d_v + N_SUMS - 1) / N_SUMS * N_SUMS;
     data.assign((size_t) n * d, 0.0f);
     norms.resize(n);
     put(cells, k, d_k, 0);
@@ -146,21 +109,21 @@ void features::round_rows() {
     scales.resize(n);
     errors.resize(n);
     for (int32_t i = 0; i < n; ++i) {
-        const float * x            = row(i);
-        uint8_t *     y            = bytes.data() + (size_t) i * d;
-        float         top[N_LANES] = {};
-        for (int32_t e = 0; e < d; e += N_LANES) {
-            for (int32_t l = 0; l < N_LANES; ++l) {
+        const float * x           = row(i);
+        uint8_t *     y           = bytes.data() + (size_t) i * d;
+        float         top[N_SUMS] = {};
+        for (int32_t e = 0; e < d; e += N_SUMS) {
+            for (int32_t l = 0; l < N_SUMS; ++l) {
                 top[l] = std::max(top[l], std::fabs(x[e + l]));
             }
         }
-        const float highest = *std::max_element(top, top + N_LANES);
-        const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+        const float highest = *std::max_element(top, top + N_SUMS);
+        const float inverse = highest > 1e-30f ? 127.0f / highest : 0.0f;
         const float scale   = highest / 127.0f;
         for (int32_t e = 0; e < d; ++e) {
             y[e] = (uint8_t) (int32_t) (x[e] * inverse + 128.5f);
         }
-        const float lost = sum_lanes(d, [&](int32_t e) {
+        const float lost = sum_up(d, [&](int32_t e) {
             const float diff = x[e] - scale * (float) ((int32_t) y[e] - 128);
             return diff * diff;
         });
@@ -172,7 +135,7 @@ void features::round_rows() {
 float features::distance(int32_t i, int32_t j) const {
     const float * x = row(i);
     const float * y = row(j);
-    return sum_lanes(d, [&](int32_t e) {
+    return sum_up(d, [&](int32_t e) {
         const float diff = x[e] - y[e];
         return diff * diff;
     });
@@ -238,7 +201,7 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
     for (int32_t q = 0; q < N_CELLS; ++q) {
         x[q] = f.bytes.data() + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
     }
-    for (int32_t first = 0; first < N_ANCHORS; first += N_WIDE) {
+    for (int32_t first = 0; first < N_ANCHORS; first += N_LANES) {
         byte_sums sums[N_CELLS] = {};
         for (int32_t e = 0; e < f.d; e += 4) {
             byte_sums y;
@@ -247,12 +210,11 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
                 sums[q] = add_products(sums[q], x[q] + e, y);
             }
         }
-        lanes all_norms, all_lengths, all_scales, all_errors, all_offsets;
-        load(all_norms, norms + first);
-        load(all_lengths, lengths + first);
-        load(all_scales, scales + first);
-        load(all_errors, errors + first);
-        load(all_offsets, offsets + first);
+        const lanes all_norms   = load(norms + first);
+        const lanes all_lengths = load(lengths + first);
+        const lanes all_scales  = load(scales + first);
+        const lanes all_errors  = load(errors + first);
+        const lanes all_offsets = load(offsets + first);
         for (int32_t q = 0; q < n_cells; ++q) {
             const int32_t i      = cells[q];
             const float   length = std::sqrt(f.norms[i]) + f.errors[i];
@@ -260,7 +222,7 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
             const lanes product = f.scales[i] * all_scales * (__builtin_convertvector((int_lanes) sums[q], lanes) - all_offsets);
             const lanes off     = f.errors[i] * all_lengths + length * all_errors;
             const lanes bounds  = slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off);
-            std::memcpy(dst[q] + first, &bounds, sizeof(bounds));
+            store(dst[q] + first, bounds);
         }
     }
     for (int32_t q = 0; q < n_cells; ++q) {
@@ -278,17 +240,16 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
         x[q] = f.row(cells[std::min(q, n_cells - 1)]);
     }
     float products[N_CELLS][N_ANCHORS];
-    for (int32_t first = 0; first < N_ANCHORS; first += N_WIDE) {
+    for (int32_t first = 0; first < N_ANCHORS; first += N_LANES) {
         lanes sums[N_CELLS] = {};
         for (int32_t e = 0; e < f.d; ++e) {
-            lanes y;
-            load(y, data.data() + (size_t) e * N_ANCHORS + first);
+            const lanes y = load(data.data() + (size_t) e * N_ANCHORS + first);
             for (int32_t q = 0; q < N_CELLS; ++q) {
                 sums[q] += x[q][e] * y;
             }
         }
         for (int32_t q = 0; q < N_CELLS; ++q) {
-            std::memcpy(products[q] + first, &sums[q], sizeof(sums[q]));
+            store(products[q] + first, sums[q]);
         }
     }
     for (int32_t q = 0; q < n_cells; ++q) {

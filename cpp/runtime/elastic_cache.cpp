@@ -96,12 +96,14 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
     for (int32_t i = 0; i < shape.n_layer; ++i) {
         const int32_t il = shape.layer_ids[i];
 
+        const int32_t n_head    = (int32_t) hparams.n_head(il);
         const int32_t n_head_kv = (int32_t) hparams.n_head_kv(il);
         const int32_t d_k       = (int32_t) hparams.n_embd_head_k(il);
         const int32_t d_v       = (int32_t) hparams.n_embd_head_v(il);
-        if (i > 0 && (n_head_kv != shape.n_head_kv || d_k != shape.n_embd_head_k || d_v != shape.n_embd_head_v)) {
-            throw unsupported("[elastic_attach] layers with different numbers of KV heads are not supported");
+        if (i > 0 && (n_head != shape.n_head || n_head_kv != shape.n_head_kv || d_k != shape.n_embd_head_k || d_v != shape.n_embd_head_v)) {
+            throw unsupported("[elastic_attach] layers with different numbers of heads are not supported");
         }
+        shape.n_head        = n_head;
         shape.n_head_kv     = n_head_kv;
         shape.n_embd_head_k = d_k;
         shape.n_embd_head_v = d_v;
@@ -253,11 +255,12 @@ void elastic_cache::on_batch(const llama_batch & batch) {
     }
     // what was removed since the last batch; not every few rows anew
     for (int32_t s = 0; s < shape.n_stream; ++s) {
-        if (n_touched[s] - n_used(s) >= N_RELEASE) {
+        if (spare_v || n_touched[s] - n_used(s) >= N_RELEASE) {
             shrink_v();
             release_rows(s, n_used(s));
         }
     }
+    spare_v = false;
 
     struct seen {
         int32_t   n       = 0;

@@ -85,7 +85,7 @@ class elastic_cache : public llama_elastic_i {
     void clear_buffer(ggml_backend_buffer_t buffer) override;
 
     uint32_t v_stride() const override { return (uint32_t) stride_v; }
-    void     on_restored() override;
+    void     on_restored(llama_seq_id seq_id) override;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
     void state_read(llama_io_read_i & io, llama_seq_id seq_id) override;
@@ -138,6 +138,7 @@ class elastic_cache : public llama_elastic_i {
 
     bool    moves_v  = false;  // V is transposed, and its stride follows the cells in use
     int32_t stride_v = 0;
+    bool    spare_v  = false;  // the stride is larger than it needs to be
 
     bool    active() const;
     int32_t target_cells(int64_t n_tokens) const;

@@ -15,6 +15,7 @@ namespace elastic {
 struct kv_shape {
     std::vector<int32_t> layer_ids;  // model layer of each cache layer
     int32_t              n_layer       = 0;
+    int32_t              n_head        = 0;
     int32_t              n_head_kv     = 0;
     int32_t              n_embd_head_k = 0;
     int32_t              n_embd_head_v = 0;

@@ -38,7 +38,8 @@ int32_t elastic_cache::min_stride() const {
 }
 
 void elastic_cache::restore_layout() {
-    if (moves_v) {
+    if (moves_v && stride_v < shape.kv_size) {
+        ctx.memory_update(false);  // copies of whole streams that still wait
         set_v_stride(shape.kv_size);
     }
 }

@@ -485,9 +485,6 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
 }
 
 static void test_attentions() {
-    if (!can_attend()) {
-        return;
-    }
     for (const bool with_bias : { false, true }) {
         for (const int32_t n_q : { 1, 64, 150 }) {
             for (const bool v_trans : { false, true }) {
