@@ -44,8 +44,7 @@ class ElasticConfig:
         prompt is read, which is then compressed on the way, nor while generating. >= n_sink + 2.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
-        before they are used. CPU and Linux; elsewhere it changes nothing. Without flash attention
-        V is stored transposed, and goes back in steps of 2048 cells (f16).
+        before they are used. CPU and Linux; elsewhere it changes nothing.
 
     Examples
     --------
