@@ -164,7 +164,8 @@ class elastic_cache : public llama_elastic_i {
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);
-    void    leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, const std::vector<int32_t> & rows, std::vector<float> & res);
+    void    leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, int32_t base, const std::vector<float> & others,
+                           std::vector<float> & res);
     void    move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
     void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);

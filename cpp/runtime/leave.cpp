@@ -9,6 +9,7 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace elastic {
@@ -77,37 +78,41 @@ void elastic_cache::let_leave(llama_seq_id seq_id) {
     }
 }
 
-// place of the lowest value, the first of equal ones. Values >= 0 stand in the order of their bits, and compilers
-// make a vector loop of a minimum of integers, not of one of floats.
-static size_t first_lowest(const std::vector<float> & values) {
-    const auto bits_of = [](float x) {
-        int32_t res;
-        std::memcpy(&res, &x, sizeof(res));
-        return res;
-    };
+// Values >= 0 stand in the order of their bits, and compilers make a vector loop of a minimum of integers, not of one of floats.
+static int32_t bits_of(float x) {
+    int32_t res;
+    std::memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+// the first of `rows` with the lowest value; values of rows from `base` on, infinite for others
+static int32_t first_lowest(const std::vector<float> & values, const std::vector<int32_t> & rows, int32_t base) {
     int32_t lowest = INT32_MAX;
     for (const float x : values) {
         lowest = std::min(lowest, bits_of(x));
     }
-    return (size_t) (std::find_if(values.begin(), values.end(), [&](float x) { return bits_of(x) == lowest; }) - values.begin());
+    return *std::find_if(rows.begin(), rows.end(), [&](int32_t row) { return bits_of(values[row - base]) == lowest; });
 }
 
-// By what one head's cells may leave, the lowest first: the attention until now, or, where the recent one is kept too, the share
-// of either in all that the queries gave (1 each). It is the score of score_rule::by_kind without its means over neighbors.
-void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, const std::vector<int32_t> & rows,
+// By what one head's cells may leave, the lowest first, added to `others` (rows from `base` on): the attention until now, or, where
+// the recent one is kept too, the share of either in all that the queries gave (1 each). It is the score of score_rule::by_kind
+// without its means over neighbors.
+void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, int32_t base, const std::vector<float> & others,
                                    std::vector<float> & res) {
     const uint32_t strm = kv.get_stream(seq_id);
-    const float *  mass = store->mass_row(strm, il, ih);
+    const float *  mass = store->mass_row(strm, il, ih) + base;
 
-    res.resize(rows.size());
+    res.resize(others.size());
     if (cfg.pol.decay() == 0.0f) {
-        std::transform(rows.begin(), rows.end(), res.begin(), [&](int32_t row) { return mass[row]; });
+        std::transform(others.begin(), others.end(), mass, res.begin(), [](float x, float y) { return x + y; });
         return;
     }
-    const float * fading   = store->fading_row(strm, il, ih);
-    const float   n_recent = 1.0f / (1.0f - cfg.pol.decay());
-    const float   n_all    = (float) std::max<int64_t>(1, seqs[seq_id].n_tokens);
-    std::transform(rows.begin(), rows.end(), res.begin(), [&](int32_t row) { return mass[row] / n_all + fading[row] / n_recent; });
+    const float * fading = store->fading_row(strm, il, ih) + base;
+    const float   recent = 1.0f - cfg.pol.decay();  // over the sum of all weights, 1/(1 - decay)
+    const float   all    = 1.0f / (float) std::max<int64_t>(1, seqs[seq_id].n_tokens);
+    for (size_t i = 0; i < others.size(); ++i) {
+        res[i] = others[i] + mass[i] * all + fading[i] * recent;
+    }
 }
 
 // Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
@@ -125,12 +130,19 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     }
     const int32_t freed = may_leave.back();
 
+    const auto [lo, hi]     = std::minmax_element(may_leave.begin(), may_leave.end());
+    const int32_t      base = *lo;
+    std::vector<float> others(*hi - base + 1, HUGE_VALF);
+    for (const int32_t row : may_leave) {
+        others[row - base] = 0.0f;
+    }
+
     std::vector<float> scores;
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         std::vector<int32_t> lost;
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            leaving_scores(seq_id, il, ih, may_leave, scores);
-            lost.push_back(may_leave[first_lowest(scores)]);
+            leaving_scores(seq_id, il, ih, base, others, scores);
+            lost.push_back(first_lowest(scores, may_leave, base));
         }
         move_rows(strm, il, freed, lost);
     }
