@@ -205,8 +205,8 @@ def rotated(seen: list[np.ndarray]) -> np.ndarray:
 def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool, n_new: int) -> None:
     """The attention output over merged cells is NumPy's, bias included.
 
-    For the token that follows, and for another prompt of few or of many tokens: with flash
-    attention the last goes without the fused op.
+    For the token that follows, and for another prompt of few or of many tokens: the last goes
+    through an op of our own.
     """
     capture_q, forced = Capture("Qcur"), random_tokens(n_new, N_VOCAB, 3)
     capture_o = Capture("kqv_out")

@@ -48,15 +48,15 @@ class head_attention {
         : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_LANES - 1) / N_LANES), all(a.n_kv) {
         std::iota(all.begin(), all.end(), 0);
         for (int32_t first = 0; first < a.n_q; first += N_GROUP) {
-            seen.push_back(read_mask(first));
+            groups.push_back(read_mask(first));
         }
     }
 
     void run(int32_t ih) {
         load_kv(ih / (a.n_head / a.k.n_head_kv));
         std::fill(sums(ih, 0), sums(ih, a.n_sums), 0.0f);
-        for (size_t g = 0; g < seen.size(); ++g) {
-            group(ih, (int32_t) g * N_GROUP, seen[g]);
+        for (const auto & g : groups) {
+            attend(ih, g);
         }
     }
 
@@ -67,7 +67,14 @@ class head_attention {
     const int32_t        n_blocks;  // registers that a value takes
     std::vector<int32_t> all;       // rows
 
-    std::vector<std::vector<query_set>> seen;  // [groups][n_kv]: the queries that may see a cell
+    // the same for all heads
+    struct query_group {
+        int32_t                                  first;
+        int32_t                                  n;
+        std::vector<query_set>                   may_see;  // [n_kv]
+        std::vector<std::pair<int32_t, int32_t>> runs;     // cells that some query sees
+    };
+    std::vector<query_group> groups;
 
     int32_t            ih_kv = -1;
     std::vector<float> k;       // [n_kv][d_k]
@@ -76,19 +83,24 @@ class head_attention {
 
     std::vector<float> q;        // [N_PARTS][d_k][N_LANES], scaled
     std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n_kv][N_GROUP]
-    std::vector<float> sum_weights;
-    std::vector<float> out;  // [n_blocks][N_GROUP][N_LANES]
+    std::vector<float> out;      // [n_blocks][N_GROUP][N_LANES]
 
     float * sums(int32_t ih, int32_t row) const { return a.sums + ((size_t) ih * a.n_sums + row) * a.n_kv; }
 
-    std::vector<query_set> read_mask(int32_t first) const {
-        std::vector<query_set> res(a.n_kv, 0);
-        for (int32_t i = 0; i < std::min(N_GROUP, a.n_q - first); ++i) {
+    query_group read_mask(int32_t first) const {
+        query_group res = { first, std::min(N_GROUP, a.n_q - first), std::vector<query_set>(a.n_kv, 0), {} };
+        for (int32_t i = 0; i < res.n; ++i) {
             const int64_t row = (first + i) * a.mask_stride;
             for (int32_t c = 0; c < a.n_kv; ++c) {
                 const bool open =
                     a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[row + c] == 0 : ((const float *) a.mask)[row + c] == 0.0f;
-                res[c] |= (query_set) open << i;
+                res.may_see[c] |= (query_set) open << i;
+            }
+        }
+        for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
+            const int32_t end = std::min(a.n_kv, c + N_CHUNK);
+            if (std::any_of(res.may_see.begin() + c, res.may_see.begin() + end, [](query_set s) { return s != 0; })) {
+                res.runs.emplace_back(c, end);
             }
         }
         return res;
@@ -114,10 +126,10 @@ class head_attention {
         }
     }
 
-    void load_q(int32_t ih, int32_t first, int32_t n) {
+    void load_q(int32_t ih, const query_group & g) {
         q.assign((size_t) N_PARTS * d_k * N_LANES, 0.0f);
-        for (int32_t i = 0; i < n; ++i) {
-            const float * src = a.q + (first + i) * a.q_stride + ih * a.q_stride_head;
+        for (int32_t i = 0; i < g.n; ++i) {
+            const float * src = a.q + (g.first + i) * a.q_stride + ih * a.q_stride_head;
             float *       dst = q.data() + (size_t) (i / N_LANES) * d_k * N_LANES + i % N_LANES;
             for (int32_t e = 0; e < d_k; ++e) {
                 dst[(size_t) e * N_LANES] = a.scale * src[e];
@@ -125,33 +137,22 @@ class head_attention {
         }
     }
 
-    void group(int32_t ih, int32_t first, const std::vector<query_set> & may_see) {
-        const int32_t n = std::min(N_GROUP, a.n_q - first);
-
-        load_q(ih, first, n);
-        weights.resize((size_t) (a.n_kv + N_TILE) * N_GROUP);
+    void attend(int32_t ih, const query_group & g) {
+        load_q(ih, g);
+        weights.resize((size_t) a.n_kv * N_GROUP);
 
         lanes highest[N_PARTS];
         lanes sum[N_PARTS] = {};
         std::fill(highest, highest + N_PARTS, splat(-INFINITY));
 
-        // runs of cells that some query sees
-        std::vector<std::pair<int32_t, int32_t>> runs;
-        for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
-            const int32_t end = std::min(a.n_kv, c + N_CHUNK);
-            if (std::any_of(may_see.begin() + c, may_see.begin() + end, [](query_set s) { return s != 0; })) {
-                runs.emplace_back(c, end);
-            }
-        }
-
-        for (const auto & [begin, end] : runs) {
+        for (const auto & [begin, end] : g.runs) {
             logits(begin, end);
-            hide(begin, end, may_see, highest);
+            hide(begin, end, g.may_see, highest);
         }
         for (int32_t p = 0; p < N_PARTS; ++p) {
             highest[p] = highest[p] == -INFINITY ? lanes{} : highest[p];  // sees nothing
         }
-        for (const auto & [begin, end] : runs) {
+        for (const auto & [begin, end] : g.runs) {
             for (int32_t c = begin; c < end; ++c) {
                 for (int32_t p = 0; p < N_PARTS; ++p) {
                     float *     w = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
@@ -166,10 +167,10 @@ class head_attention {
             store(inverse + p * N_LANES, sum[p] > 0.0f ? 1.0f / sum[p] : lanes{});
         }
 
-        add_sums(ih, first, n, inverse, runs);
-        values(runs);
-        for (int32_t i = 0; i < n; ++i) {
-            float * dst = a.out + ((size_t) (first + i) * a.n_head + ih) * d_v;
+        add_sums(ih, g, inverse);
+        values(g);
+        for (int32_t i = 0; i < g.n; ++i) {
+            float * dst = a.out + ((size_t) (g.first + i) * a.n_head + ih) * d_v;
             for (int32_t e = 0; e < d_v; ++e) {
                 dst[e] = inverse[i] * out[((size_t) (e / N_LANES) * N_GROUP + i) * N_LANES + e % N_LANES];
             }
@@ -217,16 +218,16 @@ class head_attention {
         }
     }
 
-    void add_sums(int32_t ih, int32_t first, int32_t n, const float * inverse, const std::vector<std::pair<int32_t, int32_t>> & runs) {
+    void add_sums(int32_t ih, const query_group & g, const float * inverse) {
         for (int32_t row = 0; row < a.n_sums; ++row) {
             float own[N_GROUP] = {};
             bool  any          = false;
-            for (int32_t i = 0; i < n; ++i) {
-                own[i] = inverse[i] * a.weights[(size_t) (first + i) * a.n_sums + row];
+            for (int32_t i = 0; i < g.n; ++i) {
+                own[i] = inverse[i] * a.weights[(size_t) (g.first + i) * a.n_sums + row];
                 any |= own[i] != 0.0f;
             }
             float * dst = sums(ih, row);
-            for (const auto & [begin, end] : runs) {
+            for (const auto & [begin, end] : g.runs) {
                 for (int32_t c = begin; any && c < end; ++c) {
                     const float * w   = weights.data() + (size_t) c * N_GROUP;
                     lanes         acc = {};
@@ -240,9 +241,9 @@ class head_attention {
     }
 
     // weights times v
-    void values(const std::vector<std::pair<int32_t, int32_t>> & runs) {
+    void values(const query_group & g) {
         out.assign((size_t) n_blocks * N_GROUP * N_LANES, 0.0f);
-        for (const auto & [begin, end] : runs) {
+        for (const auto & [begin, end] : g.runs) {
             for (int32_t b = 0; b < n_blocks; ++b) {
                 const float * block = v.data() + (size_t) b * a.n_kv * N_LANES;
                 for (int32_t i = 0; i < N_GROUP; i += N_TILE) {

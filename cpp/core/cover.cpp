@@ -5,10 +5,7 @@
 #include "core/select.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
-#include <cstring>
-#include <numeric>
 
 namespace elastic {
 

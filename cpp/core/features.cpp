@@ -7,27 +7,21 @@
 #include <cmath>
 #include <cstring>
 
-// four products of bytes at once, added to each of N_LANES sums
+// where the processor multiplies bytes: four products at once, added to each of N_LANES sums
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define HAS_BYTE_PRODUCTS
-
 typedef __m512i byte_sums;
 
-static byte_sums add_products(byte_sums sum, const uint8_t * cell, byte_sums anchors) {
-    int32_t four;
-    std::memcpy(&four, cell, sizeof(four));
+static byte_sums add_products(byte_sums sum, int32_t four, byte_sums anchors) {
     return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), anchors);
 }
 #elif defined(__AVXVNNI__)
 #include <immintrin.h>
 #define HAS_BYTE_PRODUCTS
-
 typedef __m256i byte_sums;
 
-static byte_sums add_products(byte_sums sum, const uint8_t * cell, byte_sums anchors) {
-    int32_t four;
-    std::memcpy(&four, cell, sizeof(four));
+static byte_sums add_products(byte_sums sum, int32_t four, byte_sums anchors) {
     return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi32(four), anchors);
 }
 #endif
@@ -78,6 +72,9 @@ void features::fill(const std::vector<int32_t> & cells, const std::vector<float>
     }
     if (has_byte_products) {
         round_rows();
+    } else {
+        scales.assign(n, 1.0f);
+        errors.assign(n, 0.0f);
     }
 }
 
@@ -158,6 +155,8 @@ void anchor_block::set(const features & f, const int32_t * anchors, int32_t n) {
         const int32_t i = anchors[r];
         norms[r]        = f.norms[i];
         lengths[r]      = std::sqrt(norms[r]);
+        scales[r]       = f.scales[i];
+        errors[r]       = f.errors[i];
         if (!has_byte_products) {
             for (int32_t e = 0; e < f.d; ++e) {
                 data[(size_t) e * N_ANCHORS + r] = f.row(i)[e];
@@ -171,8 +170,6 @@ void anchor_block::set(const features & f, const int32_t * anchors, int32_t n) {
             bytes[(size_t) (e / 4 * N_ANCHORS + r) * 4 + e % 4] = (int8_t) byte;
             sum += byte;
         }
-        scales[r]  = f.scales[i];
-        errors[r]  = f.errors[i];
         offsets[r] = 128.0f * (float) sum;
     }
 }
@@ -192,24 +189,55 @@ static bool any_below(const float * x, float than) {
     return res != 0;
 }
 
+// products of N_CELLS cells with N_LANES of the anchors that lie side by side
 #ifdef HAS_BYTE_PRODUCTS
+static void multiply(const uint8_t * const * cells, const int8_t * anchors, int32_t d, lanes * dst) {
+    byte_sums sums[N_CELLS] = {};
+    for (int32_t e = 0; e < d; e += 4) {
+        byte_sums y;
+        std::memcpy(&y, anchors + (size_t) e * N_ANCHORS, sizeof(y));
+        for (int32_t q = 0; q < N_CELLS; ++q) {
+            int32_t four;
+            std::memcpy(&four, cells[q] + e, sizeof(four));
+            sums[q] = add_products(sums[q], four, y);
+        }
+    }
+    for (int32_t q = 0; q < N_CELLS; ++q) {
+        dst[q] = __builtin_convertvector((int_lanes) sums[q], lanes);
+    }
+}
+#else
+static void multiply(const float * const * cells, const float * anchors, int32_t d, lanes * dst) {
+    std::fill(dst, dst + N_CELLS, lanes{});
+    for (int32_t e = 0; e < d; ++e) {
+        const lanes y = load(anchors + (size_t) e * N_ANCHORS);
+        for (int32_t q = 0; q < N_CELLS; ++q) {
+            dst[q] += cells[q][e] * y;
+        }
+    }
+}
+#endif
 
 // |x - y|^2 = |x|^2 + |y|^2 - 2xy, and of rounded x and y the product is off by at most |x||dy| + |dx||y| + |dx||dy|
 void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
                          bool * any) const {
-    const uint8_t * x[N_CELLS];
+#ifdef HAS_BYTE_PRODUCTS
+    const auto * of_cells   = f.bytes.data();
+    const auto * of_anchors = bytes.data();
+    const int    n_together = 4;
+#else
+    const auto * of_cells   = f.data.data();
+    const auto * of_anchors = data.data();
+    const int    n_together = 1;
+#endif
+    decltype(of_cells) x[N_CELLS];
     for (int32_t q = 0; q < N_CELLS; ++q) {
-        x[q] = f.bytes.data() + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
+        x[q] = of_cells + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
     }
     for (int32_t first = 0; first < N_ANCHORS; first += N_LANES) {
-        byte_sums sums[N_CELLS] = {};
-        for (int32_t e = 0; e < f.d; e += 4) {
-            byte_sums y;
-            std::memcpy(&y, bytes.data() + (size_t) e * N_ANCHORS + first * 4, sizeof(y));
-            for (int32_t q = 0; q < N_CELLS; ++q) {
-                sums[q] = add_products(sums[q], x[q] + e, y);
-            }
-        }
+        lanes products[N_CELLS];
+        multiply(x, of_anchors + first * n_together, f.d, products);
+
         const lanes all_norms   = load(norms + first);
         const lanes all_lengths = load(lengths + first);
         const lanes all_scales  = load(scales + first);
@@ -219,47 +247,14 @@ void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_ce
             const int32_t i      = cells[q];
             const float   length = std::sqrt(f.norms[i]) + f.errors[i];
 
-            const lanes product = f.scales[i] * all_scales * (__builtin_convertvector((int_lanes) sums[q], lanes) - all_offsets);
+            const lanes product = f.scales[i] * all_scales * (products[q] - all_offsets);
             const lanes off     = f.errors[i] * all_lengths + length * all_errors;
-            const lanes bounds  = slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off);
-            store(dst[q] + first, bounds);
+            store(dst[q] + first, slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off));
         }
     }
     for (int32_t q = 0; q < n_cells; ++q) {
         any[q] = any_below(dst[q], than[q]);
     }
 }
-
-#else
-
-// |x - y|^2 = |x|^2 + |y|^2 - 2xy, which is quick but not exact
-void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
-                         bool * any) const {
-    const float * x[N_CELLS];
-    for (int32_t q = 0; q < N_CELLS; ++q) {
-        x[q] = f.row(cells[std::min(q, n_cells - 1)]);
-    }
-    float products[N_CELLS][N_ANCHORS];
-    for (int32_t first = 0; first < N_ANCHORS; first += N_LANES) {
-        lanes sums[N_CELLS] = {};
-        for (int32_t e = 0; e < f.d; ++e) {
-            const lanes y = load(data.data() + (size_t) e * N_ANCHORS + first);
-            for (int32_t q = 0; q < N_CELLS; ++q) {
-                sums[q] += x[q][e] * y;
-            }
-        }
-        for (int32_t q = 0; q < N_CELLS; ++q) {
-            store(products[q] + first, sums[q]);
-        }
-    }
-    for (int32_t q = 0; q < n_cells; ++q) {
-        for (int32_t r = 0; r < N_ANCHORS; ++r) {
-            dst[q][r] = slack(f.d) * (f.norms[cells[q]] + norms[r]) - 2.0f * products[q][r];
-        }
-        any[q] = any_below(dst[q], than[q]);
-    }
-}
-
-#endif
 
 }  // namespace elastic

@@ -31,7 +31,7 @@ class features {
     std::vector<float> norms;  // squared, [n]
 
     // rounded to a byte per element, where the processor multiplies bytes: x is scale*(byte - 128), give or take a
-    // vector of length `error`
+    // vector of length `error`; elsewhere nothing is rounded, and they are 1 and 0
     std::vector<uint8_t> bytes;  // [n][d]
     std::vector<float>   scales;
     std::vector<float>   errors;
@@ -53,7 +53,7 @@ class anchor_block {
   private:
     float norms[N_ANCHORS];  // squared
     float lengths[N_ANCHORS];
-    float scales[N_ANCHORS];  // of bytes
+    float scales[N_ANCHORS];
     float errors[N_ANCHORS];
     float offsets[N_ANCHORS];  // what 128 too much in each byte of a cell adds to a product
 

@@ -102,14 +102,9 @@ static uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
 static constexpr size_t N_AHEAD = 16;
 
 static void prefetch(const uint8_t * data, size_t size) {
-#ifdef __GNUC__
     for (size_t i = 0; i < size; i += 64) {
         __builtin_prefetch(data + i);
     }
-#else
-    (void) data;
-    (void) size;
-#endif
 }
 
 template <typename T> static void read_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {

@@ -36,7 +36,7 @@ static head_map of_ranks(const head_map & m, const plan & p, bool summed) {
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
     const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens), true);
-    if (cfg.release_memory && active()) {
+    if (releases()) {
         trim_heap();  // what planning took, megabytes
     }
     return n;

@@ -134,9 +134,10 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
     n_touched_v.assign(shape.n_stream, 0);
-    on_host  = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
-                           [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer); });
-    moves_v  = active() && can_move_v();
+    on_host  = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
+        return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer) && ggml_backend_buffer_is_host(kv.get_v_storage(il)->buffer);
+    });
+    moves_v  = active() && kv.get_v_trans() && on_host;
     stride_v = min_stride();
     kv.set_elastic(this);
 }
@@ -192,8 +193,7 @@ uint32_t elastic_cache::n_sum_rows(const llama_ubatch & ubatch) const {
     return 1 + (fades(ubatch) ? 1 : 0) + cfg.n_window();
 }
 
-// On a CPU the fused op is not faster than what it fuses, so the attention weights are not computed twice. V is copied
-// then, which pays when there are many queries.
+// Where build_attn() has no op: the attention weights are not computed twice, which pays when there are many queries.
 bool elastic_cache::keep_fused(const llama_ubatch & ubatch) const {
     return !on_host || ubatch.n_tokens < N_PLAIN;
 }

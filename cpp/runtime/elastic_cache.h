@@ -141,6 +141,7 @@ class elastic_cache : public llama_elastic_i {
     bool    spare_v  = false;  // the stride is larger than it needs to be
 
     bool    active() const;
+    bool    releases() const { return cfg.release_memory && active(); }
     int32_t target_cells(int64_t n_tokens) const;
     bool    is_prompt(llama_seq_id seq_id) const;
     bool    is_scored(llama_seq_id seq_id) const;
@@ -152,7 +153,7 @@ class elastic_cache : public llama_elastic_i {
     int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
     int32_t n_threads() const;
     int32_t n_used_max() const;  // of the streams
-    bool    can_move_v() const;
+    int32_t stride_for(int32_t n_cells) const;
     int32_t min_stride() const;
     void    set_v_stride(int32_t to);
     void    grow_v(bool in_prompt);

@@ -24,7 +24,7 @@ void elastic_cache::note_touched(uint32_t strm, int32_t n_rows) {
 }
 
 void elastic_cache::release_rows(uint32_t strm, int32_t n_used) {
-    if (!cfg.release_memory || !active()) {
+    if (!releases()) {
         return;
     }
     for (const int32_t il : shape.layer_ids) {
@@ -36,7 +36,7 @@ void elastic_cache::release_rows(uint32_t strm, int32_t n_used) {
 
 // a transposed V takes its stride times its elements, which is as much as `stride` rows would
 void elastic_cache::release_v(uint32_t strm, int32_t n_used) {
-    if (!cfg.release_memory || !active() || (kv.get_v_trans() && !moves_v)) {
+    if (!releases() || (kv.get_v_trans() && !moves_v)) {
         return;
     }
     const int32_t n_held = moves_v && n_used > 0 ? stride_v : n_used;
@@ -47,7 +47,7 @@ void elastic_cache::release_v(uint32_t strm, int32_t n_used) {
 }
 
 void elastic_cache::clear_buffer(ggml_backend_buffer_t buffer) {
-    if (cfg.release_memory && active()) {
+    if (releases()) {
         clear_lazily(buffer);
     } else {
         ggml_backend_buffer_clear(buffer, 0);

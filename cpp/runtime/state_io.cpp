@@ -103,11 +103,14 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
 
 // A whole state comes stream by stream, and readers store all of it at the end: the stride must not change until then.
 void elastic_cache::on_restored(llama_seq_id seq_id) {
-    ctx.memory_update(false);  // copies of whole streams that still wait
+    if (!active()) {
+        return;
+    }
     if (seq_id < 0 && shape.n_stream > 1) {
         restore_layout();
         spare_v = true;
     } else {
+        ctx.memory_update(false);  // copies of whole streams that still wait
         grow_v(false);
     }
     for (int32_t s = 0; s < shape.n_stream; ++s) {

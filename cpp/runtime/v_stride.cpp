@@ -28,13 +28,12 @@ static void move_rows_apart(uint8_t * data, int64_t n_elements, size_t size, int
     }
 }
 
-bool elastic_cache::can_move_v() const {
-    return kv.get_v_trans() && std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(),
-                                           [&](int32_t il) { return ggml_backend_buffer_is_host(kv.get_v_storage(il)->buffer); });
+int32_t elastic_cache::stride_for(int32_t n_cells) const {
+    return std::min(shape.kv_size, padded(std::max(1, n_cells)));
 }
 
 int32_t elastic_cache::min_stride() const {
-    return moves_v ? std::min(shape.kv_size, padded(1)) : shape.kv_size;
+    return moves_v ? stride_for(1) : shape.kv_size;
 }
 
 void elastic_cache::restore_layout() {
@@ -72,14 +71,14 @@ void elastic_cache::set_v_stride(int32_t to) {
 void elastic_cache::grow_v(bool in_prompt) {
     const int32_t n = n_used_max();
     if (moves_v && padded(n) > stride_v) {
-        set_v_stride(std::min(shape.kv_size, padded(in_prompt ? 2 * n : n + n / 4)));
+        set_v_stride(stride_for(in_prompt ? 2 * n : n + n / 4));
     }
 }
 
 // after cells became free: not for a few, as all that is left has to move
 void elastic_cache::shrink_v() {
     const int32_t n  = n_used_max();
-    const int32_t to = std::max(min_stride(), padded(n + n / 4));
+    const int32_t to = stride_for(n + n / 4);
     if (!moves_v || to + to / 2 > stride_v) {
         return;
     }
