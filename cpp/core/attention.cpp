@@ -1,5 +1,6 @@
 #include "core/attention.h"
 
+#include "core/attention_few.h"
 #include "core/lanes.h"
 #include "core/rows.h"
 
@@ -17,29 +18,13 @@ constexpr int32_t N_PARTS = N_GROUP / N_LANES;  // registers that they take
 constexpr int32_t N_TILE  = 8;                  // sums that are kept in registers
 constexpr int32_t N_CHUNK = 32;                 // cells that stay in the first cache
 
+constexpr int64_t N_FEW = 24;  // queries that see a cell up to which they are few, on average
+
 typedef uint64_t query_set;  // a bit per query of a group
 
-lanes splat(float x) {
-    return x - lanes{};
-}
-
-lanes larger(lanes x, lanes y) {
-    return x > y ? x : y;
-}
-
-// of x <= 0, to a few units in the last place; 0 below e^-87 (range reduction and polynomial as in Cephes' expf)
-lanes exp_lanes(lanes x) {
-    const lanes shifted = x * 1.44269504f + 12582912.0f;  // the integer part stands in the lowest bits
-    const lanes n       = shifted - 12582912.0f;
-    const lanes r       = x - n * 0.693359375f + n * 2.12194440e-4f;
-    lanes       p       = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p                   = p * r + 8.3334519073e-3f;
-    p                   = p * r + 4.1665795894e-2f;
-    p                   = p * r + 1.6666665459e-1f;
-    p                   = p * r + 5.0000001201e-1f;
-    p                   = p * r * r + r + 1.0f;
-    const auto power    = ((uint_lanes) shifted - 0x4b400000u + 127u) << 23;
-    return x < -87.0f ? lanes{} : p * (lanes) power;
+bool is_open(const attention & a, int64_t query, int32_t cell) {
+    const int64_t i = query * a.mask_stride + cell;
+    return a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[i] == 0 : ((const float *) a.mask)[i] == 0.0f;
 }
 
 class head_attention {
@@ -90,11 +75,8 @@ class head_attention {
     query_group read_mask(int32_t first) const {
         query_group res = { first, std::min(N_GROUP, a.n_q - first), std::vector<query_set>(a.n_kv, 0), {} };
         for (int32_t i = 0; i < res.n; ++i) {
-            const int64_t row = (first + i) * a.mask_stride;
             for (int32_t c = 0; c < a.n_kv; ++c) {
-                const bool open =
-                    a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[row + c] == 0 : ((const float *) a.mask)[row + c] == 0.0f;
-                res.may_see[c] |= (query_set) open << i;
+                res.may_see[c] |= (query_set) is_open(a, first + i, c) << i;
             }
         }
         for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
@@ -266,9 +248,35 @@ class head_attention {
 
 }  // namespace
 
+// empty: too many queries see the same cells
+static seen_cells seen_by_few(const attention & a) {
+    seen_cells res;
+    if (a.n_q > N_GROUP) {
+        return res;
+    }
+    std::vector<uint8_t> any(a.n_kv, 0);
+    int64_t              n_seen = 0;
+    for (int32_t i = 0; i < a.n_q; ++i) {
+        std::vector<int32_t> cells;
+        for (int32_t c = 0; c < a.n_kv; ++c) {
+            if (is_open(a, i, c)) {
+                cells.push_back(c);
+                any[c] = 1;
+            }
+        }
+        n_seen += (int64_t) cells.size();
+        res.push_back(std::move(cells));
+    }
+    return n_seen <= N_FEW * std::count(any.begin(), any.end(), 1) ? res : seen_cells();
+}
+
 void attend(const attention & a, int32_t first, int32_t last) {
     if (first >= last) {
         return;
+    }
+    const seen_cells seen = seen_by_few(a);
+    if (!seen.empty()) {
+        return attend_few(a, seen, first, last);
     }
     head_attention head(a);
     for (int32_t ih = first; ih < last; ++ih) {

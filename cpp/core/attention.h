@@ -1,6 +1,6 @@
 #pragma once
 
-// Attention of many queries that also says how much each cell was attended to. An attention that never writes its weights
+// Attention that also says how much each cell was attended to. An attention that never writes its weights
 // out has no sums of them, and one that does writes n_kv * n_tokens * n_head numbers: here a few queries are finished at a
 // time, their weights are summed while they are in the cache, and cells that none of them may see are skipped.
 

@@ -21,4 +21,13 @@ int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int3
 //             question; a long one has taken from it what it needs, and the places are worth more to the image
 std::vector<int32_t> leaving_candidates(generate_rule rule, const cells & c, int32_t n_sink, const std::vector<float> & total);
 
+// By what the cells of one head may leave, the lowest first, added to `others`: their attention until now (mass), or, where the recent
+// one is kept too (fading, by `decay` per query, else nullptr), the share of either in all that n_queries gave (1 each). It is the
+// score of score_rule::by_kind without its means over neighbors.
+std::vector<float> leaving_scores(const std::vector<float> & others, const float * mass, const float * fading, float decay,
+                                  int64_t n_queries);
+
+// the first of `rows` with the lowest value >= 0; values of rows from `base` on, infinite for others
+int32_t first_lowest(const std::vector<float> & values, const std::vector<int32_t> & rows, int32_t base);
+
 }  // namespace elastic

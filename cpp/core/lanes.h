@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #ifndef __GNUC__
 #error "GCC or Clang is needed, for their vector types"
 #endif
@@ -32,6 +36,55 @@ inline lanes load(const float * x) {
 
 inline void store(float * dst, lanes x) {
     std::memcpy(dst, &x, sizeof(x));
+}
+
+inline lanes splat(float x) {
+    return x - lanes{};
+}
+
+inline lanes larger(lanes x, lanes y) {
+    return x > y ? x : y;
+}
+
+// of x <= 0, to a few units in the last place; 0 below e^-87 (range reduction and polynomial as in Cephes' expf)
+inline lanes exp_lanes(lanes x) {
+    const lanes shifted = x * 1.44269504f + 12582912.0f;  // the integer part stands in the lowest bits
+    const lanes n       = shifted - 12582912.0f;
+    const lanes r       = x - n * 0.693359375f + n * 2.12194440e-4f;
+    lanes       p       = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p                   = p * r + 8.3334519073e-3f;
+    p                   = p * r + 4.1665795894e-2f;
+    p                   = p * r + 1.6666665459e-1f;
+    p                   = p * r + 5.0000001201e-1f;
+    p                   = p * r * r + r + 1.0f;
+    const auto power    = ((uint_lanes) shifted - 0x4b400000u + 127u) << 23;
+    return x < -87.0f ? lanes{} : p * (lanes) power;
+}
+
+inline float f16_to_f32(uint16_t half) {
+    const uint32_t rest = (half & 0x7fffu) << 13;
+    float          x;
+    std::memcpy(&x, &rest, sizeof(x));
+    x *= 0x1p112f;
+    uint32_t res;
+    std::memcpy(&res, &x, sizeof(res));
+    res = (rest >= 0x0f800000 ? rest | 0x70000000 : res) | (half & 0x8000u) << 16;  // infinite, or no number
+    std::memcpy(&x, &res, sizeof(x));
+    return x;
+}
+
+inline lanes load(const uint16_t * halves) {
+#if defined(__AVX512F__)
+    return (lanes) _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *) halves));
+#elif defined(__F16C__)
+    return (lanes) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) halves));
+#else
+    lanes res;
+    for (int32_t l = 0; l < N_LANES; ++l) {
+        res[l] = f16_to_f32(halves[l]);
+    }
+    return res;
+#endif
 }
 
 // of a power of two numbers, which are overwritten

@@ -1,5 +1,7 @@
 #include "core/rows.h"
 
+#include "core/lanes.h"
+
 #include <cstring>
 
 namespace elastic {
@@ -33,16 +35,12 @@ size_t head_bytes(const kv_rows & t) {
 // ggml-base's own go number by number; compilers make vector loops of these, and the bits are the same
 
 static void f16_to_f32(const uint16_t * src, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = src[i];
-        const uint32_t rest = (bits & 0x7fff) << 13;
-        float          x;
-        std::memcpy(&x, &rest, sizeof(x));
-        x *= 0x1p112f;
-        uint32_t res;
-        std::memcpy(&res, &x, sizeof(res));
-        res = (rest >= 0x0f800000 ? rest | 0x70000000 : res) | (bits & 0x8000) << 16;  // infinite, or no number
-        std::memcpy(dst + i, &res, sizeof(res));
+    int64_t i = 0;
+    for (; i + N_LANES <= n; i += N_LANES) {
+        store(dst + i, load(src + i));
+    }
+    for (; i < n; ++i) {
+        dst[i] = f16_to_f32(src[i]);
     }
 }
 
@@ -66,11 +64,40 @@ static void f32_to_f16(const float * src, uint16_t * dst, int64_t n) {
     }
 }
 
-static void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
+// of blocks of 32: a half that scales, then the numbers
+static void q8_0_to_f32(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32, src += 34) {
+        uint16_t scale;
+        std::memcpy(&scale, src, sizeof(scale));
+        const float    d = f16_to_f32(scale);
+        const int8_t * x = (const int8_t *) src + 2;
+        for (int64_t j = 0; j < 32; ++j) {
+            dst[i + j] = (float) x[j] * d;
+        }
+    }
+}
+
+static void q4_0_to_f32(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32, src += 18) {
+        uint16_t scale;
+        std::memcpy(&scale, src, sizeof(scale));
+        const float d = f16_to_f32(scale);
+        for (int64_t j = 0; j < 16; ++j) {
+            dst[i + j]      = (float) ((src[2 + j] & 0xf) - 8) * d;
+            dst[i + j + 16] = (float) ((src[2 + j] >> 4) - 8) * d;
+        }
+    }
+}
+
+void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
     } else if (type == GGML_TYPE_F16) {
         f16_to_f32((const uint16_t *) src, dst, n);
+    } else if (type == GGML_TYPE_Q8_0) {
+        q8_0_to_f32(src, dst, n);
+    } else if (type == GGML_TYPE_Q4_0) {
+        q4_0_to_f32(src, dst, n);
     } else {
         ggml_get_type_traits(type)->to_float(src, dst, n);
     }
@@ -88,20 +115,18 @@ static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n
     }
 }
 
-// where head ih of a row begins, in the row layout
-static uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
+uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
     return t.data + row * t.row_bytes + ih * head_bytes(t);
 }
 
-// where element e of head ih of all rows begins, in the transposed layout
-static uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
+uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
     return t.data + ((int64_t) ih * t.n_embd_head + e) * t.n_rows * (int64_t) ggml_type_size(t.type);
 }
 
 // rows of one head lie far apart, each on another page
-static constexpr size_t N_AHEAD = 16;
+static constexpr int32_t N_AHEAD = 16;
 
-static void prefetch(const uint8_t * data, size_t size) {
+void prefetch(const uint8_t * data, size_t size) {
     for (size_t i = 0; i < size; i += 64) {
         __builtin_prefetch(data + i);
     }
@@ -164,19 +189,23 @@ void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) 
     }
 }
 
-void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
+void read_f32(const kv_rows & t, const int32_t * rows, int32_t n, int32_t ih, float * dst) {
     if (!t.transposed) {
-        for (size_t i = 0; i < rows.size(); ++i) {
-            if (i + N_AHEAD < rows.size()) {
+        for (int32_t i = 0; i < n; ++i) {
+            if (i + N_AHEAD < n) {
                 prefetch(head_ptr(t, rows[i + N_AHEAD], ih), head_bytes(t));
             }
-            to_f32(t.type, head_ptr(t, rows[i], ih), dst + i * t.n_embd_head, t.n_embd_head);
+            to_f32(t.type, head_ptr(t, rows[i], ih), dst + (size_t) i * t.n_embd_head, t.n_embd_head);
         }
         return;
     }
-    std::vector<uint8_t> raw(rows.size() * head_bytes(t));
-    read_raw(t, rows, ih, raw.data());
-    to_f32(t.type, raw.data(), dst, (int64_t) rows.size() * t.n_embd_head);
+    std::vector<uint8_t> raw(n * head_bytes(t));
+    read_raw(t, { rows, rows + n }, ih, raw.data());
+    to_f32(t.type, raw.data(), dst, (int64_t) n * t.n_embd_head);
+}
+
+void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
+    read_f32(t, rows.data(), (int32_t) rows.size(), ih, dst);
 }
 
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src) {

@@ -13,6 +13,14 @@ bool rows_supported(ggml_type type, bool transposed);
 
 size_t head_bytes(const kv_rows & t);
 
+// where head ih of a row begins, in the row layout
+uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih);
+// where element e of head ih of all rows begins, in the transposed layout
+uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e);
+
+// n numbers that lie side by side, whole blocks of them
+void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n);
+
 // bytes as stored, [n][head_bytes]
 void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst);
 void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src);
@@ -22,6 +30,7 @@ void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih);
 
 // as f32, [n][n_embd_head]
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst);
+void read_f32(const kv_rows & t, const int32_t * rows, int32_t n, int32_t ih, float * dst);
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src);
 
 }  // namespace elastic

@@ -4,6 +4,9 @@
 
 namespace elastic {
 
+// dst[i] += src[i] / n_parts where used[i] is 1, not 0  [n]
+void add_share(float * dst, const float * src, const float * used, int32_t n, int32_t n_parts);
+
 // score of every cell per layer and KV head, higher = keep  [n_layer][n_head_kv][n_cells]
 //   window:  mean of `recent` over the pool_size cells around each (fewer at the ends)
 //   by_kind: sum / (sum over the head's cells) + the recent score, averaged over the kind_pool_size cells around, likewise:

@@ -1,6 +1,7 @@
 #include "runtime/elastic_cache.h"
 
 #include "core/rows.h"
+#include "core/score.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -16,9 +17,6 @@ namespace elastic {
 
 // rows that must be free at the end before a batch gives them back
 static constexpr int32_t N_RELEASE = 256;
-
-// queries from which a ubatch that is scored, and that build_attn() has no op for, goes without flash attention
-static constexpr uint32_t N_PLAIN = 128;
 
 config make_config(const elastic_params & params) {
     config cfg;
@@ -174,11 +172,11 @@ bool elastic_cache::is_shared(uint32_t strm, int32_t cell) const {
 //
 
 bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
-    if (!active() || !store->has_mass()) {
+    if (!sums_prompts()) {
         return false;
     }
-    // without flash attention the weights are there anyway, and a graph that stays the same is not built anew
-    if (cfg.pol.scores_generation() && !ctx.get_cparams().flash_attn) {
+    // a graph that stays the same is not built anew; where attention comes from llama.cpp's fused op they are not free
+    if (cfg.pol.scores_generation() && (on_host || !ctx.get_cparams().flash_attn)) {
         return true;
     }
     return any_scored(ubatch);
@@ -191,11 +189,6 @@ bool elastic_cache::any_scored(const llama_ubatch & ubatch) const {
 // the sum over all queries, the decaying one, and single queries: the last n_window of each stream
 uint32_t elastic_cache::n_sum_rows(const llama_ubatch & ubatch) const {
     return 1 + (fades(ubatch) ? 1 : 0) + cfg.n_window();
-}
-
-// Where build_attn() has no op: the attention weights are not computed twice, which pays when there are many queries.
-bool elastic_cache::keep_fused(const llama_ubatch & ubatch) const {
-    return !on_host || ubatch.n_tokens < N_PLAIN;
 }
 
 // an image's patches look at each other, so they say nothing of what was asked
@@ -350,11 +343,11 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         }
     }
 
-    std::vector<std::vector<uint8_t>> used(n_stream);
+    std::vector<std::vector<float>> used(n_stream);  // up to the last one that is
     for (int64_t s = 0; s < n_stream; ++s) {
-        const auto & cells = kv.get_cells_mut((uint32_t) (sinfo.s0 + s));
-        for (int64_t i = 0; i < res->t_attn_sums.front().second->ne[0]; ++i) {
-            used[s].push_back(!cells.is_empty(i));
+        const uint32_t strm = (uint32_t) (sinfo.s0 + s);
+        for (int32_t i = 0; i < n_used(strm); ++i) {
+            used[s].push_back(kv.get_cells_mut(strm).is_empty(i) ? 0.0f : 1.0f);
         }
     }
 
@@ -367,8 +360,12 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
             continue;
         }
 
-        data.resize(ggml_nelements(t));
-        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+        const float * sums = (const float *) t->data;
+        if (!ggml_backend_buffer_is_host(t->buffer)) {
+            data.resize(ggml_nelements(t));
+            ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+            sums = data.data();
+        }
 
         const int64_t n_kv   = t->ne[0];
         const int64_t n_rows = t->ne[1];
@@ -378,12 +375,9 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
         for (int64_t s = 0; s < n_stream; ++s) {
             const uint32_t strm = (uint32_t) (sinfo.s0 + s);
             for (int64_t h = 0; h < n_head; ++h) {
-                const float * src = data.data() + (s * n_head + h) * n_rows * n_kv;
+                const float * src = sums + (s * n_head + h) * n_rows * n_kv;
                 const auto    add = [&](int64_t row, float * dst) {
-                    const uint8_t * is_used = used[s].data();
-                    for (int64_t i = 0; i < n_kv; ++i) {
-                        dst[i] += is_used[i] ? src[row * n_kv + i] / (float) n_gqa : 0.0f;
-                    }
+                    add_share(dst, src + row * n_kv, used[s].data(), (int32_t) used[s].size(), (int32_t) n_gqa);
                 };
                 const int32_t ih = (int32_t) (h / n_gqa);
                 add(0, store->mass_row(strm, il, ih));

@@ -65,8 +65,8 @@ class elastic_cache : public llama_elastic_i {
     // llama_elastic_i
 
     bool          want_sums(const llama_ubatch & ubatch) const override;
+    bool          sums_prompts() const override { return active() && store->has_mass(); }
     uint32_t      n_sum_rows(const llama_ubatch & ubatch) const override;
-    bool          keep_fused(const llama_ubatch & ubatch) const override;
     void          set_sum_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const override;
     ggml_tensor * build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
                              ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const override;
@@ -165,8 +165,6 @@ class elastic_cache : public llama_elastic_i {
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);
-    void    leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, int32_t base, const std::vector<float> & others,
-                           std::vector<float> & res);
     void    move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
     void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);

@@ -9,9 +9,6 @@
 
 namespace elastic {
 
-// queries from which the op is worth its preparations
-static constexpr int64_t N_FUSED = 64;
-
 // K or V of one stream in a view that is permuted as for ggml_flash_attn_ext
 static kv_rows rows_of(const ggml_tensor * t, int64_t strm, bool transposed) {
     kv_rows res;
@@ -74,7 +71,7 @@ static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 ggml_tensor * elastic_cache::build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
                                         ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const {
-    if (!on_host || q->ne[1] < N_FUSED) {
+    if (!on_host) {
         return nullptr;
     }
     const bool    v_trans = kv.get_v_trans();

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace elastic {
 
@@ -78,43 +77,6 @@ void elastic_cache::let_leave(llama_seq_id seq_id) {
     }
 }
 
-// Values >= 0 stand in the order of their bits, and compilers make a vector loop of a minimum of integers, not of one of floats.
-static int32_t bits_of(float x) {
-    int32_t res;
-    std::memcpy(&res, &x, sizeof(res));
-    return res;
-}
-
-// the first of `rows` with the lowest value; values of rows from `base` on, infinite for others
-static int32_t first_lowest(const std::vector<float> & values, const std::vector<int32_t> & rows, int32_t base) {
-    int32_t lowest = INT32_MAX;
-    for (const float x : values) {
-        lowest = std::min(lowest, bits_of(x));
-    }
-    return *std::find_if(rows.begin(), rows.end(), [&](int32_t row) { return bits_of(values[row - base]) == lowest; });
-}
-
-// By what one head's cells may leave, the lowest first, added to `others` (rows from `base` on): the attention until now, or, where
-// the recent one is kept too, the share of either in all that the queries gave (1 each). It is the score of score_rule::by_kind
-// without its means over neighbors.
-void elastic_cache::leaving_scores(llama_seq_id seq_id, int32_t il, int32_t ih, int32_t base, const std::vector<float> & others,
-                                   std::vector<float> & res) {
-    const uint32_t strm = kv.get_stream(seq_id);
-    const float *  mass = store->mass_row(strm, il, ih) + base;
-
-    res.resize(others.size());
-    if (cfg.pol.decay() == 0.0f) {
-        std::transform(others.begin(), others.end(), mass, res.begin(), [](float x, float y) { return x + y; });
-        return;
-    }
-    const float * fading = store->fading_row(strm, il, ih) + base;
-    const float   recent = 1.0f - cfg.pol.decay();  // over the sum of all weights, 1/(1 - decay)
-    const float   all    = 1.0f / (float) std::max<int64_t>(1, seqs[seq_id].n_tokens);
-    for (size_t i = 0; i < others.size(); ++i) {
-        res[i] = others[i] + mass[i] * all + fading[i] * recent;
-    }
-}
-
 // Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
 // a head that loses another cell keeps this one in the place of the lost.
 void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
@@ -137,11 +99,14 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
         others[row - base] = 0.0f;
     }
 
-    std::vector<float> scores;
+    const float   decay     = cfg.pol.decay();
+    const int64_t n_queries = std::max<int64_t>(1, seqs[seq_id].n_tokens);
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         std::vector<int32_t> lost;
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-            leaving_scores(seq_id, il, ih, base, others, scores);
+            const float * mass   = store->mass_row(strm, il, ih) + base;
+            const float * fading = decay > 0.0f ? store->fading_row(strm, il, ih) + base : nullptr;
+            const auto    scores = leaving_scores(others, mass, fading, decay, n_queries);
             lost.push_back(first_lowest(scores, may_leave, base));
         }
         move_rows(strm, il, freed, lost);

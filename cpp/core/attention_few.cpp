@@ -1,0 +1,286 @@
+#include "core/attention_few.h"
+
+#include "core/lanes.h"
+#include "core/rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace elastic {
+
+namespace {
+
+constexpr int32_t N_TILE  = 8;    // rows that are read together, all heads of them: they lie side by side
+constexpr int32_t N_RUN   = 512;  // cells of a transposed layout that are
+constexpr int32_t N_BLOCK = 8;    // registers that take sums
+
+// of 8 numbers each
+typedef float   eight __attribute__((vector_size(32)));
+typedef int32_t int_eight __attribute__((vector_size(32)));
+
+template <int... I> eight shuffle(eight x, eight y) {
+#ifdef __clang__
+    return __builtin_shufflevector(x, y, I...);
+#else
+    return __builtin_shuffle(x, y, int_eight{ I... });
+#endif
+}
+
+eight fold(lanes x) {
+    eight parts[N_LANES / 8];
+    std::memcpy(parts, &x, sizeof(parts));
+    return N_LANES == 8 ? parts[0] : parts[0] + parts[N_LANES / 8 - 1];
+}
+
+// the total of each of 8
+eight totals(const lanes (&x)[8]) {
+    eight pairs[4];
+    for (int32_t i = 0; i < 4; ++i) {
+        const eight a = fold(x[2 * i]), b = fold(x[2 * i + 1]);
+        pairs[i] = shuffle<0, 8, 2, 10, 4, 12, 6, 14>(a, b) + shuffle<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
+    }
+    eight fours[2];
+    for (int32_t i = 0; i < 2; ++i) {
+        const eight a = pairs[2 * i], b = pairs[2 * i + 1];
+        fours[i] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a, b) + shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+    }
+    return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(fours[0], fours[1]) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(fours[0], fours[1]);
+}
+
+float number(float x) {
+    return x;
+}
+
+float number(uint16_t half) {
+    return f16_to_f32(half);
+}
+
+// dst[j] = x times row j, of N_TILE rows
+template <typename T> void dots(float * dst, const float * x, const T * const * rows, int32_t n) {
+    lanes   acc[N_TILE] = {};
+    int32_t e           = 0;
+    for (; e + N_LANES <= n; e += N_LANES) {
+        const lanes y = load(x + e);
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            acc[j] += y * load(rows[j] + e);
+        }
+    }
+    const eight res = totals(acc);
+    std::memcpy(dst, &res, sizeof(res));
+    for (; e < n; ++e) {
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            dst[j] += x[e] * number(rows[j][e]);
+        }
+    }
+}
+
+// dst[e] += sum of w[j] * rows[j][e] over N_TILE rows
+template <typename T> void add_rows(float * dst, const float * w, const T * const * rows, int32_t n) {
+    int32_t e = 0;
+    for (; e + N_LANES <= n; e += N_LANES) {
+        lanes acc[2] = { load(dst + e) };
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            acc[j % 2] += w[j] * load(rows[j] + e);
+        }
+        store(dst + e, acc[0] + acc[1]);
+    }
+    for (; e < n; ++e) {
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            dst[e] += w[j] * number(rows[j][e]);
+        }
+    }
+}
+
+// the heads [first, last)
+class heads_attention {
+  public:
+    heads_attention(const attention & a, int32_t first, int32_t last)
+        : a(a), n_gqa(a.n_head / a.k.n_head_kv), first(first), last(last), q((size_t) n() * a.k.n_embd_head), inverse(n()) {
+        std::fill(sums(first, 0), sums(last, 0), 0.0f);
+    }
+
+    void run(int32_t i, const std::vector<int32_t> & cells) {
+        stride = ((int32_t) cells.size() + N_LANES - 1) / N_LANES * N_LANES;  // of whole tiles too
+        weights.resize((size_t) n() * stride);
+        logits(i, cells);
+        for (int32_t h = 0; h < n(); ++h) {
+            inverse[h] = exponentials(row(h));
+            add_sums(i, h, cells);
+        }
+        std::fill(out(i, 0), out(i, n()), 0.0f);
+        a.v.transposed ? values_of_columns(i, cells) : values_of_rows(i, cells);
+        for (int32_t h = 0; h < n(); ++h) {
+            std::transform(out(i, h), out(i, h + 1), out(i, h), [&](float x) { return x * inverse[h]; });
+        }
+    }
+
+  private:
+    const attention & a;
+    const int32_t     n_gqa;
+    const int32_t     first;
+    const int32_t     last;
+
+    std::vector<float> q;  // scaled  [n][d_k]
+    int32_t            stride = 0;
+    std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n][stride]
+    std::vector<float> inverse;  // of that sum  [n]
+    std::vector<float> tile;
+
+    int32_t n() const { return last - first; }
+    float * row(int32_t h) { return weights.data() + (size_t) h * stride; }
+    float * out(int32_t i, int32_t h) const { return a.out + ((size_t) i * a.n_head + first + h) * a.v.n_embd_head; }
+    float * sums(int32_t ih, int32_t row) const { return a.sums + ((size_t) ih * a.n_sums + row) * a.n_kv; }
+
+    // heads [begin, end) that share a KV head, one group after the other, as f(begin, end, KV head)
+    template <typename F> void each_kv_head(F f) const {
+        for (int32_t begin = 0, end = 0; begin < n(); begin = end) {
+            const int32_t ih_kv = (first + begin) / n_gqa;
+            end                 = std::min(n(), (ih_kv + 1) * n_gqa - first);
+            f(begin, end, ih_kv);
+        }
+    }
+
+    // N_TILE cells in the row layout, head by head as f(begin, end, first cell, rows); behind the last cell it comes again
+    template <typename F> void each_tile(const kv_rows & t, const std::vector<int32_t> & cells, F f) {
+        const size_t n_bytes = head_bytes(t);
+        tile.resize((size_t) N_TILE * t.n_embd_head);
+        for (size_t c = 0; c < cells.size(); c += N_TILE) {
+            int32_t         rows[N_TILE];
+            const uint8_t * next[N_TILE];
+            for (size_t j = 0; j < N_TILE; ++j) {
+                rows[j] = cells[std::min(c + j, cells.size() - 1)];
+                next[j] = head_ptr(t, cells[std::min(c + N_TILE + j, cells.size() - 1)], 0);
+            }
+            each_kv_head([&](int32_t begin, int32_t end, int32_t ih_kv) {
+                for (const uint8_t * row : next) {
+                    for (size_t i = 0; i < n_bytes; i += 64) {
+                        __builtin_prefetch(row + ih_kv * n_bytes + i, 0, 2);
+                    }
+                }
+                if (t.type == GGML_TYPE_F16) {
+                    const uint16_t * src[N_TILE];
+                    for (int32_t j = 0; j < N_TILE; ++j) {
+                        src[j] = (const uint16_t *) head_ptr(t, rows[j], ih_kv);
+                    }
+                    return f(begin, end, c, src);
+                }
+                const float * src[N_TILE];
+                read_f32(t, rows, N_TILE, ih_kv, tile.data());
+                for (int32_t j = 0; j < N_TILE; ++j) {
+                    src[j] = tile.data() + (size_t) j * t.n_embd_head;
+                }
+                f(begin, end, c, src);
+            });
+        }
+    }
+
+    void logits(int32_t i, const std::vector<int32_t> & cells) {
+        const int32_t d = a.k.n_embd_head;
+        for (int32_t h = 0; h < n(); ++h) {
+            const float * src = a.q + i * a.q_stride + (first + h) * a.q_stride_head;
+            std::transform(src, src + d, q.data() + (size_t) h * d, [&](float x) { return x * a.scale; });
+        }
+        each_tile(a.k, cells, [&](int32_t begin, int32_t end, size_t c, const auto & rows) {
+            for (int32_t h = begin; h < end; ++h) {
+                dots(row(h) + c, q.data() + (size_t) h * d, rows, d);
+            }
+        });
+        for (int32_t h = 0; h < n(); ++h) {
+            std::fill(row(h) + cells.size(), row(h) + stride, -INFINITY);
+        }
+        for (int32_t h = 0; a.bias && h < n(); ++h) {
+            const float * bias = a.bias + (first + h) / n_gqa * a.bias_stride;
+            for (size_t c = 0; c < cells.size(); ++c) {
+                row(h)[c] += a.bias_scale * bias[cells[c]];
+            }
+        }
+    }
+
+    // in place; returns 1 over their sum
+    float exponentials(float * w) const {
+        lanes highest = splat(-INFINITY);
+        for (int32_t c = 0; c < stride; c += N_LANES) {
+            highest = larger(highest, load(w + c));
+        }
+        float top = -INFINITY;
+        for (int32_t l = 0; l < N_LANES; ++l) {
+            top = std::max(top, highest[l]);
+        }
+        lanes sum = {};
+        for (int32_t c = 0; c < stride; c += N_LANES) {
+            const lanes x = exp_lanes(load(w + c) - top);
+            sum += x;
+            store(w + c, x);
+        }
+        return stride > 0 ? 1.0f / total(sum) : 0.0f;
+    }
+
+    void add_sums(int32_t i, int32_t h, const std::vector<int32_t> & cells) {
+        for (int32_t r = 0; r < a.n_sums; ++r) {
+            const float factor = inverse[h] * a.weights[(size_t) i * a.n_sums + r];
+            float *     dst    = sums(first + h, r);
+            for (size_t c = 0; factor != 0.0f && c < cells.size(); ++c) {
+                dst[cells[c]] += factor * row(h)[c];
+            }
+        }
+    }
+
+    void values_of_rows(int32_t i, const std::vector<int32_t> & cells) {
+        each_tile(a.v, cells, [&](int32_t begin, int32_t end, size_t c, const auto & rows) {
+            for (int32_t h = begin; h < end; ++h) {
+                add_rows(out(i, h), row(h) + c, rows, a.v.n_embd_head);
+            }
+        });
+    }
+
+    // V of N_TILE elements at a time, along cells that lie side by side
+    void values_of_columns(int32_t i, const std::vector<int32_t> & cells) {
+        for (size_t begin = 0, end = 0; begin < cells.size(); begin = end) {
+            end = begin + 1;
+            while (end < cells.size() && end - begin < N_RUN && cells[end] == cells[end - 1] + 1) {
+                ++end;
+            }
+            const int32_t n_cells = (int32_t) (end - begin);
+            each_kv_head([&](int32_t h0, int32_t h1, int32_t ih_kv) {
+                for (int32_t e = 0; e < a.v.n_embd_head; e += N_TILE) {
+                    each_column(ih_kv, e, cells[begin], n_cells, [&](const auto & columns) {
+                        for (int32_t h = h0; h < h1; ++h) {
+                            float res[N_TILE];
+                            dots(res, row(h) + begin, columns, n_cells);
+                            for (int32_t j = 0; j < std::min(N_TILE, a.v.n_embd_head - e); ++j) {
+                                out(i, h)[e + j] += res[j];
+                            }
+                        }
+                    });
+                }
+            });
+        }
+    }
+
+    // N_TILE columns from e on as f(columns); behind the last one it comes again
+    template <typename F> void each_column(int32_t ih_kv, int32_t e, int32_t first_cell, int32_t n_cells, F f) {
+        const uint16_t * halves[N_TILE];
+        const float *    floats[N_TILE];
+        tile.resize((size_t) N_TILE * N_RUN);
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            const uint8_t * src = column_ptr(a.v, ih_kv, std::min(e + j, a.v.n_embd_head - 1)) + first_cell * ggml_type_size(a.v.type);
+            halves[j]           = (const uint16_t *) src;
+            floats[j]           = tile.data() + (size_t) j * N_RUN;
+            if (a.v.type != GGML_TYPE_F16) {
+                to_f32(a.v.type, src, tile.data() + (size_t) j * N_RUN, n_cells);
+            }
+        }
+        a.v.type == GGML_TYPE_F16 ? f(halves) : f(floats);
+    }
+};
+
+}  // namespace
+
+void attend_few(const attention & a, const seen_cells & seen, int32_t first, int32_t last) {
+    heads_attention heads(a, first, last);
+    for (int32_t i = 0; i < a.n_q; ++i) {
+        heads.run(i, seen[i]);
+    }
+}
+
+}  // namespace elastic
