@@ -1,5 +1,5 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh known|before|pareto|text
+# The tables of docs/results.md, one command each: benchmarks/tables.sh known|before|pareto|text|delay
 # An interrupted table goes on where it stopped. Two processes, one core each.
 set -e
 cd "$(dirname "$0")/.."
@@ -10,7 +10,8 @@ known)  args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 --metrics
 before) args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto) args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 -fa on --metrics forced,exact" ;;
 text)   args="--data benchmarks/text_set/text.json --policies local,h2o,snapkv,elastic --budgets 0.2 --metrics forced,exact" ;;
-*)      echo "usage: $0 known|before|pareto|text" >&2; exit 2 ;;
+delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --metrics forced" ;;
+*)      echo "usage: $0 known|before|pareto|text|delay" >&2; exit 2 ;;
 esac
 run() { OMP_NUM_THREADS=1 "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" eval $args --parallel 10 --shard "$1" --out "$out"; }
 run 0/2 > /dev/null &

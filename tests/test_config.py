@@ -54,6 +54,7 @@ def test_a_percentage_gets_a_hint():
         ("offset", -1),
         ("min_cells", 0),
         ("n_threads", -1),
+        ("delay", -1),
         ("n_sink", 1.5),
         ("offset", "25"),
         ("min_cells", True),

@@ -103,6 +103,70 @@ def test_long_generation_holds_its_cells(tiny_gqa: Path, policy: str, budget: fl
         assert e.session.n_tokens(0) == n + 2000
 
 
+DELAY = {**ELASTIC, "delay": 5}
+
+
+def test_an_answer_begins_with_all_cells(tiny_gqa: Path) -> None:
+    """The first tokens are those of a cache that keeps all; then the prompt is compressed."""
+    tokens = random_tokens(9, N_VOCAB, 3)
+    said, importance = [], []
+    for elastic in ({**ELASTIC, "budget": 10000.0}, DELAY):
+        with Engine(tiny_gqa, elastic=elastic) as e:
+            n = feed(e)
+            said.append(e.forced(tokens[:5], n))
+            assert e.session.n_cells(0) == n + 5
+            importance.append(e.session.mass(0).sum(-1))
+            e.token(tokens[5], n + 5)
+            if elastic is DELAY:
+                kept = math.ceil(0.3 * (n + 5))
+                assert e.session.n_cells(0) == kept - left_free(kept) + 1
+                assert e.session.stats()["compressions"] == 1
+                assert e.session.cells(0)["pos"][-16:].tolist() == list(range(n - 10, n + 6))
+                e.forced(tokens[6:], n + 6)
+                assert e.session.stats()["compressions"] == 1
+    np.testing.assert_array_equal(*said)
+    # all five were added, where four stand for one another otherwise
+    every_fourth, everyone = importance
+    np.testing.assert_allclose(everyone, n + 5, rtol=1e-5)
+    np.testing.assert_allclose(every_fourth, n + 4, rtol=1e-5)
+
+
+def test_a_short_answer_is_compressed_with_the_next_prompt(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=DELAY) as e:
+        n = feed(e)
+        e.forced([20, 21], n)
+        e.prompt([22, 23, 24], n + 2)
+        kept = math.ceil(0.3 * (n + 2))
+        assert e.session.stats()["compressions"] == 1
+        assert e.session.n_cells(0) == kept - left_free(kept) + 3
+        e.forced([25, 26, 27, 28, 29], n + 5)
+        assert e.session.stats()["compressions"] == 1
+        e.token(30, n + 10)
+        assert e.session.stats()["compressions"] == 2
+
+
+def test_a_cap_does_not_wait(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic={**DELAY, "max_cells": 263, "budget": 0.9}) as e:
+        n = feed(e)
+        assert n == 260
+        for i in range(5):
+            e.token(20 + i, n + i)
+            assert e.session.n_cells(0) <= 263
+
+
+def test_a_prompt_that_waits_is_saved(tiny_gqa: Path) -> None:
+    tokens = random_tokens(9, N_VOCAB, 3)
+    with Engine(tiny_gqa, elastic=DELAY) as e:
+        n = feed(e)
+        e.forced(tokens[:2], n)
+        state = e.save()
+        expected = e.forced(tokens[2:], n + 2)
+    with Engine(tiny_gqa, elastic=DELAY) as e:
+        assert e.load(state) == len(state)
+        np.testing.assert_array_equal(e.forced(tokens[2:], n + 2), expected)
+        assert e.session.stats()["compressions"] == 1
+
+
 def test_short_prompts_are_left_alone(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic={**ELASTIC, "min_cells": 100}) as e:
         e.prompt(random_tokens(80, N_VOCAB, 1))
@@ -223,6 +287,7 @@ def test_clear_starts_afresh(tiny_gqa: Path) -> None:
         ("n_sink", -1, "n_sink"),
         ("offset", -3, "offset"),
         ("min_cells", 0, "min_cells"),
+        ("delay", -1, "delay"),
         ("n_threads", -1, "n_threads"),
     ],
 )
@@ -270,6 +335,7 @@ class _Params(ctypes.Structure):
         ("min_cells", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
         ("max_cells", ctypes.c_int32),
+        ("delay", ctypes.c_int32),
         ("record", ctypes.c_bool),
         ("release_memory", ctypes.c_bool),
     ]

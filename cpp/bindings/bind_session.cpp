@@ -16,12 +16,13 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, int32_t max_cells, bool record, bool release_memory)
+            int32_t n_threads, int32_t max_cells, int32_t delay, bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
-        const elastic_params params = { policy.c_str(), budget, n_sink, offset, min_cells, n_threads, max_cells, record, release_memory };
+        const elastic_params params = { policy.c_str(), budget,    n_sink, offset, min_cells,
+                                        n_threads,      max_cells, delay,  record, release_memory };
         attach(*ctx, params);
     }
 
@@ -85,14 +86,14 @@ void bind_session(py::module_ & m) {
           "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(), py::arg("ctx"),
-             py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1, py::arg("offset") = 25,
-             py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("record") = false,
-             py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(),
+             py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
+             py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
+             py::arg("record") = false, py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-larger (0: no such cap). With `release_memory`, rows that are not in use go back to the operating
+larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With `release_memory`, rows that are not in use go back to the operating
 system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
 

@@ -88,6 +88,7 @@ elastic_params elastic_default_params(void) {
         /*.min_cells =*/64,
         /*.n_threads =*/0,
         /*.max_cells =*/0,
+        /*.delay     =*/0,
         /*.record    =*/false,
         /*.release_memory =*/true,
     };

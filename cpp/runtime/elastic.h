@@ -21,7 +21,9 @@ struct elastic_params {
     int32_t      min_cells;  // a sequence with fewer cells is left alone
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
-    bool    record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    int32_t delay;   // tokens of an answer that come before its prompt is compressed: they see all cells, and what they attend to is part
+                     // of the importance. A shorter answer's prompt is compressed when the next one begins. max_cells comes first
+    bool    record;  // keep every score that any policy looks at, so that a saved prompt can be loaded under each
     bool    release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 

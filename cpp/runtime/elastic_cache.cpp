@@ -34,6 +34,7 @@ config make_config(const elastic_params & params) {
     cfg.min_cells = at_least("min_cells", params.min_cells, 1);
     cfg.n_threads = at_least("n_threads", params.n_threads, 0);
     cfg.max_cells = at_least("max_cells", params.max_cells, 0);
+    cfg.delay     = at_least("delay", params.delay, 0);
     cfg.record    = params.record;
 
     cfg.release_memory = params.release_memory;
@@ -282,9 +283,14 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         if (generating) {
             make_room(seq_id);
             st.n_unscored++;
-            score_step |= cfg.pol.scores_generation() && st.n_unscored >= cfg.pol.generation_interval();
-        } else if (cfg.max_cells > 0) {
-            make_room_for_prompt(seq_id, s.n);
+            score_step |= cfg.pol.scores_generation() && (st.pending || st.n_unscored >= cfg.pol.generation_interval());
+        } else {
+            if (st.pending && n_generated(seq_id) > 0) {
+                compress_pending(seq_id);
+            }
+            if (cfg.max_cells > 0) {
+                make_room_for_prompt(seq_id, s.n);
+            }
         }
     }
 }

@@ -162,6 +162,9 @@ class elastic_cache : public llama_elastic_i {
     int32_t n_used(uint32_t strm) const;
     void    release_rows(uint32_t strm, int32_t n_used);
     void    release_v(uint32_t strm, int32_t n_used);
+    int32_t n_generated(llama_seq_id seq_id) const;
+    bool    waits(llama_seq_id seq_id) const;
+    void    compress_pending(llama_seq_id seq_id);
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);

@@ -1,4 +1,4 @@
-// While generating: the prompt is compressed when its first generated token arrives, and cells leave so that the
+// While generating: the prompt is compressed when its first generated token arrives, or some later, and cells leave so that the
 // sequence holds what its budget allows.
 
 #include "core/generate.h"
@@ -13,19 +13,37 @@
 
 namespace elastic {
 
-void elastic_cache::make_room(llama_seq_id seq_id) {
-    auto & st = seqs[seq_id];
+// cells of the answer to the last prompt
+int32_t elastic_cache::n_generated(llama_seq_id seq_id) const {
+    const auto & all = kv.get_cells(seq_id).seq_pos_get(seq_id);
+    return (int32_t) std::distance(all.lower_bound({ sequence(seq_id).pos_prompt + 1, 0 }), all.end());
+}
 
-    if (st.pending) {
-        try {
-            compress(seq_id);
-        } catch (const std::exception & e) {
-            // the cache is as it was, so decoding can go on with all cells
-            st.pending = false;
-            LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
-        }
+// the answer is to go on with all cells for now
+bool elastic_cache::waits(llama_seq_id seq_id) const {
+    const bool has_room = cfg.max_cells == 0 || n_cells(seq_id) < cfg.max_cells;
+    return sequence(seq_id).pending && has_room && n_generated(seq_id) < cfg.delay;
+}
+
+void elastic_cache::compress_pending(llama_seq_id seq_id) {
+    try {
+        compress(seq_id);
+    } catch (const std::exception & e) {
+        // the cache is as it was, so decoding can go on with all cells
+        seqs[seq_id].pending = false;
+        LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
     }
+}
 
+void elastic_cache::make_room(llama_seq_id seq_id) {
+    const auto & st = seqs[seq_id];
+
+    if (waits(seq_id)) {
+        return;
+    }
+    if (st.pending) {
+        compress_pending(seq_id);
+    }
     if (cfg.pol.generate == generate_rule::keep) {
         return;
     }

@@ -42,6 +42,10 @@ class ElasticConfig:
     kv_cells : int, optional
         A hard cap: the sequence never holds more cells than these and one ubatch, neither while a
         prompt is read, which is then compressed on the way, nor while generating. >= n_sink + 2.
+    delay : int
+        Tokens of an answer that are generated with all cells before its prompt is compressed, >= 0.
+        What they attend to is part of the importance, and a short answer sees everything; its
+        prompt is compressed when the next one begins. `kv_cells` comes first.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
@@ -59,11 +63,13 @@ class ElasticConfig:
     min_cells: int = 64
     n_threads: int = 0
     kv_cells: int | None = None
+    delay: int = 0
     release_memory: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
-        for name, least in (("n_sink", 0), ("offset", 0), ("min_cells", 1), ("n_threads", 0)):
+        leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0, "delay": 0}
+        for name, least in leasts.items():
             object.__setattr__(self, name, _whole(name, getattr(self, name), least))
         if self.kv_cells is not None:
             cells = _whole("kv_cells", self.kv_cells, self.n_sink + 2)

@@ -368,6 +368,7 @@ def open_session(ctx: Any, elastic: ElasticConfig) -> Any:
             min_cells=elastic.min_cells,
             n_threads=elastic.n_threads,
             max_cells=elastic.kv_cells or 0,
+            delay=elastic.delay,
             release_memory=elastic.release_memory,
         )
     except NotImplementedError as e:

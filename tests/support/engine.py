@@ -7,6 +7,7 @@ any Python around it. Works with our libraries and with stock ones (`elastic=Non
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         mparams = llama_cpp.llama_model_default_params()
-        mparams.n_gpu_layers = 0
+        mparams.n_gpu_layers = int(os.environ.get("ELASTIC_TEST_GPU_LAYERS", "0"))
         self.model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), mparams)
         assert self.model, self.path
         params = llama_cpp.llama_context_default_params()

@@ -27,6 +27,7 @@ class Session:
         min_cells: typing.SupportsInt | typing.SupportsIndex = 64,
         n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
         max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
+        delay: typing.SupportsInt | typing.SupportsIndex = 0,
         record: bool = False,
         release_memory: bool = True,
     ) -> None:
@@ -34,7 +35,7 @@ class Session:
         Attach an elastic cache to the llama_context at address `ctx`.
 
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-        larger (0: no such cap). With `release_memory`, rows that are not in use go back to the operating
+        larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With `release_memory`, rows that are not in use go back to the operating
         system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
 

@@ -32,6 +32,13 @@ def add_parser(commands: Any) -> None:
         "--before", action="store_true", help="compress images before the question is known"
     )
     parser.add_argument(
+        "--delay",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compress a prompt after N tokens of its answer (0)",
+    )
+    parser.add_argument(
         "--metrics",
         default="forced,exact,rouge",
         help="forced (perplexity, KL, agreement), exact, rouge (slowest)",
@@ -129,7 +136,7 @@ def _plan(args: argparse.Namespace) -> Any:
         cases.append(Case("full", 1.0, kv_type))
         for policy in _list(args.policies):
             for budget in budgets:
-                ElasticConfig(budget=budget, policy=policy)  # says what is wrong with it
+                ElasticConfig(budget=budget, policy=policy, delay=args.delay)  # says what is wrong
                 if policy != "full" and budget != 1:
                     cases.append(Case(policy, budget, kv_type))
     for name, value in (("--parallel", args.parallel), ("--threads", args.threads)):
@@ -151,6 +158,7 @@ def _plan(args: argparse.Namespace) -> Any:
         args.threads,
         args.flash_attn == "on",
         args.ctx_size,
+        {"delay": args.delay} if args.delay else {},
     )
 
 

@@ -50,6 +50,13 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         help="never hold more cells than N and one ubatch, not even while a prompt is read",
     )
     group.add_argument(
+        "--delay",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of an answer that come before its prompt is compressed (0)",
+    )
+    group.add_argument(
         "--no-release-memory",
         action="store_true",
         help="keep the memory of cells that are not in use",
@@ -89,6 +96,7 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         offset=args.offset,
         min_cells=args.min_cells,
         kv_cells=args.kv_cells,
+        delay=args.delay,
         release_memory=not args.no_release_memory,
     )
 
