@@ -14,7 +14,8 @@ from tests.support.engine import Engine, random_tokens
 from tests.test_oracles import N_VOCAB, feed
 
 KEEPING: dict[str, Any] = {"policy": "local", "budget": 100000.0}  # moves V, drops nothing
-SNAPKV: dict[str, Any] = {"policy": "snapkv", "budget": 0.1, "min_cells": 8}  # decodes as stock does
+# decodes as stock does
+SNAPKV: dict[str, Any] = {"policy": "snapkv", "budget": 0.1, "min_cells": 8}
 N_CTX = 8192
 
 Steps = Callable[[Engine], list[np.ndarray]]
