@@ -154,6 +154,41 @@ def test_a_cap_does_not_wait(tiny_gqa: Path) -> None:
             assert e.session.n_cells(0) <= 263
 
 
+def test_a_full_cache_does_not_wait(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=DELAY, n_ctx=512) as e:
+        e.prompt(random_tokens(510, N_VOCAB, 1))
+        e.forced([20, 21], 510)
+        assert e.session.is_waiting(0)
+        e.token(22, 512)
+        assert not e.session.is_waiting(0)
+        assert e.session.n_cells(0) < 200
+
+
+def test_answers_to_a_shared_prompt_stay(tiny_gqa: Path) -> None:
+    """The prompt's cells are both sequences' and stay; so do 16 of each answer's."""
+    elastic = {"policy": "elastic", "budget": 0.1, "min_cells": 8, "delay": 20}
+    with Engine(tiny_gqa, elastic=elastic, n_seq_max=2, unified=True) as e:
+        e.prompt(random_tokens(200, N_VOCAB, 1), logits=False)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        for i in range(21):
+            assert e.decode([(20 + i, 200 + i, seq, True) for seq in (0, 1)]) == 0
+        for seq in (0, 1):
+            assert not e.session.is_waiting(seq)
+            pos = e.session.cells(seq)["pos"].tolist()
+            assert len(pos) == 200 + 16 + 1
+            assert pos[:200] == list(range(200))
+            assert pos[-5:] == list(range(216, 221))
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "elastic-paper", "h2o"])
+def test_what_comes_before_the_compression_is_scored(tiny_gqa: Path, policy: str) -> None:
+    """By every policy that looks at attention; the newest cell draws some of its own."""
+    with Engine(tiny_gqa, elastic={**DELAY, "policy": policy}) as e:
+        n = feed(e)
+        e.forced([20, 21, 22, 23, 24], n)
+        assert (e.session.mass(0)[..., -5:] > 0).all()
+
+
 def test_a_prompt_that_waits_is_saved(tiny_gqa: Path) -> None:
     tokens = random_tokens(9, N_VOCAB, 3)
     with Engine(tiny_gqa, elastic=DELAY) as e:

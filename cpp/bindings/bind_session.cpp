@@ -105,11 +105,15 @@ RuntimeError when the cache holds cells already.)pbdoc")
         .def_property_readonly("is_attached", &session::is_attached)
         .def(
             "hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
-            "While held, one-token batches belong to the prompt, which is compressed for max_cells only.")
+            "While held, one-token batches belong to the prompt, which is compressed for max_cells "
+            "only; an earlier one that still waits is compressed first.")
         .def(
             "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
+        .def(
+            "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
+            py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
         .def(
             "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); }, py::arg("seq_id") = 0,
             "Cells the sequence holds.")

@@ -18,23 +18,69 @@ constexpr int32_t N_PARTS = N_GROUP / N_LANES;  // registers that they take
 constexpr int32_t N_TILE  = 8;                  // sums that are kept in registers
 constexpr int32_t N_CHUNK = 32;                 // cells that stay in the first cache
 
-constexpr int64_t N_FEW = 24;  // queries that see a cell up to which they are few, on average
+constexpr int64_t N_FEW = 8;  // queries that see a cell up to which they are few, on average
 
 typedef uint64_t query_set;  // a bit per query of a group
 
-bool is_open(const attention & a, int64_t query, int32_t cell) {
-    const int64_t i = query * a.mask_stride + cell;
-    return a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[i] == 0 : ((const float *) a.mask)[i] == 0.0f;
+// the same for all heads
+struct query_group {
+    int32_t                                  first;
+    int32_t                                  n;
+    std::vector<query_set>                   may_see;  // [n_kv]
+    std::vector<std::pair<int32_t, int32_t>> runs;     // cells that some query sees
+};
+
+std::vector<query_group> read_mask(const attention & a) {
+    std::vector<query_group> res;
+    for (int32_t first = 0; first < a.n_q; first += N_GROUP) {
+        query_group g = { first, std::min(N_GROUP, a.n_q - first), std::vector<query_set>(a.n_kv, 0), {} };
+        for (int32_t i = 0; i < g.n; ++i) {
+            const int64_t row = (first + i) * a.mask_stride;
+            for (int32_t c = 0; c < a.n_kv; ++c) {
+                const bool open =
+                    a.mask_type == GGML_TYPE_F16 ? ((const ggml_fp16_t *) a.mask)[row + c] == 0 : ((const float *) a.mask)[row + c] == 0.0f;
+                g.may_see[c] |= (query_set) open << i;
+            }
+        }
+        for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
+            const int32_t end = std::min(a.n_kv, c + N_CHUNK);
+            if (std::any_of(g.may_see.begin() + c, g.may_see.begin() + end, [](query_set s) { return s != 0; })) {
+                g.runs.emplace_back(c, end);
+            }
+        }
+        res.push_back(std::move(g));
+    }
+    return res;
+}
+
+seen_cells cells_of(const query_group & g) {
+    seen_cells res(g.n);
+    for (const auto & [begin, end] : g.runs) {
+        for (int32_t c = begin; c < end; ++c) {
+            for (int32_t i = 0; i < g.n; ++i) {
+                if (g.may_see[c] >> i & 1) {
+                    res[i].push_back(c);
+                }
+            }
+        }
+    }
+    return res;
+}
+
+// do few queries see the same cells?
+bool are_few(const seen_cells & seen, const query_group & g) {
+    int64_t n_seen = 0;
+    for (const auto & cells : seen) {
+        n_seen += (int64_t) cells.size();
+    }
+    return n_seen <= N_FEW * std::count_if(g.may_see.begin(), g.may_see.end(), [](query_set s) { return s != 0; });
 }
 
 class head_attention {
   public:
-    explicit head_attention(const attention & a)
-        : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_LANES - 1) / N_LANES), all(a.n_kv) {
+    head_attention(const attention & a, const std::vector<query_group> & groups)
+        : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_LANES - 1) / N_LANES), all(a.n_kv), groups(groups) {
         std::iota(all.begin(), all.end(), 0);
-        for (int32_t first = 0; first < a.n_q; first += N_GROUP) {
-            groups.push_back(read_mask(first));
-        }
     }
 
     void run(int32_t ih) {
@@ -52,14 +98,8 @@ class head_attention {
     const int32_t        n_blocks;  // registers that a value takes
     std::vector<int32_t> all;       // rows
 
-    // the same for all heads
-    struct query_group {
-        int32_t                                  first;
-        int32_t                                  n;
-        std::vector<query_set>                   may_see;  // [n_kv]
-        std::vector<std::pair<int32_t, int32_t>> runs;     // cells that some query sees
-    };
-    std::vector<query_group> groups;
+    const std::vector<query_group> & groups;
+    int32_t                          n_parts = N_PARTS;  // of the group in hand
 
     int32_t            ih_kv = -1;
     std::vector<float> k;       // [n_kv][d_k]
@@ -71,22 +111,6 @@ class head_attention {
     std::vector<float> out;      // [n_blocks][N_GROUP][N_LANES]
 
     float * sums(int32_t ih, int32_t row) const { return a.sums + ((size_t) ih * a.n_sums + row) * a.n_kv; }
-
-    query_group read_mask(int32_t first) const {
-        query_group res = { first, std::min(N_GROUP, a.n_q - first), std::vector<query_set>(a.n_kv, 0), {} };
-        for (int32_t i = 0; i < res.n; ++i) {
-            for (int32_t c = 0; c < a.n_kv; ++c) {
-                res.may_see[c] |= (query_set) is_open(a, first + i, c) << i;
-            }
-        }
-        for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
-            const int32_t end = std::min(a.n_kv, c + N_CHUNK);
-            if (std::any_of(res.may_see.begin() + c, res.may_see.begin() + end, [](query_set s) { return s != 0; })) {
-                res.runs.emplace_back(c, end);
-            }
-        }
-        return res;
-    }
 
     void load_kv(int32_t ih) {
         if (ih == ih_kv) {
@@ -120,6 +144,7 @@ class head_attention {
     }
 
     void attend(int32_t ih, const query_group & g) {
+        n_parts = (g.n + N_LANES - 1) / N_LANES;
         load_q(ih, g);
         weights.resize((size_t) a.n_kv * N_GROUP);
 
@@ -131,12 +156,12 @@ class head_attention {
             logits(begin, end);
             hide(begin, end, g.may_see, highest);
         }
-        for (int32_t p = 0; p < N_PARTS; ++p) {
+        for (int32_t p = 0; p < n_parts; ++p) {
             highest[p] = highest[p] == -INFINITY ? lanes{} : highest[p];  // sees nothing
         }
         for (const auto & [begin, end] : g.runs) {
             for (int32_t c = begin; c < end; ++c) {
-                for (int32_t p = 0; p < N_PARTS; ++p) {
+                for (int32_t p = 0; p < n_parts; ++p) {
                     float *     w = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
                     const lanes x = exp_lanes(load(w) - highest[p]);
                     sum[p] += x;
@@ -145,7 +170,7 @@ class head_attention {
             }
         }
         float inverse[N_GROUP];
-        for (int32_t p = 0; p < N_PARTS; ++p) {
+        for (int32_t p = 0; p < n_parts; ++p) {
             store(inverse + p * N_LANES, sum[p] > 0.0f ? 1.0f / sum[p] : lanes{});
         }
 
@@ -161,7 +186,7 @@ class head_attention {
 
     // k of some cells times all queries of the group
     void logits(int32_t begin, int32_t end) {
-        for (int32_t p = 0; p < N_PARTS; ++p) {
+        for (int32_t p = 0; p < n_parts; ++p) {
             const float * part = q.data() + (size_t) p * d_k * N_LANES;
             for (int32_t c = begin; c < end; c += N_TILE) {
                 const float * rows[N_TILE];
@@ -190,7 +215,7 @@ class head_attention {
         }
         for (int32_t c = begin; c < end; ++c) {
             const float more = a.bias ? a.bias_scale * a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
-            for (int32_t p = 0; p < N_PARTS; ++p) {
+            for (int32_t p = 0; p < n_parts; ++p) {
                 float *         w    = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
                 const int_lanes open = ((int32_t) (may_see[c] >> (p * N_LANES) & ((1u << N_LANES) - 1)) & bit) != 0;
                 const lanes     x    = open ? load(w) + more : splat(-INFINITY);
@@ -213,7 +238,7 @@ class head_attention {
                 for (int32_t c = begin; any && c < end; ++c) {
                     const float * w   = weights.data() + (size_t) c * N_GROUP;
                     lanes         acc = {};
-                    for (int32_t p = 0; p < N_PARTS; ++p) {
+                    for (int32_t p = 0; p < n_parts; ++p) {
                         acc += load(w + p * N_LANES) * load(own + p * N_LANES);
                     }
                     dst[c] += total(acc);
@@ -228,7 +253,7 @@ class head_attention {
         for (const auto & [begin, end] : g.runs) {
             for (int32_t b = 0; b < n_blocks; ++b) {
                 const float * block = v.data() + (size_t) b * a.n_kv * N_LANES;
-                for (int32_t i = 0; i < N_GROUP; i += N_TILE) {
+                for (int32_t i = 0; i < g.n; i += N_TILE) {
                     float * dst = out.data() + ((size_t) b * N_GROUP + i) * N_LANES;
                     lanes   acc[N_TILE];
                     std::memcpy(acc, dst, sizeof(acc));
@@ -248,37 +273,18 @@ class head_attention {
 
 }  // namespace
 
-// empty: too many queries see the same cells
-static seen_cells seen_by_few(const attention & a) {
-    seen_cells res;
-    if (a.n_q > N_GROUP) {
-        return res;
-    }
-    std::vector<uint8_t> any(a.n_kv, 0);
-    int64_t              n_seen = 0;
-    for (int32_t i = 0; i < a.n_q; ++i) {
-        std::vector<int32_t> cells;
-        for (int32_t c = 0; c < a.n_kv; ++c) {
-            if (is_open(a, i, c)) {
-                cells.push_back(c);
-                any[c] = 1;
-            }
-        }
-        n_seen += (int64_t) cells.size();
-        res.push_back(std::move(cells));
-    }
-    return n_seen <= N_FEW * std::count(any.begin(), any.end(), 1) ? res : seen_cells();
-}
-
 void attend(const attention & a, int32_t first, int32_t last) {
     if (first >= last) {
         return;
     }
-    const seen_cells seen = seen_by_few(a);
-    if (!seen.empty()) {
-        return attend_few(a, seen, first, last);
+    const auto groups = read_mask(a);
+    if (groups.size() == 1) {
+        const auto seen = cells_of(groups[0]);
+        if (are_few(seen, groups[0])) {
+            return attend_few(a, seen, first, last);
+        }
     }
-    head_attention head(a);
+    head_attention head(a, groups);
     for (int32_t ih = first; ih < last; ++ih) {
         head.run(ih);
     }

@@ -10,9 +10,9 @@ namespace elastic {
 
 namespace {
 
-constexpr int32_t N_TILE  = 8;    // rows that are read together, all heads of them: they lie side by side
-constexpr int32_t N_RUN   = 512;  // cells of a transposed layout that are
-constexpr int32_t N_BLOCK = 8;    // registers that take sums
+constexpr int32_t N_TILE = 8;    // rows that are read together, all heads of them: they lie side by side
+constexpr int32_t N_RUN  = 512;  // cells of a transposed layout that are
+constexpr int32_t N_GAP  = 32;   // cells between two of them that are not worth a run of their own
 
 // of 8 numbers each
 typedef float   eight __attribute__((vector_size(32)));
@@ -125,6 +125,7 @@ class heads_attention {
     std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n][stride]
     std::vector<float> inverse;  // of that sum  [n]
     std::vector<float> tile;
+    std::vector<float> dense;  // weights of the cells of a run  [n][N_RUN]
 
     int32_t n() const { return last - first; }
     float * row(int32_t h) { return weights.data() + (size_t) h * stride; }
@@ -153,9 +154,7 @@ class heads_attention {
             }
             each_kv_head([&](int32_t begin, int32_t end, int32_t ih_kv) {
                 for (const uint8_t * row : next) {
-                    for (size_t i = 0; i < n_bytes; i += 64) {
-                        __builtin_prefetch(row + ih_kv * n_bytes + i, 0, 2);
-                    }
+                    prefetch(row + ih_kv * n_bytes, n_bytes);
                 }
                 if (t.type == GGML_TYPE_F16) {
                     const uint16_t * src[N_TILE];
@@ -233,20 +232,28 @@ class heads_attention {
         });
     }
 
-    // V of N_TILE elements at a time, along cells that lie side by side
+    // V of N_TILE elements at a time, along cells that lie side by side or with little between them, which then weighs nothing
     void values_of_columns(int32_t i, const std::vector<int32_t> & cells) {
+        dense.resize((size_t) n() * N_RUN);
         for (size_t begin = 0, end = 0; begin < cells.size(); begin = end) {
-            end = begin + 1;
-            while (end < cells.size() && end - begin < N_RUN && cells[end] == cells[end - 1] + 1) {
+            const int32_t first_cell = cells[begin];
+            for (end = begin + 1; end < cells.size() && cells[end] - first_cell < N_RUN && cells[end] - cells[end - 1] <= N_GAP;) {
                 ++end;
             }
-            const int32_t n_cells = (int32_t) (end - begin);
+            const int32_t n_cells = cells[end - 1] + 1 - first_cell;
+            for (int32_t h = 0; h < n(); ++h) {
+                float * w = dense.data() + (size_t) h * N_RUN;
+                std::fill(w, w + n_cells, 0.0f);
+                for (size_t c = begin; c < end; ++c) {
+                    w[cells[c] - first_cell] = row(h)[c];
+                }
+            }
             each_kv_head([&](int32_t h0, int32_t h1, int32_t ih_kv) {
                 for (int32_t e = 0; e < a.v.n_embd_head; e += N_TILE) {
-                    each_column(ih_kv, e, cells[begin], n_cells, [&](const auto & columns) {
+                    each_column(ih_kv, e, first_cell, n_cells, [&](const auto & columns) {
                         for (int32_t h = h0; h < h1; ++h) {
                             float res[N_TILE];
-                            dots(res, row(h) + begin, columns, n_cells);
+                            dots(res, dense.data() + (size_t) h * N_RUN, columns, n_cells);
                             for (int32_t j = 0; j < std::min(N_TILE, a.v.n_embd_head - e); ++j) {
                                 out(i, h)[e + j] += res[j];
                             }

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -78,12 +78,19 @@ inline lanes load(const uint16_t * halves) {
     return (lanes) _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *) halves));
 #elif defined(__F16C__)
     return (lanes) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) halves));
+#elif defined(__aarch64__)
+    typedef __fp16 half_lanes __attribute__((vector_size(N_LANES * 2)));
+    half_lanes     x;
+    std::memcpy(&x, halves, sizeof(x));
+    return __builtin_convertvector(x, lanes);
 #else
-    lanes res;
-    for (int32_t l = 0; l < N_LANES; ++l) {
-        res[l] = f16_to_f32(halves[l]);
-    }
-    return res;
+    typedef uint16_t half_lanes __attribute__((vector_size(N_LANES * 2)));
+    half_lanes       half;
+    std::memcpy(&half, halves, sizeof(half));
+    const uint_lanes bits = __builtin_convertvector(half, uint_lanes);
+    const uint_lanes rest = (bits & 0x7fffu) << 13;
+    const uint_lanes res  = (uint_lanes) ((lanes) rest * 0x1p112f);
+    return (lanes) ((rest >= 0x0f800000u ? rest | 0x70000000u : res) | (bits & 0x8000u) << 16);
 #endif
 }
 

@@ -50,7 +50,7 @@ constexpr float   text_decay      = 0.9f;
 constexpr int32_t per_head_recent = 16;
 // and the tokens up to which an answer counts as short: text that was kept whole stays as long
 constexpr int32_t short_answer    = 4;
-// and the tokens between two of which the attention is added to the scores: to read all keys for that costs time
+// and the tokens between two of which the attention is added to the scores, of all heads and cells: that costs time
 constexpr int32_t score_interval  = 4;
 // combine_rule::mass: how far the key of an image's anchor moves to the mean of its group's
 constexpr float   key_weight      = 0.4f;

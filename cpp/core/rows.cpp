@@ -128,7 +128,7 @@ static constexpr int32_t N_AHEAD = 16;
 
 void prefetch(const uint8_t * data, size_t size) {
     for (size_t i = 0; i < size; i += 64) {
-        __builtin_prefetch(data + i);
+        __builtin_prefetch(data + i, 0, 2);
     }
 }
 

@@ -18,6 +18,9 @@ uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih);
 // where element e of head ih of all rows begins, in the transposed layout
 uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e);
 
+// into the second cache
+void prefetch(const uint8_t * data, size_t size);
+
 // n numbers that lie side by side, whole blocks of them
 void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n);
 

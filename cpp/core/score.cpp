@@ -81,7 +81,7 @@ template <typename F> static void for_each_row(head_map & m, F fn) {
 
 void add_share(float * dst, const float * src, const float * used, int32_t n, int32_t n_parts) {
     for (int32_t i = 0; i < n; ++i) {
-        dst[i] += used[i] * src[i] / (float) n_parts;
+        dst[i] += used[i] != 0.0f ? src[i] / (float) n_parts : 0.0f;
     }
 }
 

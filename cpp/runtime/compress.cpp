@@ -64,8 +64,9 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     const int32_t n_all    = n_cells(seq_id);
     const int32_t n_shared = n_all - (int32_t) rows.size();
 
-    // with nothing of its own left to spare, the sequence keeps the least that a plan can have
-    const int32_t n_least = std::min<int32_t>((int32_t) rows.size(), (n_shared ? 0 : cfg.n_sink) + 1);
+    // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
+    const int32_t n_own   = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
+    const int32_t n_least = std::min((int32_t) rows.size(), n_own);
     int32_t       n_keep  = std::max(n_least, n_target - n_shared);
 
     if (!active() || n_keep >= (int32_t) rows.size()) {

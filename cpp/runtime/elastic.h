@@ -57,8 +57,8 @@ LLAMA_API int32_t elastic_detach(struct llama_context * ctx);
 
 LLAMA_API bool elastic_is_attached(const struct llama_context * ctx);
 
-// While held, one-token batches belong to the prompt too: nothing is evicted, and compressed only for max_cells. For callers that
-// feed a prompt in pieces of which some are a single token with logits.
+// While held, one-token batches belong to the prompt too: nothing is evicted, and compressed only for max_cells, or where one
+// before it still waits (delay). For callers that feed a prompt in pieces of which some are a single token with logits.
 LLAMA_API void elastic_hold(struct llama_context * ctx, bool hold);
 
 // Compresses the prompt of a sequence now instead of at its first generated token.

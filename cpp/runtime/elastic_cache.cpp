@@ -161,7 +161,7 @@ bool elastic_cache::is_prompt(llama_seq_id seq_id) const {
 }
 
 bool elastic_cache::is_scored(llama_seq_id seq_id) const {
-    return score_step || is_prompt(seq_id);
+    return score_step || is_prompt(seq_id) || sequence(seq_id).pending;
 }
 
 bool elastic_cache::is_shared(uint32_t strm, int32_t cell) const {
@@ -281,11 +281,11 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         const bool generating = !hold && s.n == 1 && s.logits && st.n_tokens > 0 && s.pos_min > st.pos_prompt;
         in_prompt[seq_id]     = !generating;
         if (generating) {
-            make_room(seq_id);
+            make_room(seq_id, batch.n_tokens);
             st.n_unscored++;
-            score_step |= cfg.pol.scores_generation() && (st.pending || st.n_unscored >= cfg.pol.generation_interval());
+            score_step |= cfg.pol.scores_generation() && st.n_unscored >= cfg.pol.generation_interval();
         } else {
-            if (st.pending && n_generated(seq_id) > 0) {
+            if (is_waiting(seq_id)) {
                 compress_pending(seq_id);
             }
             if (cfg.max_cells > 0) {

@@ -105,6 +105,7 @@ class elastic_cache : public llama_elastic_i {
     void           check_seq_id(llama_seq_id seq_id) const;  // throws elastic::error out of [0, n_seq_max)
     sequence_state sequence(llama_seq_id seq_id) const;
     bool           empty() const;
+    bool           is_waiting(llama_seq_id seq_id) const;  // an answer has begun whose prompt is still to be compressed
     int64_t        cell_bytes() const { return shape.cell_bytes + store->bias_bytes_per_cell(); }
 
     // for tests and pictures (inspect.cpp); in order of position
@@ -148,7 +149,7 @@ class elastic_cache : public llama_elastic_i {
     bool    any_scored(const llama_ubatch & ubatch) const;
     bool    fades(const llama_ubatch & ubatch) const;
     int32_t query_count(llama_seq_id seq_id) const;
-    void    make_room(llama_seq_id seq_id);
+    void    make_room(llama_seq_id seq_id, int32_t n_new);
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
     int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
     int32_t n_threads() const;
@@ -163,7 +164,7 @@ class elastic_cache : public llama_elastic_i {
     void    release_rows(uint32_t strm, int32_t n_used);
     void    release_v(uint32_t strm, int32_t n_used);
     int32_t n_generated(llama_seq_id seq_id) const;
-    bool    waits(llama_seq_id seq_id) const;
+    bool    waits(llama_seq_id seq_id, int32_t n_new) const;
     void    compress_pending(llama_seq_id seq_id);
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,

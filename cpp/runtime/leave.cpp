@@ -19,26 +19,35 @@ int32_t elastic_cache::n_generated(llama_seq_id seq_id) const {
     return (int32_t) std::distance(all.lower_bound({ sequence(seq_id).pos_prompt + 1, 0 }), all.end());
 }
 
-// the answer is to go on with all cells for now
-bool elastic_cache::waits(llama_seq_id seq_id) const {
-    const bool has_room = cfg.max_cells == 0 || n_cells(seq_id) < cfg.max_cells;
-    return sequence(seq_id).pending && has_room && n_generated(seq_id) < cfg.delay;
+bool elastic_cache::is_waiting(llama_seq_id seq_id) const {
+    return sequence(seq_id).pending && n_generated(seq_id) > 0;
 }
 
-void elastic_cache::compress_pending(llama_seq_id seq_id) {
+// the answer is to go on with all cells for now; n_new: tokens of the batch
+bool elastic_cache::waits(llama_seq_id seq_id, int32_t n_new) const {
+    const bool under_cap = cfg.max_cells == 0 || n_cells(seq_id) < cfg.max_cells;
+    const bool has_room  = (int32_t) kv.get_cells(seq_id).get_used() + n_new <= shape.kv_size;
+    return sequence(seq_id).pending && under_cap && has_room && n_generated(seq_id) < cfg.delay;
+}
+
+// a compression that fails leaves the cache as it was, so decoding can go on with all cells
+template <typename F> static void or_log(llama_seq_id seq_id, F compress) {
     try {
-        compress(seq_id);
+        compress();
     } catch (const std::exception & e) {
-        // the cache is as it was, so decoding can go on with all cells
-        seqs[seq_id].pending = false;
-        LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
+        LLAMA_LOG_ERROR("[elastic] sequence %d stays uncompressed: %s\n", seq_id, e.what());
     }
 }
 
-void elastic_cache::make_room(llama_seq_id seq_id) {
+void elastic_cache::compress_pending(llama_seq_id seq_id) {
+    or_log(seq_id, [&] { compress(seq_id); });
+    seqs[seq_id].pending = false;
+}
+
+void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     const auto & st = seqs[seq_id];
 
-    if (waits(seq_id)) {
+    if (waits(seq_id, n_new)) {
         return;
     }
     if (st.pending) {
@@ -62,11 +71,7 @@ void elastic_cache::make_room_for_prompt(llama_seq_id seq_id, int32_t n_new) {
     if (n_cells(seq_id) + n_new <= cfg.max_cells + (int32_t) ctx.n_ubatch()) {
         return;
     }
-    try {
-        compress_to(seq_id, cfg.max_cells, false);
-    } catch (const std::exception & e) {
-        LLAMA_LOG_ERROR("%s: sequence %d stays uncompressed: %s\n", __func__, seq_id, e.what());
-    }
+    or_log(seq_id, [&] { compress_to(seq_id, cfg.max_cells, false); });
 }
 
 void elastic_cache::let_leave(llama_seq_id seq_id) {

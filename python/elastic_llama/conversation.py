@@ -247,8 +247,10 @@ class Conversation:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
                 self._decoded += waiting
-            else:
+            if stats.n_answer == (self.llm.elastic.delay if self.llm.elastic else 0):
                 self._compress()
+            elif stats.n_answer == 0:
+                self._note_cells()
             if llama_cpp.llama_vocab_is_eog(vocab, token):
                 stats.finish = "stop"
                 break
@@ -271,19 +273,24 @@ class Conversation:
             return False
         return True
 
-    def _compress(self) -> None:
-        """The prompt's compression, at the moment the first token is about to be decoded."""
+    def _note_cells(self) -> None:
+        """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
+        n_cells = self.llm.n_tokens if session is None else session.n_cells(0)
+        stats.cells_prompt = stats.cells_kept = n_cells
+        if session is not None:
+            stats.bytes_prompt = stats.bytes_kept = n_cells * session.kv_bytes_per_cell()
+
+    def _compress(self) -> None:
+        """The prompt's compression, when the token that it is due for is about to be decoded."""
+        stats, session = self.stats, self.llm.session
+        self._note_cells()
         if session is None:
-            stats.cells_prompt = stats.cells_kept = self.llm.n_tokens
             return
         before = session.stats()
-        stats.cells_prompt = session.n_cells(0)
         start = time.perf_counter()
         stats.cells_kept = session.compress(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
         if after["compressions"] > before["compressions"]:
             stats.bytes_prompt, stats.bytes_kept = after["bytes_before"], after["bytes_after"]
-        else:
-            stats.bytes_prompt = stats.bytes_kept = stats.cells_kept * session.kv_bytes_per_cell()

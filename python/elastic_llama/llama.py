@@ -201,6 +201,9 @@ class ElasticLlama(llama_cpp.Llama):
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
+        if used + n_new > self.n_ctx() and self._session is not None and self._session.is_waiting():
+            self._session.compress(0)  # sooner than it was to be
+            used = self._cells_used()
         if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
                 text(

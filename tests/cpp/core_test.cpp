@@ -486,7 +486,7 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
 
 static void test_attentions() {
     for (const bool with_bias : { false, true }) {
-        for (const int32_t n_q : { 1, 7, 64, 150 }) {
+        for (const int32_t n_q : { 1, 7, 20, 64, 150 }) {
             for (const bool v_trans : { false, true }) {
                 test_attention(GGML_TYPE_F16, GGML_TYPE_F16, v_trans, n_q, 203, with_bias);
                 test_attention(GGML_TYPE_F32, GGML_TYPE_F32, v_trans, n_q, 150, with_bias);

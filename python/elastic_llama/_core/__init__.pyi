@@ -72,7 +72,11 @@ class Session:
         """
     def hold(self, value: bool) -> None:
         """
-        While held, one-token batches belong to the prompt, which is compressed for max_cells only.
+        While held, one-token batches belong to the prompt, which is compressed for max_cells only; an earlier one that still waits is compressed first.
+        """
+    def is_waiting(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
+        """
+        Whether an answer has begun whose prompt is still to be compressed (delay).
         """
     def kv_bytes_per_cell(self) -> int:
         """

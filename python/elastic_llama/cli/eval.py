@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, text
+from . import options
 
 
 def add_parser(commands: Any) -> None:
@@ -31,13 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--before", action="store_true", help="compress images before the question is known"
     )
-    parser.add_argument(
-        "--delay",
-        type=int,
-        default=0,
-        metavar="N",
-        help="compress a prompt after N tokens of its answer (0)",
-    )
+    options.add_delay_option(parser)
     parser.add_argument(
         "--metrics",
         default="forced,exact,rouge",

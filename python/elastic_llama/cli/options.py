@@ -50,13 +50,6 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         help="never hold more cells than N and one ubatch, not even while a prompt is read",
     )
     group.add_argument(
-        "--delay",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens of an answer that come before its prompt is compressed (0)",
-    )
-    group.add_argument(
         "--no-release-memory",
         action="store_true",
         help="keep the memory of cells that are not in use",
@@ -79,6 +72,17 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_delay_option(parser: argparse.ArgumentParser) -> None:
+    """For the commands that go on to answer."""
+    parser.add_argument(
+        "--delay",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compress a prompt after N tokens of its answer (0)",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
     group.add_argument(
@@ -96,7 +100,7 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         offset=args.offset,
         min_cells=args.min_cells,
         kv_cells=args.kv_cells,
-        delay=args.delay,
+        delay=getattr(args, "delay", 0),
         release_memory=not args.no_release_memory,
     )
 

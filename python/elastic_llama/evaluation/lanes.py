@@ -41,6 +41,7 @@ class Lanes:
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
         self.n_vocab = streams.llm.n_vocab()
+        self.delay = 0
         self.batch = llama_cpp.llama_batch_init(streams.llm.n_batch, 0, 1)
 
     def close(self) -> None:
@@ -70,6 +71,7 @@ class Lanes:
         """Load the prompts; where the question comes after compression, compress and decode it."""
         assert len(prompts) <= self.streams.n_seqs
         self.streams.attach(config)
+        self.delay = config.delay
         lanes = []
         for i, prompt in enumerate(prompts):
             buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
@@ -127,8 +129,11 @@ class Lanes:
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 lanes[i].logits.append(logits)
                 held = self.streams.session.n_cells(i)
-                lanes[i].cells = (lanes[i].cells[0] or held - 1, held)
+                late = len(lanes[i].tokens) > self.delay
+                lanes[i].cells = ((lanes[i].cells[0] or held - 1) if late else 0, held)
             active = going
+        for lane in lanes:  # an answer may end before its prompt is compressed
+            lane.cells = (lane.cells[0] or lane.cells[1], lane.cells[1])
 
     def _decode(self, rows: list[tuple[int, int, int]], wanted: set[int]) -> list[np.ndarray]:
         fill_batch(self.batch, rows, wanted)
