@@ -2,7 +2,9 @@
 
 An elastic context and a stock one that holds as many cells (its oldest are removed) take turns,
 block by block, so that a machine that gets slower or faster meanwhile does not count. Fits a line
-to the ratio of their blocks and says how far its slope is from zero, in standard errors.
+to the ratio of their blocks and says how far its slope is from zero, in standard errors. A third
+one is what stock programs do: when all cells are full, the older half goes and the rest moves to
+its positions (context shift).
 
 Usage: python benchmarks/flat.py [-m MODEL.gguf] [--cells 128] [--tokens 4000] [--out FILE.json]
 """
@@ -17,49 +19,76 @@ from pathlib import Path
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting
+from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting, llama_cpp
 from elastic_llama.bench.scenarios import Scenario
 from elastic_llama.native_log import silence
 
 FIRST, BLOCK = 200, 200
 
 
+class Shifting:
+    """Stock llama.cpp with a context shift."""
+
+    def __init__(self, context: Context, n_cells: int) -> None:
+        self.context, self.n_cells, self.end = context, n_cells, n_cells
+
+    def step(self, token: int) -> None:
+        if self.end == self.n_cells:
+            memory, half = self.context.memory, self.n_cells // 2
+            llama_cpp.llama_memory_seq_rm(memory, 0, 0, half)
+            llama_cpp.llama_memory_seq_add(memory, 0, half, -1, -half)
+            self.end -= half
+        self.context.step(token, self.end)
+        self.end += 1
+
+
 def generate(model: str | None, cells: int, n_tokens: int, n_threads: int) -> dict[str, list]:
-    """Median milliseconds of a token in each block, after a prompt of one image."""
+    """Milliseconds of a token in each block, after a prompt of one image: the median, and the mean
+    for "shift", which moves all its cells at once."""
     llm = ElasticLlama(model, elastic=None, n_ctx=256)
     scenario = Scenario("flat", "", 64, (576,), n_gen=n_tokens)
     config = ElasticConfig(budget=cells)
     setting = Setting(n_threads=n_threads)
     size = scenario.n_prompt + cells
     elastic = Context(llm, setting, 1, size, config)
-    stock = Context(llm, setting, 1, size)
+    stock, shift = Context(llm, setting, 1, size), Context(llm, setting, 1, cells)
     prompts = Prompts(llm, scenario)
     tokens = prompts.tokens[scenario.n_text :]
     try:
         elastic.prefill(prompts.parts(), 0)
-        stock.prefill([tokens[:cells]], 0)
+        for context in (stock, shift):
+            context.prefill([tokens[:cells]], 0)
         ideal = Ideal(stock, config, scenario.n_prompt, cells)
-        out: dict[str, list] = {"elastic": [], "stock": []}
+        shifting = Shifting(shift, cells)
+
+        def step(name: str, i: int) -> None:
+            if name == "elastic":
+                elastic.step(tokens[i], scenario.n_prompt + i)
+            elif name == "stock":
+                ideal.step(tokens[i])
+            else:
+                shifting.step(tokens[i])
+
+        contexts = {"elastic": elastic, "stock": stock, "shift": shift}
+        out: dict[str, list] = {name: [] for name in contexts}
         for first in range(0, n_tokens - BLOCK + 1, BLOCK):
             block = range(first, first + BLOCK)
-            for name in ("elastic", "stock") if (first // BLOCK) % 2 else ("stock", "elastic"):
+            for name in sorted(contexts, reverse=(first // BLOCK) % 2 == 1):
                 ms = []
                 for i in block:
                     start = time.perf_counter()
-                    if name == "elastic":
-                        elastic.step(tokens[i], scenario.n_prompt + i)
-                        elastic.synchronize()
-                    else:
-                        ideal.step(tokens[i])
-                        stock.synchronize()
+                    step(name, i)
+                    contexts[name].synchronize()
                     ms.append(1000 * (time.perf_counter() - start))
                 if first >= FIRST:
-                    out[name].append(round(float(np.median(ms)), 4))
+                    middle = np.mean if name == "shift" else np.median
+                    out[name].append(round(float(middle(ms)), 4))
             assert elastic.n_cells() == ideal.end - ideal.first == cells
         return out
     finally:
         elastic.close()
         stock.close()
+        shift.close()
         llm.close()
 
 

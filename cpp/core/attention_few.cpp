@@ -145,30 +145,23 @@ class heads_attention {
     template <typename F> void each_tile(const kv_rows & t, const std::vector<int32_t> & cells, F f) {
         const size_t n_bytes = head_bytes(t);
         tile.resize((size_t) N_TILE * t.n_embd_head);
+        const auto row = [&](size_t c) {
+            return t.data + cells[std::min(c, cells.size() - 1)] * t.row_bytes;
+        };
         for (size_t c = 0; c < cells.size(); c += N_TILE) {
-            int32_t         rows[N_TILE];
-            const uint8_t * next[N_TILE];
-            for (size_t j = 0; j < N_TILE; ++j) {
-                rows[j] = cells[std::min(c + j, cells.size() - 1)];
-                next[j] = head_ptr(t, cells[std::min(c + N_TILE + j, cells.size() - 1)], 0);
-            }
             each_kv_head([&](int32_t begin, int32_t end, int32_t ih_kv) {
-                for (const uint8_t * row : next) {
-                    prefetch(row + ih_kv * n_bytes, n_bytes);
-                }
-                if (t.type == GGML_TYPE_F16) {
-                    const uint16_t * src[N_TILE];
-                    for (int32_t j = 0; j < N_TILE; ++j) {
-                        src[j] = (const uint16_t *) head_ptr(t, rows[j], ih_kv);
-                    }
-                    return f(begin, end, c, src);
-                }
-                const float * src[N_TILE];
-                read_f32(t, rows, N_TILE, ih_kv, tile.data());
+                const uint16_t * halves[N_TILE];
+                const float *    floats[N_TILE];
                 for (int32_t j = 0; j < N_TILE; ++j) {
-                    src[j] = tile.data() + (size_t) j * t.n_embd_head;
+                    const uint8_t * src = row(c + j) + ih_kv * n_bytes;
+                    prefetch(row(c + N_TILE + j) + ih_kv * n_bytes, n_bytes);
+                    halves[j] = (const uint16_t *) src;
+                    floats[j] = tile.data() + (size_t) j * t.n_embd_head;
+                    if (t.type != GGML_TYPE_F16) {
+                        to_f32(t.type, src, tile.data() + (size_t) j * t.n_embd_head, t.n_embd_head);
+                    }
                 }
-                f(begin, end, c, src);
+                t.type == GGML_TYPE_F16 ? f(begin, end, c, halves) : f(begin, end, c, floats);
             });
         }
     }

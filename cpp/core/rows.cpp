@@ -115,7 +115,8 @@ static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n
     }
 }
 
-uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
+// where head ih of a row begins, in the row layout
+static uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
     return t.data + row * t.row_bytes + ih * head_bytes(t);
 }
 
@@ -124,7 +125,7 @@ uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
 }
 
 // rows of one head lie far apart, each on another page
-static constexpr int32_t N_AHEAD = 16;
+static constexpr size_t N_AHEAD = 16;
 
 void prefetch(const uint8_t * data, size_t size) {
     for (size_t i = 0; i < size; i += 64) {
@@ -189,23 +190,19 @@ void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) 
     }
 }
 
-void read_f32(const kv_rows & t, const int32_t * rows, int32_t n, int32_t ih, float * dst) {
+void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
     if (!t.transposed) {
-        for (int32_t i = 0; i < n; ++i) {
-            if (i + N_AHEAD < n) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            if (i + N_AHEAD < rows.size()) {
                 prefetch(head_ptr(t, rows[i + N_AHEAD], ih), head_bytes(t));
             }
-            to_f32(t.type, head_ptr(t, rows[i], ih), dst + (size_t) i * t.n_embd_head, t.n_embd_head);
+            to_f32(t.type, head_ptr(t, rows[i], ih), dst + i * t.n_embd_head, t.n_embd_head);
         }
         return;
     }
-    std::vector<uint8_t> raw(n * head_bytes(t));
-    read_raw(t, { rows, rows + n }, ih, raw.data());
-    to_f32(t.type, raw.data(), dst, (int64_t) n * t.n_embd_head);
-}
-
-void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
-    read_f32(t, rows.data(), (int32_t) rows.size(), ih, dst);
+    std::vector<uint8_t> raw(rows.size() * head_bytes(t));
+    read_raw(t, rows, ih, raw.data());
+    to_f32(t.type, raw.data(), dst, (int64_t) rows.size() * t.n_embd_head);
 }
 
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src) {

@@ -13,8 +13,6 @@ bool rows_supported(ggml_type type, bool transposed);
 
 size_t head_bytes(const kv_rows & t);
 
-// where head ih of a row begins, in the row layout
-uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih);
 // where element e of head ih of all rows begins, in the transposed layout
 uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e);
 
@@ -33,7 +31,6 @@ void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih);
 
 // as f32, [n][n_embd_head]
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst);
-void read_f32(const kv_rows & t, const int32_t * rows, int32_t n, int32_t ih, float * dst);
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src);
 
 }  // namespace elastic
