@@ -60,6 +60,44 @@ void kv_layer_access::store() {
     }
 }
 
+static void move(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t from,
+                 const std::vector<int32_t> & to) {
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        load(t, strm, rows, buf);
+        for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {
+            if (to[ih] != from) {
+                copy_head(rows, from, to[ih], ih);
+            }
+        }
+        return;
+    }
+    // a head is one piece, or, transposed, as many as it has elements
+    const size_t n_bytes = head_bytes(rows);
+    const size_t n       = rows.transposed ? rows.n_embd_head : 1;
+    const size_t size    = n_bytes / n;
+    const size_t stride  = rows.transposed ? rows.n_rows * size : n_bytes;
+
+    const auto offset = [&](int32_t row, int32_t ih) {
+        return strm * t->nb[2] + row * (rows.transposed ? size : rows.row_bytes) + ih * n * stride;
+    };
+    std::vector<uint8_t> data(rows.n_head_kv * n_bytes);
+    if (rows.transposed) {
+        ggml_backend_tensor_get_2d(t, data.data(), offset(from, 0), size, rows.n_head_kv * n, stride, size);
+    } else {
+        ggml_backend_tensor_get(t, data.data(), offset(from, 0), data.size());
+    }
+    for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {
+        if (to[ih] != from) {
+            ggml_backend_tensor_set_2d(t, data.data() + ih * n_bytes, offset(to[ih], ih), size, n, stride, size);
+        }
+    }
+}
+
+void kv_layer_access::move_heads(int32_t from, const std::vector<int32_t> & to) {
+    move(t_k, strm, k, buf_k, from, to);
+    move(t_v, strm, v, buf_v, from, to);
+}
+
 void kv_source::load_k(int32_t il, int32_t ih, float * dst) const {
     read_f32(layers[il].k, rows, ih, dst);
 }

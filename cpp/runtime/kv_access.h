@@ -36,6 +36,9 @@ class kv_layer_access {
     void load_v();
     void store();
 
+    // row `from`, head by head, to the rows of `to`; from and to a device no more than that
+    void move_heads(int32_t from, const std::vector<int32_t> & to);
+
     kv_rows k;
     kv_rows v;
 

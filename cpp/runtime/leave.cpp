@@ -2,7 +2,6 @@
 // sequence holds what its budget allows.
 
 #include "core/generate.h"
-#include "core/rows.h"
 #include "runtime/elastic_cache.h"
 
 #include "llama-impl.h"
@@ -144,18 +143,12 @@ void elastic_cache::move_rows(uint32_t strm, int32_t il, int32_t from, const std
     if (std::all_of(to.begin(), to.end(), [&](int32_t row) { return row == from; })) {
         return;
     }
-    kv_layer_access layer(kv, shape, il, strm);
-    layer.load_k();
-    layer.load_v();
+    kv_layer_access(kv, shape, il, strm).move_heads(from, to);
     for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
-        if (to[ih] == from) {
-            continue;
+        if (to[ih] != from) {
+            store->move_head(strm, from, to[ih], il, ih);
         }
-        copy_head(layer.k, from, to[ih], ih);
-        copy_head(layer.v, from, to[ih], ih);
-        store->move_head(strm, from, to[ih], il, ih);
     }
-    layer.store();
 }
 
 }  // namespace elastic
