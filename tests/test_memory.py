@@ -17,10 +17,11 @@ from elastic_llama.errors import ConfigError
 from elastic_llama.images import to_data_uri
 from PIL import Image
 
-from tests.support.engine import Engine, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
 from tests.support.oracle_plan import left_free
 from tests.test_oracles import N_VOCAB, feed, image_rows
 
+pytestmark = pytest.mark.skipif(N_GPU_LAYERS > 0, reason="resident memory is the host's")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.1, "min_cells": 8}

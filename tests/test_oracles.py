@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.capture import Capture
-from tests.support.engine import Engine, nmse, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
 from tests.support.oracle_generate import leaving_candidates
 
 N_VOCAB = 384
@@ -101,7 +101,9 @@ def test_importance_is_the_column_sum(
         decayed = is_text * 0.9 ** (is_text[::-1].cumsum()[::-1] - is_text)
         for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, decayed)):
             expected = np.einsum("gmn,m->gn", a, weights.astype(np.float64))
-            np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)
+            np.testing.assert_allclose(
+                found[il], expected, rtol=2e-3 if fa or N_GPU_LAYERS else 1e-4
+            )
 
 
 @pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
@@ -129,7 +131,9 @@ def test_every_fourth_generated_token_counts_for_four(tiny_gqa: Path, fa: bool) 
         a = attention(capture, il, k)
         for found, weights in ((mass, count), (fading, recent)):
             expected = np.einsum("gmn,m->gn", a, weights)
-            np.testing.assert_allclose(found[il], expected, rtol=1e-4 if not fa else 2e-3)
+            np.testing.assert_allclose(
+                found[il], expected, rtol=2e-3 if fa or N_GPU_LAYERS else 1e-4
+            )
 
 
 @pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
@@ -244,7 +248,8 @@ def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool, n_
                 z = q[:, h] @ k[:, h // gqa].T / 8.0 + bias[il, h // gqa]
                 p = np.exp(np.where(ahead, -np.inf, z - z.max(axis=1, keepdims=True)))
                 expected = (p / p.sum(axis=1, keepdims=True)) @ v[:, h // gqa]
-                tol = {"rtol": 2e-2, "atol": 2e-3} if fa else {"rtol": 1e-4, "atol": 1e-5}
+                rough = fa or N_GPU_LAYERS
+                tol = {"rtol": 2e-2, "atol": 2e-3} if rough else {"rtol": 1e-4, "atol": 1e-5}
                 np.testing.assert_allclose(out[:, h], expected, **tol)
     assert (np.abs(bias).max() > 0.1) == (policy == "elastic")
 
@@ -306,8 +311,9 @@ def test_prompts_of_one_batch(tiny_gqa: Path, unified: bool, fa: bool) -> None:
         assert e.decode(rows) == 0
         for seq, (logits, mass, recent) in enumerate(alone):
             assert nmse(logits, e.logits(149 + 150 * seq)) <= 1e-6
-            np.testing.assert_allclose(e.session.mass(seq), mass, rtol=1e-3, atol=1e-4)
-            np.testing.assert_allclose(e.session.recent(seq)[0], recent, rtol=1e-3, atol=1e-4)
+            tol = {"rtol": 2e-3 if N_GPU_LAYERS else 1e-3, "atol": 1e-4}
+            np.testing.assert_allclose(e.session.mass(seq), mass, **tol)
+            np.testing.assert_allclose(e.session.recent(seq)[0], recent, **tol)
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])

@@ -1,0 +1,90 @@
+"""An elastic cache on a device: does it say what the CPU says, and what does a token cost?
+
+For builds with -DGGML_CUDA=ON, Metal, …: model, keys and values lie on the device, the plan is made
+on the CPU. Compares logits under every policy after a prompt of 640 tokens, then times a prompt of
+2944 on the device. Budget 0.2.
+
+Usage: python benchmarks/on_device.py MODEL.gguf [-t THREADS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from elastic_llama import ElasticConfig, ElasticLlama
+from elastic_llama.bench.contexts import Context, Setting, llama_cpp
+from elastic_llama.evaluation.metrics import kl, log_softmax
+from elastic_llama.native_log import silence
+
+POLICIES = (None, "elastic", "elastic-evict", "elastic-paper", "h2o", "snapkv", "local")
+
+
+@dataclass
+class Answer:
+    """What one context said and took; seconds, and milliseconds per token."""
+
+    logits: list[np.ndarray]
+    prompt: float
+    first: float
+    rest: float
+    n_cells: int
+
+
+def answer(
+    llm: ElasticLlama, policy: str | None, setting: Setting, n_prompt: int, n: int
+) -> Answer:
+    """`n` forced tokens after a prompt of random ones."""
+    tokens = np.random.default_rng(0).integers(10, llm.n_vocab(), n_prompt + n + 1).tolist()
+    config = ElasticConfig(policy=policy) if policy else None
+    context = Context(llm, setting, 1, n_prompt + n + 1, config)
+    try:
+        prompt = context.prefill([tokens[:n_prompt]], 0)
+        logits, times = [], []
+        for i, token in enumerate(tokens[n_prompt:]):
+            start = time.perf_counter()
+            context.step(token, n_prompt + i)
+            row = llama_cpp.llama_get_logits_ith(context.ctx, 0)
+            logits.append(np.ctypeslib.as_array(row, (context.n_vocab,)).copy())
+            times.append(1000 * (time.perf_counter() - start))
+        held = context.n_cells() if config else n_prompt + n + 1
+        return Answer(logits, prompt, times[0], float(np.median(times[1:])), held)
+    finally:
+        context.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("-t", "--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    silence()
+    kw = {"elastic": None, "n_ctx": 256, "n_threads_batch": args.threads}
+    print(f"device: {llama_cpp.llama_supports_gpu_offload()}, {args.threads} threads")
+    with (
+        ElasticLlama(args.model, n_gpu_layers=0, **kw) as host,
+        ElasticLlama(args.model, n_gpu_layers=99, **kw) as device,
+    ):
+        for fa in (False, True):
+            setting = Setting(flash_attn=fa, n_threads=args.threads)
+            for policy in POLICIES:
+                ours, theirs = (
+                    log_softmax(answer(x, policy, setting, 640, 32).logits) for x in (host, device)
+                )
+                print(f"fa {fa} {policy or 'stock'}: KL of host to device {kl(ours, theirs):.1e}")
+        for fa in (False, True):
+            setting = Setting(flash_attn=fa, n_threads=args.threads)
+            for policy in POLICIES:
+                answer(device, policy, setting, 2944, 4)  # the first one loads kernels
+                a = answer(device, policy, setting, 2944, 60)
+                print(
+                    f"fa {fa} {policy or 'stock'}: prompt {a.prompt:.3f} s, first token "
+                    f"{a.first:.1f} ms, then {a.rest:.2f} ms per token, {a.n_cells} cells"
+                )
+
+
+if __name__ == "__main__":
+    main()
