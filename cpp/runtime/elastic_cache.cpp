@@ -3,6 +3,7 @@
 #include "core/rows.h"
 #include "core/score.h"
 
+#include "ggml-cpp.h"
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -122,6 +123,22 @@ static float bias_scale_of(const llama_context & ctx, const kv_shape & shape) {
     return given != 0.0f ? given : 1.0f / std::sqrt((float) shape.n_embd_head_k);
 }
 
+// CUDA's does not, and what a device does not support goes through the CPU
+static bool fused_op_masks_heads(const ggml_tensor * k, ggml_type type_v, const kv_shape & shape) {
+    ggml_init_params params = { 8 * ggml_tensor_overhead(), nullptr, true };
+    ggml_context_ptr ctx(ggml_init(params));
+
+    const int64_t n_kv = 256;
+    auto *        q    = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, shape.n_embd_head_k, 1, shape.n_head, 1);
+    auto *        keys = ggml_new_tensor_4d(ctx.get(), k->type, shape.n_embd_head_k, n_kv, shape.n_head_kv, 1);
+    auto *        vals = ggml_new_tensor_4d(ctx.get(), type_v, shape.n_embd_head_v, n_kv, shape.n_head_kv, 1);
+    auto *        mask = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, n_kv, 1, shape.n_head, 1);
+    auto *        op   = ggml_flash_attn_ext(ctx.get(), q, keys, vals, mask, 1.0f, 0.0f, 0.0f);
+
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k->buffer));
+    return !dev || ggml_backend_dev_supports_op(dev, op);
+}
+
 elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     : cfg(cfg), ctx(ctx), kv(plain_kv_cache(ctx)), shape(read_shape(ctx, kv)) {
     for (const auto & [name, type, trans] :
@@ -133,11 +150,14 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
     n_touched_v.assign(shape.n_stream, 0);
-    on_host  = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
+    on_host     = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
         return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer) && ggml_backend_buffer_is_host(kv.get_v_storage(il)->buffer);
     });
-    moves_v  = active() && kv.get_v_trans() && on_host;
-    stride_v = min_stride();
+    masks_heads = !ctx.get_cparams().flash_attn || std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
+        return fused_op_masks_heads(kv.get_k_storage(il), kv.type_v(), shape);
+    });
+    moves_v     = active() && kv.get_v_trans() && on_host;
+    stride_v    = min_stride();
     kv.set_elastic(this);
 }
 

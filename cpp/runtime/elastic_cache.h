@@ -71,6 +71,7 @@ class elastic_cache : public llama_elastic_i {
     ggml_tensor * build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
                              ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const override;
     bool          has_bias() const override { return store->any_bias(); }
+    bool          mask_per_head() const override { return masks_heads; }
     ggml_tensor * get_bias(int32_t il) const override { return store->bias_tensor(il); }
     float         bias_scale() const override { return store->bias_scale(); }
 
@@ -125,8 +126,9 @@ class elastic_cache : public llama_elastic_i {
     kv_shape                    shape;
     std::unique_ptr<cell_store> store;
 
-    bool hold       = false;
-    bool on_host    = false;  // all of K and V
+    bool hold    = false;
+    bool on_host = false;     // all of K and V
+    bool masks_heads;         // where they lie, the fused op takes a mask per head
     bool score_step = false;  // the current batch generates, and its attention is added to the scores
 
     mutable std::map<float, attention_scales> attn_scales;  // by that of the logits
