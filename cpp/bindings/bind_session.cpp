@@ -93,8 +93,8 @@ void bind_session(py::module_ & m) {
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With `release_memory`, rows that are not in use go back to the operating
-system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
+larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With
+`release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
 
 Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,

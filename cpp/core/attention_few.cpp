@@ -144,26 +144,35 @@ class heads_attention {
     // N_TILE cells in the row layout, head by head as f(begin, end, first cell, rows); behind the last cell it comes again
     template <typename F> void each_tile(const kv_rows & t, const std::vector<int32_t> & cells, F f) {
         const size_t n_bytes = head_bytes(t);
-        tile.resize((size_t) N_TILE * t.n_embd_head);
-        const auto row = [&](size_t c) {
+        const auto   row     = [&](size_t c) {
             return t.data + cells[std::min(c, cells.size() - 1)] * t.row_bytes;
         };
         for (size_t c = 0; c < cells.size(); c += N_TILE) {
             each_kv_head([&](int32_t begin, int32_t end, int32_t ih_kv) {
-                const uint16_t * halves[N_TILE];
-                const float *    floats[N_TILE];
                 for (int32_t j = 0; j < N_TILE; ++j) {
-                    const uint8_t * src = row(c + j) + ih_kv * n_bytes;
                     prefetch(row(c + N_TILE + j) + ih_kv * n_bytes, n_bytes);
-                    halves[j] = (const uint16_t *) src;
-                    floats[j] = tile.data() + (size_t) j * t.n_embd_head;
-                    if (t.type != GGML_TYPE_F16) {
-                        to_f32(t.type, src, tile.data() + (size_t) j * t.n_embd_head, t.n_embd_head);
-                    }
                 }
-                t.type == GGML_TYPE_F16 ? f(begin, end, c, halves) : f(begin, end, c, floats);
+                as_numbers(
+                    t.type, t.n_embd_head, [&](int32_t j) { return row(c + j) + ih_kv * n_bytes; },
+                    [&](const auto & rows) { f(begin, end, c, rows); });
             });
         }
+    }
+
+    // N_TILE times n numbers that begin at src(j), as f(pointers): halves as they are, others as f32
+    template <typename S, typename F> void as_numbers(ggml_type type, int32_t n, S src, F f) {
+        const uint16_t * halves[N_TILE];
+        const float *    floats[N_TILE];
+        tile.resize((size_t) N_TILE * n);
+        for (int32_t j = 0; j < N_TILE; ++j) {
+            float * dst = tile.data() + (size_t) j * n;
+            halves[j]   = (const uint16_t *) src(j);
+            floats[j]   = dst;
+            if (type != GGML_TYPE_F16) {
+                to_f32(type, src(j), dst, n);
+            }
+        }
+        type == GGML_TYPE_F16 ? f(halves) : f(floats);
     }
 
     void logits(int32_t i, const std::vector<int32_t> & cells) {
@@ -259,18 +268,8 @@ class heads_attention {
 
     // N_TILE columns from e on as f(columns); behind the last one it comes again
     template <typename F> void each_column(int32_t ih_kv, int32_t e, int32_t first_cell, int32_t n_cells, F f) {
-        const uint16_t * halves[N_TILE];
-        const float *    floats[N_TILE];
-        tile.resize((size_t) N_TILE * N_RUN);
-        for (int32_t j = 0; j < N_TILE; ++j) {
-            const uint8_t * src = column_ptr(a.v, ih_kv, std::min(e + j, a.v.n_embd_head - 1)) + first_cell * ggml_type_size(a.v.type);
-            halves[j]           = (const uint16_t *) src;
-            floats[j]           = tile.data() + (size_t) j * N_RUN;
-            if (a.v.type != GGML_TYPE_F16) {
-                to_f32(a.v.type, src, tile.data() + (size_t) j * N_RUN, n_cells);
-            }
-        }
-        a.v.type == GGML_TYPE_F16 ? f(halves) : f(floats);
+        const size_t skipped = first_cell * ggml_type_size(a.v.type);
+        as_numbers(a.v.type, n_cells, [&](int32_t j) { return column_ptr(a.v, ih_kv, std::min(e + j, a.v.n_embd_head - 1)) + skipped; }, f);
     }
 };
 
