@@ -55,6 +55,7 @@ def test_a_percentage_gets_a_hint():
         ("min_cells", 0),
         ("n_threads", -1),
         ("delay", -1),
+        ("lookahead", -1),
         ("n_sink", 1.5),
         ("offset", "25"),
         ("min_cells", True),

@@ -323,6 +323,7 @@ def test_clear_starts_afresh(tiny_gqa: Path) -> None:
         ("offset", -3, "offset"),
         ("min_cells", 0, "min_cells"),
         ("delay", -1, "delay"),
+        ("lookahead", -2, "lookahead"),
         ("n_threads", -1, "n_threads"),
     ],
 )
@@ -371,6 +372,7 @@ class _Params(ctypes.Structure):
         ("n_threads", ctypes.c_int32),
         ("max_cells", ctypes.c_int32),
         ("delay", ctypes.c_int32),
+        ("lookahead", ctypes.c_int32),
         ("record", ctypes.c_bool),
         ("release_memory", ctypes.c_bool),
     ]

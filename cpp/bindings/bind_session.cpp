@@ -16,13 +16,13 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, int32_t max_cells, int32_t delay, bool record, bool release_memory)
+            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
-        const elastic_params params = { policy.c_str(), budget,    n_sink, offset, min_cells,
-                                        n_threads,      max_cells, delay,  record, release_memory };
+        const elastic_params params = { policy.c_str(), budget, n_sink,    offset, min_cells,     n_threads,
+                                        max_cells,      delay,  lookahead, record, release_memory };
         attach(*ctx, params);
     }
 
@@ -60,7 +60,7 @@ static py::dict stats_dict(const elastic_stats & s) {
     return py::dict("compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
                     "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before, "bytes_after"_a = s.n_bytes_after,
                     "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us,
-                    "merge_us"_a = s.t_merge_us);
+                    "merge_us"_a = s.t_merge_us, "tried"_a = s.n_tried, "look_us"_a = s.t_look_us);
 }
 
 static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
@@ -86,14 +86,16 @@ void bind_session(py::module_ & m) {
           "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
-             py::arg("record") = false, py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
+             py::arg("lookahead") = -1, py::arg("record") = false, py::arg("release_memory") = true,
+             py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With
+larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
+look_ahead tries `lookahead` tokens of it at most (-1: as many as the policy is made for). With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
 
@@ -111,6 +113,20 @@ RuntimeError when the cache holds cells already.)pbdoc")
             "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
+        .def(
+            "look_ahead",
+            [](const session & self, const std::vector<llama_token> & tokens, const std::vector<llama_seq_id> & seq_ids) {
+                return self.cache().look_ahead(seq_ids, tokens);
+            },
+            py::arg("tokens"), py::arg("seq_ids") = std::vector<llama_seq_id>{ 0 }, py::call_guard<py::gil_scoped_release>(),
+            R"pbdoc(Try the answers that begin with `tokens`, one for each of `seq_ids`, and take them back.
+
+To be called when the first token of an answer is known and not yet decoded. What the tokens that
+are tried attend to becomes part of the importance. Nothing is tried where a sequence holds image
+cells, where few cells have to leave (one token for 32 of them), or with a delay. Returns the decode
+steps it took; the logits of the context are other ones then.
+
+Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.)pbdoc")
         .def(
             "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
             py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")

@@ -46,6 +46,10 @@ enum class generate_rule : int32_t {
 constexpr int32_t window_size     = 32;
 // how much the weight of a query of text shrinks with every later one in the recent score of score_rule::by_kind
 constexpr float   text_decay      = 0.9f;
+// and how much of what a cell of text was looked at goes on to the next
+constexpr float   text_follow     = 0.94f;
+// tokens of an answer that are tried first, so that the recent score says what an answer looks at
+constexpr int32_t text_lookahead  = 16;
 // generate_rule::per_head: the newest tokens that never leave
 constexpr int32_t per_head_recent = 16;
 // and the tokens up to which an answer counts as short: text that was kept whole stays as long
@@ -82,6 +86,8 @@ struct policy {
     int32_t n_window() const { return score == score_rule::window ? window_size : 0; }
     float   decay() const { return score == score_rule::by_kind ? text_decay : 0.0f; }
     bool    needs_recent() const { return n_window() > 0 || decay() > 0.0f; }
+    // tokens that are tried before a prompt of text is compressed
+    int32_t lookahead() const { return score == score_rule::by_kind ? text_lookahead : 0; }
 
     // whether kept cells are ordered by score, so that the last of them may leave in all heads at once
     bool    ranked() const { return generate == generate_rule::lowest; }

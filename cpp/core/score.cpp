@@ -36,6 +36,18 @@ static std::vector<float> pooled(const float * x, int32_t n, int32_t n_near) {
     return res;
 }
 
+// What is looked at moves on through a text, so each cell gets what it and those before it got, less and less with the distance.
+// Without the first cell: it is a sink, looked at whatever comes.
+static std::vector<float> followed(const float * x, int32_t n) {
+    std::vector<float> res(n);
+    double             sum = 0.0;
+    for (int32_t i = 1; i < n; ++i) {
+        sum    = sum * text_follow + x[i];
+        res[i] = (float) sum;
+    }
+    return res;
+}
+
 static double total(const float * x, int32_t n) {
     return std::accumulate(x, x + n, 0.0);
 }
@@ -50,15 +62,17 @@ static void score_by_kind(const cells & c, const float * recent, float * score) 
     }
     const auto   of_image = pooled(image_only.data(), n, kind_pool_size);
     const auto   of_text  = pooled(recent, n, kind_pool_size);
+    const auto   next     = followed(recent, n);
     const double n_sum    = total(score, n);
     const double n_image  = total(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
-    const double n_text   = total(of_text.data(), n);
+    const double n_text   = 2.0 * total(of_text.data(), n);
+    const double n_next   = 2.0 * total(next.data(), n);
 
     const auto share = [](double x, double all) {
         return all > 0.0 ? x / all : 0.0;
     };
     for (int32_t i = 0; i < n; ++i) {
-        const double asked = c.is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text);
+        const double asked = c.is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text) + share(next[i], n_next);
         score[i]           = (float) (share(score[i], n_sum) + asked);
     }
 }

@@ -89,6 +89,7 @@ elastic_params elastic_default_params(void) {
         /*.n_threads =*/0,
         /*.max_cells =*/0,
         /*.delay     =*/0,
+        /*.lookahead =*/-1,
         /*.record    =*/false,
         /*.release_memory =*/true,
     };
@@ -131,6 +132,15 @@ int32_t elastic_compress(llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] {
         need(ctx).check_seq_id(seq_id);
         return need(ctx).compress(seq_id);
+    });
+}
+
+int32_t elastic_look_ahead(llama_context * ctx, const llama_seq_id * seq_ids, const llama_token * tokens, int32_t n) {
+    return guarded([&] {
+        if (n < 0 || (n > 0 && (!seq_ids || !tokens))) {
+            throw error("[elastic_look_ahead] seq_ids and tokens must not be NULL, and n not negative");
+        }
+        return need(ctx).look_ahead({ seq_ids, seq_ids + n }, { tokens, tokens + n });
     });
 }
 

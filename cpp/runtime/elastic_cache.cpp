@@ -36,9 +36,14 @@ config make_config(const elastic_params & params) {
     cfg.n_threads = at_least("n_threads", params.n_threads, 0);
     cfg.max_cells = at_least("max_cells", params.max_cells, 0);
     cfg.delay     = at_least("delay", params.delay, 0);
+    cfg.lookahead = at_least("lookahead", params.lookahead, -1);
     cfg.record    = params.record;
 
     cfg.release_memory = params.release_memory;
+
+    if (cfg.lookahead < 0) {
+        cfg.lookahead = cfg.pol.lookahead();
+    }
 
     if (cfg.max_cells > 0 && cfg.max_cells < cfg.n_sink + 2) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) +

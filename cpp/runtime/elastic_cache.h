@@ -102,6 +102,9 @@ class elastic_cache : public llama_elastic_i {
     // and then the cache is as it was
     int32_t compress(llama_seq_id seq_id);
 
+    // tries answers and takes them back, see elastic_look_ahead; returns the steps. throws elastic::error before anything is tried
+    int32_t look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens);
+
     int32_t        n_cells(llama_seq_id seq_id) const;
     void           check_seq_id(llama_seq_id seq_id) const;  // throws elastic::error out of [0, n_seq_max)
     sequence_state sequence(llama_seq_id seq_id) const;
@@ -166,6 +169,7 @@ class elastic_cache : public llama_elastic_i {
     void    release_rows(uint32_t strm, int32_t n_used);
     void    release_v(uint32_t strm, int32_t n_used);
     int32_t n_generated(llama_seq_id seq_id) const;
+    int32_t n_to_try(llama_seq_id seq_id, int32_t n_seqs) const;
     bool    waits(llama_seq_id seq_id, int32_t n_new) const;
     void    compress_pending(llama_seq_id seq_id);
     void    let_leave(llama_seq_id seq_id);

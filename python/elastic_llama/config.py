@@ -46,6 +46,11 @@ class ElasticConfig:
         Tokens of an answer that are generated with all cells before its prompt is compressed, >= 0.
         What they attend to is part of the importance, and a short answer sees everything; its
         prompt is compressed when the next one begins. `kv_cells` comes first.
+    lookahead : int, optional
+        Before a prompt of text is compressed, this many tokens of its answer, at most, are tried
+        with all cells and taken back; what they attend to is part of the importance. One token for
+        32 cells that have to leave; none where an image is among the cells, or with a delay. >= 0.
+        None: what the policy is made for, 16 for `elastic` and `elastic-evict`, else 0.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
@@ -64,6 +69,7 @@ class ElasticConfig:
     n_threads: int = 0
     kv_cells: int | None = None
     delay: int = 0
+    lookahead: int | None = None
     release_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class ElasticConfig:
         leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0, "delay": 0}
         for name, least in leasts.items():
             object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+        if self.lookahead is not None:
+            object.__setattr__(self, "lookahead", _whole("lookahead", self.lookahead, 0))
         if self.kv_cells is not None:
             cells = _whole("kv_cells", self.kv_cells, self.n_sink + 2)
             object.__setattr__(self, "kv_cells", cells)

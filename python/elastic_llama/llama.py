@@ -168,6 +168,7 @@ class ElasticLlama(llama_cpp.Llama):
             score_ms=s["score_us"] / 1000,
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
+            look_ms=s["look_us"] / 1000,
             cells=self._session.n_cells(0),
             tokens=self.n_tokens,
         )
@@ -197,6 +198,12 @@ class ElasticLlama(llama_cpp.Llama):
         if self._session is None or self.n_tokens == 0:
             return int(self.n_tokens)
         return min(int(self.n_tokens), int(self._session.n_cells(0)))
+
+    def _look_ahead(self, token: int) -> None:
+        """Before the prompt is compressed, try the answer that begins with `token`."""
+        if self._session is not None and 0 <= token < self.n_vocab():
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as `eval` does
+            self._session.look_ahead([token])
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
@@ -267,7 +274,10 @@ class ElasticLlama(llama_cpp.Llama):
         phase = self._phase
         if phase is _Phase.FIRST:
             self._phase = _Phase.GENERATION
-        self._hold(phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1)
+        in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
+        if not in_prompt and tokens:
+            self._look_ahead(tokens[0])
+        self._hold(in_prompt)
         try:
             super().eval(tokens)
         except RuntimeError as e:
@@ -372,6 +382,7 @@ def open_session(ctx: Any, elastic: ElasticConfig) -> Any:
             n_threads=elastic.n_threads,
             max_cells=elastic.kv_cells or 0,
             delay=elastic.delay,
+            lookahead=-1 if elastic.lookahead is None else elastic.lookahead,
             release_memory=elastic.release_memory,
         )
     except NotImplementedError as e:

@@ -23,15 +23,18 @@ class ElasticStats:
     score_ms: float = 0.0
     plan_ms: float = 0.0
     merge_ms: float = 0.0
+    look_ms: float = 0.0  # trying answers (lookahead)
     cells: int = 0  # held now
     tokens: int = 0  # seen by the sequence
 
     def __str__(self) -> str:
-        cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f} ms"
+        cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f}"
+        if self.look_ms:
+            cost += f" + look ahead {self.look_ms:.1f}"
         return (
             f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
             f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
-            f"{self.compressions} compressions, {self.evictions} evictions; {cost}"
+            f"{self.compressions} compressions, {self.evictions} evictions; {cost} ms"
         )
 
 
@@ -47,6 +50,7 @@ class TurnStats:
     bytes_kept: int = 0
     encode_ms: float = 0.0  # vision tower and projector
     prefill_ms: float = 0.0  # llama_decode of text and image embeddings
+    look_ms: float = 0.0  # trying the answer (lookahead)
     compress_ms: float = 0.0
     decode_ms: float = 0.0
     n_decoded: int = 0  # llama_decode calls behind decode_ms

@@ -12,6 +12,7 @@ TEXT, IMAGE, GENERATED = 0, 1, 2
 
 
 WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
+FOLLOW = np.float64(np.float32(0.94))
 
 
 def scores(
@@ -44,8 +45,8 @@ def scores(
                     times = ASKED_AHEAD if kind[-1] == IMAGE else 1
                     asked = times * share_of(near, row)
                 else:
-                    near = pooled(row, KIND_POOL)
-                    asked = share_of(near[i], near)
+                    near, next_ = pooled(row, KIND_POOL), followed(row)
+                    asked = (share_of(near[i], near) + share_of(next_[i], next_)) / 2
                 out[layer, head, i] = share_of(sums[i], sums) + asked
     return out
 
@@ -62,6 +63,18 @@ def pooled(row: np.ndarray, size: int) -> np.ndarray:
         near = row[max(0, i - size // 2) : i + size // 2 + 1].astype(np.float64)
         out[i] = near.sum() / len(near)
     return out
+
+
+def followed(row: np.ndarray) -> np.ndarray:
+    """What a cell got and, less by FOLLOW per cell between, those before it; without the first."""
+    x = row.astype(np.float64)
+    return np.array(
+        [
+            sum(x[j] * FOLLOW ** (i - j) for j in range(1, i + 1)) if i else 0.0
+            for i in range(len(x))
+        ],
+        dtype=np.float32,
+    )
 
 
 def drawn(x: int) -> float:

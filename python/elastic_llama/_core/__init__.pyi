@@ -3,6 +3,7 @@ Native part of elastic_llama: the elastic KV cache.
 """
 
 from __future__ import annotations
+import collections.abc
 import numpy
 import numpy.typing
 import typing
@@ -28,6 +29,7 @@ class Session:
         n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
         max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
         delay: typing.SupportsInt | typing.SupportsIndex = 0,
+        lookahead: typing.SupportsInt | typing.SupportsIndex = -1,
         record: bool = False,
         release_memory: bool = True,
     ) -> None:
@@ -35,7 +37,8 @@ class Session:
         Attach an elastic cache to the llama_context at address `ctx`.
 
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-        larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer. With
+        larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
+        look_ahead tries `lookahead` tokens of it at most (-1: as many as the policy is made for). With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
 
@@ -85,6 +88,21 @@ class Session:
     def last_plan(self) -> dict:
         """
         Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].
+        """
+    def look_ahead(
+        self,
+        tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        seq_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [0],
+    ) -> int:
+        """
+        Try the answers that begin with `tokens`, one for each of `seq_ids`, and take them back.
+
+        To be called when the first token of an answer is known and not yet decoded. What the tokens that
+        are tried attend to becomes part of the importance. Nothing is tried where a sequence holds image
+        cells, where few cells have to leave (one token for 32 of them), or with a delay. Returns the decode
+        steps it took; the logits of the context are other ones then.
+
+        Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.
         """
     def mass(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0

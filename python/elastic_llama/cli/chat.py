@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--system", help="system prompt")
     options.add_model_options(parser)
     options.add_elastic_options(parser)
-    options.add_delay_option(parser)
+    options.add_answer_options(parser)
     options.add_sampling_options(parser)
     parser.set_defaults(run=run)
 

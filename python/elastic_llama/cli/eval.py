@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--before", action="store_true", help="compress images before the question is known"
     )
-    options.add_delay_option(parser)
+    options.add_answer_options(parser)
     parser.add_argument(
         "--metrics",
         default="forced,exact,rouge",
@@ -126,12 +126,14 @@ def _plan(args: argparse.Namespace) -> Any:
         budgets = [float(b) for b in _list(args.budgets)]
     except ValueError as e:
         raise ConfigError(text("eval", "--budgets", args.budgets, "numbers and commas")) from e
+    asked = {"delay": args.delay or None, "lookahead": args.lookahead}
+    when = {name: value for name, value in asked.items() if value is not None}
     cases = []
     for kv_type in kv_types:
         cases.append(Case("full", 1.0, kv_type))
         for policy in _list(args.policies):
             for budget in budgets:
-                ElasticConfig(budget=budget, policy=policy, delay=args.delay)  # says what is wrong
+                ElasticConfig(budget=budget, policy=policy, **when)  # says what is wrong
                 if policy != "full" and budget != 1:
                     cases.append(Case(policy, budget, kv_type))
     for name, value in (("--parallel", args.parallel), ("--threads", args.threads)):
@@ -153,7 +155,7 @@ def _plan(args: argparse.Namespace) -> Any:
         args.threads,
         args.flash_attn == "on",
         args.ctx_size,
-        {"delay": args.delay} if args.delay else {},
+        when,
     )
 
 

@@ -72,14 +72,21 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_delay_option(parser: argparse.ArgumentParser) -> None:
-    """For the commands that go on to answer."""
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """When a prompt is compressed; for the commands that go on to answer."""
     parser.add_argument(
         "--delay",
         type=int,
         default=0,
         metavar="N",
         help="compress a prompt after N tokens of its answer (0)",
+    )
+    parser.add_argument(
+        "--lookahead",
+        type=int,
+        metavar="N",
+        help="try N tokens of an answer before its prompt, if it is text, is compressed "
+        "(what the policy is made for: 16 for elastic, else 0)",
     )
 
 
@@ -101,6 +108,7 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         min_cells=args.min_cells,
         kv_cells=args.kv_cells,
         delay=getattr(args, "delay", 0),
+        lookahead=getattr(args, "lookahead", None),
         release_memory=not args.no_release_memory,
     )
 
