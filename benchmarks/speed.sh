@@ -1,6 +1,6 @@
 #!/bin/bash
 # The rows of docs/speed.md, one command each, on a machine that does nothing else:
-#   benchmarks/speed.sh hires|seqs16|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off
+#   benchmarks/speed.sh hires|seqs16|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off|text
 # The models are made once, into $SHAPED (build/shaped).
 set -e -o pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +23,7 @@ hires)      bench hires      -m "$(model 4)" --scenarios hires -r 2 ;;
 image)      bench image      -m "$(model 4)" --scenarios image -r 3 ;;
 kv-types)   bench kv-types   -m "$(model 4)" --scenarios image,hires --kv-types q8_0,q4_0 -fa on -r 1 -n 80 ;;
 images8)    bench images8    -m "$(model 4)" --scenarios images8,images8-capped -fa off -r 1 ;;
+text)       bench text       -m "$(model 4)" --scenarios text -r 2 ;;
 seqs8)      bench seqs8      -m "$(model 4)" --scenarios seqs8 -fa off,on -r 1 ;;
 seqs16)     bench seqs16     -m "$(model 4)" --scenarios seqs16 -fa off -r 1 ;;
 full-image) bench full-image -m "$(model 32)" --scenarios image -fa off -r 1 -n 80 ;;

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh known|before|pareto|text|delay
+# The tables of docs/results.md, one command each: benchmarks/tables.sh known|before|pareto|text|ahead|far|plain|delay|same
 # An interrupted table goes on where it stopped. Two processes, one core each.
 set -e
 cd "$(dirname "$0")/.."
@@ -10,11 +10,38 @@ known)  args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 --metrics
 before) args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto) args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 -fa on --metrics forced,exact" ;;
 text)   args="--data benchmarks/text_set/text.json --policies local,h2o,snapkv,elastic --budgets 0.2 --metrics forced,exact" ;;
+ahead)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv --budgets 0.2 --lookahead 16 --metrics forced,exact" ;;
+far)    args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 32 --metrics forced,exact" ;;
+plain)  args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --metrics forced,exact" ;;
 delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --metrics forced" ;;
-*)      echo "usage: $0 known|before|pareto|text|delay" >&2; exit 2 ;;
+same)   args="--split dev --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
+*)      echo "usage: $0 known|before|pareto|text|ahead|far|plain|delay|same" >&2; exit 2 ;;
 esac
-run() { OMP_NUM_THREADS=1 "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" eval $args --parallel 10 --shard "$1" --out "$out"; }
-run 0/2 > /dev/null &
-run 1/2 > /dev/null
-wait
-run 0/2   # both are done: the whole table
+run() { # shard, more arguments
+    OMP_NUM_THREADS=1 "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" eval $args --parallel 10 --shard "$1" --out "$out" "${@:2}"
+}
+both() {
+    run 0/2 "$@" > /dev/null &
+    run 1/2 "$@" > /dev/null
+    wait
+}
+if [ "$1" != same ]; then
+    both
+    run 0/2   # both are done: the whole table
+    exit
+fi
+for data in "scenes --limit 20" benchmarks/text_set/text.json; do
+    folder=benchmarks/results/same/$(basename "${data%% *}" .json)
+    while read -r name more; do
+        out=$folder/$name
+        both --data $data $more < /dev/null
+    done <<'RUNS'
+base
+again
+fa -fa on
+threads -t 2
+ubatch -ub 64
+alone --parallel 1
+RUNS
+    "${PYTHON:-.venv/bin/python}" benchmarks/compare_runs.py "$folder"
+done

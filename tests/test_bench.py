@@ -52,6 +52,7 @@ def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
         assert run.n_steps == 16
     assert [len(r.prefill_s) for r in runs.values()] == [2, 2, 1]
     assert runs["elastic"].plan_s > 0
+    assert (runs["elastic"].look_s > 0) == (scenario is TWO)  # text only
     bias = 3 * 2 * 4  # bytes of a cell, beside K and V
     per_cell = runs["stock"].kv_bytes // (n * scenario.n_seqs)
     assert runs["elastic"].kv_bytes == (per_cell + bias) * kept * scenario.n_seqs
@@ -80,7 +81,7 @@ def test_ratios_compare_the_same_part() -> None:
     """Part by part, so that a disturbance that hits all of a part cancels."""
     rows = [
         _row("stock", [10.0, 5.0, 10.0], [2.0, 4.0]),
-        _row("elastic", [12.0, 6.0, 13.0], [2.0, 4.2], plan_s=0.1, merge_s=0.1),
+        _row("elastic", [12.0, 6.0, 13.0], [2.0, 4.2], plan_s=0.1, merge_s=0.1, look_s=0.3),
         _row("ideal", [12.0, 6.0, 10.0], [1.0]),
     ]
     own = ratios(rows)
@@ -88,7 +89,9 @@ def test_ratios_compare_the_same_part() -> None:
     assert own[1]["stock"] == pytest.approx(1.2)
     assert own[1]["ideal"] == pytest.approx(1.0)
     assert own[1]["cost"] == pytest.approx((0.1 + 0.1) / 2)
+    assert own[1]["look"] == pytest.approx(0.1)
     cells = dict(zip(COLUMNS, table(rows)[1]))
+    assert cells["look ahead"] == "+10.0 %"
     assert cells["x stock"] == "1.200"
     assert cells["RSS freed MiB"] == "1.0 of 2.0"
     assert markdown(rows).count("\n") == 4

@@ -16,7 +16,7 @@ struct config {
     int32_t n_threads = 0;
     int32_t max_cells = 0;
     int32_t delay     = 0;
-    int32_t lookahead = 0;
+    int32_t lookahead = -1;
     bool    record    = false;
 
     bool release_memory = true;

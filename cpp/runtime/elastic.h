@@ -23,8 +23,9 @@ struct elastic_params {
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
     int32_t delay;  // tokens of an answer that come before its prompt is compressed: they see all cells, and what they attend to is part
                     // of the importance. A shorter answer's prompt is compressed when the next one begins. max_cells comes first
-    int32_t lookahead;       // tokens of an answer that elastic_look_ahead tries, at most; -1: as many as the policy is made for
-    bool    record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    int32_t lookahead;  // tokens of an answer that elastic_look_ahead tries; -1: what the policy is made for, and one for 24 cells that
+                        // leave at most
+    bool    record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
     bool    release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 
@@ -70,7 +71,7 @@ LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_
 
 // To be called when the first token of an answer is known and not yet decoded: tries the answer for a few tokens, the likeliest ones,
 // with all cells, and takes them back. What they attend to becomes part of the importance by which the prompt is then compressed.
-// Nothing is tried where the sequence holds image cells, where few cells have to leave (one token for 32 of them), or with a delay.
+// Nothing is tried where the sequence holds image cells, where no cell (or, see lookahead, few) has to leave, or with a delay.
 //   seq_ids, tokens [n]: sequences, none twice, and the first token of each one's answer
 //   returns the decode steps it took, or a negative code as above. The logits of the context are other ones then
 LLAMA_API int32_t elastic_look_ahead(struct llama_context * ctx, const llama_seq_id * seq_ids, const llama_token * tokens, int32_t n);

@@ -41,10 +41,6 @@ config make_config(const elastic_params & params) {
 
     cfg.release_memory = params.release_memory;
 
-    if (cfg.lookahead < 0) {
-        cfg.lookahead = cfg.pol.lookahead();
-    }
-
     if (cfg.max_cells > 0 && cfg.max_cells < cfg.n_sink + 2) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) +
                     ", expected at least n_sink + 2 = " + std::to_string(cfg.n_sink + 2) + ", or 0 for no cap");

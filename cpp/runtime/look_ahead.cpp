@@ -11,8 +11,9 @@
 
 namespace elastic {
 
-// cells that have to leave for each token that is tried: on a CPU a token takes as long as about eight of a prompt
-static constexpr int32_t CELLS_PER_TRY = 32;
+// Cells that have to leave for each token that is tried, unless the caller says how many to try: on a CPU a token takes as long as
+// about eight of a prompt, so that this is a third of the prompt's time at most.
+static constexpr int32_t CELLS_PER_TRY = 24;
 
 namespace {
 
@@ -44,7 +45,7 @@ struct token_batch {
 }  // namespace
 
 // tokens to try; 0: an image is among the cells (its answer looks from one patch to another, and what it begins with says little
-// of the rest), or too little leaves for it to pay
+// of the rest), or too few leave for it to pay
 int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
     if (!active() || !store->has_mass() || !sequence(seq_id).pending || cfg.delay > 0) {
         return 0;
@@ -57,11 +58,16 @@ int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
         }
         n_gone++;
     }
+    if (n_gone <= 0) {
+        return 0;
+    }
+    const int32_t n_wanted = cfg.lookahead >= 0 ? cfg.lookahead : std::min(cfg.pol.lookahead(), n_gone / CELLS_PER_TRY);
+
     int32_t n_room = (shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used()) / n_seqs;
     if (cfg.max_cells > 0) {
         n_room = std::min(n_room, cfg.max_cells + (int32_t) ctx.n_ubatch() - n_cells(seq_id));
     }
-    return std::max(0, std::min({ cfg.lookahead, n_gone / CELLS_PER_TRY, n_room }));
+    return std::max(0, std::min(n_wanted, n_room));
 }
 
 int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens) {
@@ -97,8 +103,8 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
     const bool    held    = hold;
 
     hold = true;  // to the sequence they are more of the prompt
-    token_batch   step((int32_t) attempts.size());
-    int32_t       n_tried = 0;
+    token_batch step((int32_t) attempts.size());
+    int32_t     n_tried = 0;
     for (bool going = true; going;) {
         step.batch.n_tokens = 0;
         std::vector<attempt *> rows;

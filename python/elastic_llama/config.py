@@ -47,10 +47,10 @@ class ElasticConfig:
         What they attend to is part of the importance, and a short answer sees everything; its
         prompt is compressed when the next one begins. `kv_cells` comes first.
     lookahead : int, optional
-        Before a prompt of text is compressed, this many tokens of its answer, at most, are tried
-        with all cells and taken back; what they attend to is part of the importance. One token for
-        32 cells that have to leave; none where an image is among the cells, or with a delay. >= 0.
-        None: what the policy is made for, 16 for `elastic` and `elastic-evict`, else 0.
+        Before a prompt of text is compressed, this many tokens of its answer are tried with all
+        cells and taken back; what they attend to is part of the importance. None where an image is
+        among the cells, or with a delay. >= 0. None: what the policy is made for, 16 for `elastic`
+        and `elastic-evict`, else 0, and one for 24 cells that have to leave at most.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.

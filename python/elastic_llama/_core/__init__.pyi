@@ -38,7 +38,8 @@ class Session:
 
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
         larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
-        look_ahead tries `lookahead` tokens of it at most (-1: as many as the policy is made for). With
+        look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
+        have to leave at most). With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
 
@@ -99,8 +100,8 @@ class Session:
 
         To be called when the first token of an answer is known and not yet decoded. What the tokens that
         are tried attend to becomes part of the importance. Nothing is tried where a sequence holds image
-        cells, where few cells have to leave (one token for 32 of them), or with a delay. Returns the decode
-        steps it took; the logits of the context are other ones then.
+        cells, where no cell (or, with a lookahead of -1, few) has to leave, or with a delay. Returns the
+        decode steps it took; the logits of the context are other ones then.
 
         Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.
         """

@@ -30,6 +30,8 @@ class Run:
     score_s, plan_s, merge_s : float
         Reading the importance; plan and merge of the compression after the prompt. The graph's
         share of scoring is in `prefill_s` (compare it with stock's), as are compressions under way.
+    look_s : float
+        Trying answers before that compression, prompts of text only.
     kv_bytes : int
         K, V and bias of the cells in use after the prompt.
     rss : dict
@@ -47,6 +49,7 @@ class Run:
     score_s: float = 0.0
     plan_s: float = 0.0
     merge_s: float = 0.0
+    look_s: float = 0.0
     kv_bytes: int = 0
     bytes_freed: int = 0
     rss: dict[str, int] = field(default_factory=dict)
@@ -77,8 +80,8 @@ class Racer:
     def close(self) -> None:
         self.context.close()
 
-    def prefill(self, parts: list[Any]) -> None:
-        """All sequences once; compression is timed on its own."""
+    def prefill(self, parts: list[Any], first_token: int = 0) -> None:
+        """All sequences once; compression is timed on its own. `first_token`: of the answers."""
         context, run = self.context, self.run
         with self._counted("prompt"):
             context.clear()
@@ -88,7 +91,7 @@ class Racer:
         self.pos = sum(len(part) for part in parts)
         run.cells_prompt = run.cells_kept = self.pos
         if context.session is not None:
-            self._compress()
+            self._compress(first_token)
 
     def warm_up(self, part: Any) -> None:
         """What only the first decode of a context does: pages of the model, buffers."""
@@ -96,16 +99,18 @@ class Racer:
             self.context.clear()
             self.context.prefill([part], 0)
 
-    def _compress(self) -> None:
+    def _compress(self, first_token: int) -> None:
         context, run = self.context, self.run
         run.cells_prompt = context.n_cells()
+        run.score_s = context.session.stats()["score_us"] / 1e6
+        context.session.look_ahead([first_token] * context.n_seqs, list(range(context.n_seqs)))
         before = context.session.stats()
         with self._counted("compressed"):
             for seq in range(context.n_seqs):
                 context.session.compress(seq)
         stats = context.session.stats()
         run.cells_kept = context.n_cells()
-        run.score_s = stats["score_us"] / 1e6
+        run.look_s = before["look_us"] / 1e6
         run.plan_s, run.merge_s = (
             (stats[name] - before[name]) / 1e6 for name in ("plan_us", "merge_us")
         )
@@ -193,7 +198,7 @@ def measure(
             racer.warm_up(prompts.parts()[0])
         for turn in range(n_prefills):
             for racer in racers if turn % 2 == 0 else racers[::-1]:
-                racer.prefill(prompts.parts())
+                racer.prefill(prompts.parts(), prompts.tokens[scenario.n_text])
                 tick(f"{scenario.name} {racer.run.kind}: prompt")
         for elastic, config in zip([r for r in racers if r.run.kind == "elastic"], used):
             _start_ideal(llm, scenario, setting, prompts, elastic, config, start)

@@ -19,6 +19,7 @@ COLUMNS = (
     "x stock",
     "x ideal",
     "score+plan+merge",
+    "look ahead",
     "KV MiB",
     "RSS freed MiB",
 )
@@ -36,7 +37,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
     Parts of the generation are compared with the same part of the other, and the median is taken.
     `cost` is what elastic took longer than stock for the prompt, plan and merge included, as a
-    share of stock's.
+    share of stock's; `look` what trying answers took, likewise.
     """
     out: dict[int, dict[str, float]] = {}
     for i, row in enumerate(rows):
@@ -51,6 +52,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
             compress = row["plan_s"] + row["merge_s"]
             pairs = zip(row["prefill_s"], stock["prefill_s"])
             own["cost"] = median([(a + compress) / b - 1 for a, b in pairs])
+            own["look"] = row.get("look_s", 0.0) / median(stock["prefill_s"])
         out[i] = own
     return out
 
@@ -84,6 +86,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 f"{own['stock']:.3f}" if "stock" in own else "",
                 f"{own['ideal']:.3f}" if "ideal" in own else "",
                 f"{100 * own['cost']:+.1f} %" if "cost" in own else "",
+                f"{100 * own['look']:+.1f} %" if row.get("look_s") and "look" in own else "",
                 f"{row['kv_bytes'] / MIB:.1f}",
                 "" if freed is None else f"{freed:.1f} of {row['bytes_freed'] / MIB:.1f}",
             ]

@@ -49,6 +49,7 @@ SCENARIOS = (
     Scenario("hires", "one image in five tiles, 2880 cells, and 64 tokens", 64, (5 * N_IMAGE,)),
     Scenario("images8", "eight images and 256 tokens", 256, (N_IMAGE,) * 8),
     Scenario("images8-capped", "the same in 1024 cells", 256, (N_IMAGE,) * 8, kv_cells=1024),
+    Scenario("text", "a text of 1024 tokens", 1024),
     Scenario("seqs8", "8 sequences of 1024 + 512 tokens", 1024, (), 8, 512, 8),
     Scenario("seqs16", "16 sequences of 1024 + 512 tokens", 1024, (), 16, 512, 8),
 )

@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="cells of each sequence (1024)",
     )
+    parser.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N")
     parser.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="off")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
     parser.set_defaults(run=run)
@@ -136,7 +137,11 @@ def _plan(args: argparse.Namespace) -> Any:
                 ElasticConfig(budget=budget, policy=policy, **when)  # says what is wrong
                 if policy != "full" and budget != 1:
                     cases.append(Case(policy, budget, kv_type))
-    for name, value in (("--parallel", args.parallel), ("--threads", args.threads)):
+    for name, value in (
+        ("--parallel", args.parallel),
+        ("--threads", args.threads),
+        ("--ubatch-size", args.ubatch_size),
+    ):
         if value < 1:
             raise ConfigError(text("eval", name, value, "at least 1"))
     if args.mmproj and not args.model:
@@ -155,6 +160,7 @@ def _plan(args: argparse.Namespace) -> Any:
         args.threads,
         args.flash_attn == "on",
         args.ctx_size,
+        args.ubatch_size,
         when,
     )
 

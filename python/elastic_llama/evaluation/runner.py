@@ -57,6 +57,7 @@ class Plan:
     n_threads: int = 1
     flash_attn: bool = False
     n_ctx: int = 2048
+    n_ubatch: int = 512
     elastic: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
@@ -252,6 +253,7 @@ class Runner:
                 n_ctx=256,  # replaced by the streams'
                 n_threads=plan.n_threads,
                 n_threads_batch=plan.n_threads,
+                n_ubatch=plan.n_ubatch,
                 flash_attn=plan.flash_attn,
                 type_k=KV_TYPES[kv_type],
                 type_v=KV_TYPES[kv_type],
