@@ -165,6 +165,60 @@ def test_an_end_ends_it(tiny_gqa: Path) -> None:
     pytest.fail("no answer of the tiny model ends")
 
 
+def test_an_end_that_is_sampled_is_the_whole_answer(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        prompt(e)
+        vocab = llama_cpp.llama_model_get_vocab(e.model)
+        assert e.session.look_ahead([llama_cpp.llama_vocab_eos(vocab)]) == 0
+
+
+def test_shared_cells_do_not_leave(tiny_gqa: Path) -> None:
+    """Of a prompt that another sequence uses too nothing is compressed, so nothing is tried."""
+    with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=True) as e:
+        n = prompt(e)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        assert e.session.look_ahead([20, 21], [0, 1]) == 0
+        e.prompt(random_tokens(60, N_VOCAB, 3), n, seq=1)  # all but one of these leave
+        assert e.session.look_ahead([20], [1]) == 59 // 24
+        assert e.session.n_cells(0) == n
+        assert e.session.n_cells(1) == n + 60
+
+
+def test_an_answer_under_way_is_not_tried(tiny_gqa: Path) -> None:
+    """A prompt that waits, from a cache with a delay, in one without."""
+    with Engine(tiny_gqa, elastic={**ELASTIC, "delay": 8}) as e:
+        n = prompt(e)
+        e.forced([20, 21], n)
+        saved = e.save()
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        e.load(saved)
+        assert e.session.is_waiting(0)
+        assert e.session.look_ahead([22]) == 0
+        assert e.session.n_cells(0) == n + 2
+
+
+def test_what_fails_leaves_no_trace(tiny_gqa: Path) -> None:
+    """A decode that is aborted ends the trying; cells and positions are as before."""
+    calls = 0
+
+    @llama_cpp.ggml_abort_callback
+    def abort(data: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 200
+
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = prompt(e)
+        pos = e.session.cells(0)["pos"]
+        llama_cpp.llama_set_abort_callback(e.ctx, abort, None)
+        assert 0 < e.session.look_ahead([20]) < N_TRIED
+        llama_cpp.llama_set_abort_callback(e.ctx, llama_cpp.ggml_abort_callback(0), None)
+        np.testing.assert_array_equal(e.session.cells(0)["pos"], pos)
+        assert e.session.n_tokens(0) == n
+        e.token(20, n)
+        assert e.session.stats()["compressions"] == 1
+
+
 def test_as_many_as_fit(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=ELASTIC, n_ctx=512) as e:
         e.prompt(random_tokens(509, N_VOCAB, 1))
@@ -258,7 +312,9 @@ def test_llama_looks_ahead(tiny_gqa: Path) -> None:
     assert "look ahead" in str(stats)
     assert stats.compressions == 1
     assert stats.cells_before == N
-    assert answer(tiny_gqa, by_hand=True)[0] == said
+    again, by_hand = answer(tiny_gqa, by_hand=True)
+    assert again == said
+    assert by_hand.look_ms > 0
     plain, without = answer(tiny_gqa, by_hand=False, lookahead=0)
     assert plain[0] == said[0]
     assert without.look_ms == 0
@@ -267,7 +323,6 @@ def test_llama_looks_ahead(tiny_gqa: Path) -> None:
 
 def test_conversation_looks_ahead(tiny_gqa: Path) -> None:
     words = "the heat on the earth " * 60
-    cells = []
     for lookahead in (None, 0):
         config = el.ElasticConfig(min_cells=8, lookahead=lookahead)
         with el.ElasticLlama(tiny_gqa, n_ctx=1024, n_threads=1, elastic=config) as llm:
@@ -276,7 +331,18 @@ def test_conversation_looks_ahead(tiny_gqa: Path) -> None:
             assert (talk.stats.look_ms > 0) == (lookahead is None)
             kept = math.ceil(0.2 * talk.stats.cells_prompt)
             assert talk.stats.cells_kept == kept - left_free(kept)
-            cells.append(talk.stats.cells_prompt)
             list(talk.ask("and", max_tokens=2))
-            assert talk.stats.look_ms == 0  # too little leaves
-    assert cells[0] == cells[1]
+            assert talk.stats.look_ms == 0  # too few leave
+
+
+def test_logits_of_what_was_tried_are_never_sampled(tiny_gqa: Path) -> None:
+    """An answer of one token looks ahead and decodes nothing more; the same prompt comes again."""
+    first = []
+    for lookahead in (None, 0):
+        config = el.ElasticConfig(min_cells=8, lookahead=lookahead)
+        with el.ElasticLlama(tiny_gqa, n_ctx=1024, n_threads=1, elastic=config) as llm:
+            talk = el.Conversation(llm)
+            list(talk.ask("the heat on the earth " * 60, max_tokens=1))
+            tokens = llm.input_ids[: llm.n_tokens].tolist()
+            first.append(next(llm.generate(tokens, temp=0.0, repeat_penalty=1.0)))
+    assert first[0] == first[1]

@@ -322,7 +322,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
     }
     const auto & sinfo = static_cast<const llama_kv_cache_context *>(mctx)->get_slot_info();
 
-    grow_v(std::any_of(in_prompt.begin(), in_prompt.end(), [](const auto & p) { return p.second; }));
+    grow_v(!trying && std::any_of(in_prompt.begin(), in_prompt.end(), [](const auto & p) { return p.second; }));
 
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {
         for (size_t ii = 0; ii < sinfo.size(); ++ii) {

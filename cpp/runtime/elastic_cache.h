@@ -130,6 +130,7 @@ class elastic_cache : public llama_elastic_i {
     std::unique_ptr<cell_store> store;
 
     bool hold    = false;
+    bool trying  = false;     // an answer, see look_ahead
     bool on_host = false;     // all of K and V
     bool masks_heads;         // where they lie, the fused op takes a mask per head
     bool score_step = false;  // the current batch generates, and its attention is added to the scores

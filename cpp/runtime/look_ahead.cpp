@@ -8,6 +8,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace elastic {
 
@@ -42,22 +43,30 @@ struct token_batch {
     }
 };
 
+struct at_end {
+    std::function<void()> fn;
+
+    ~at_end() { fn(); }
+};
+
 }  // namespace
 
 // tokens to try; 0: an image is among the cells (its answer looks from one patch to another, and what it begins with says little
 // of the rest), or too few leave for it to pay
 int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
-    if (!active() || !store->has_mass() || !sequence(seq_id).pending || cfg.delay > 0) {
+    if (!active() || !store->has_mass() || !sequence(seq_id).pending || is_waiting(seq_id) || cfg.delay > 0) {
         return 0;
     }
-    const uint32_t strm   = kv.get_stream(seq_id);
-    int32_t        n_gone = -target_cells(sequence(seq_id).n_tokens);
+    const uint32_t strm  = kv.get_stream(seq_id);
+    int32_t        n_own = 0;
     for (const int32_t cell : logical_cells(seq_id)) {
         if (store->kind(strm, cell) == cell_kind::image) {
             return 0;
         }
-        n_gone++;
+        n_own += !is_shared(strm, cell);
     }
+    const int32_t n_shared = n_cells(seq_id) - n_own;
+    const int32_t n_gone   = n_own - std::max(1, target_cells(sequence(seq_id).n_tokens) - n_shared);
     if (n_gone <= 0) {
         return 0;
     }
@@ -91,7 +100,7 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
             refuse("seq_id: got " + std::to_string(seq_ids[i]) + " more than once");
         }
         const int32_t n = n_to_try(seq_ids[i], (int32_t) seq_ids.size());
-        if (n > 0) {
+        if (n > 0 && !llama_vocab_is_eog(vocab, tokens[i])) {
             attempts.push_back({ seq_ids[i], tokens[i], kv.seq_pos_max(seq_ids[i]) + 1, n });
         }
     }
@@ -101,8 +110,17 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
 
     const int64_t t_start = ggml_time_us();
     const bool    held    = hold;
+    const at_end  restore = { [&] {
+        hold              = held;
+        trying            = false;
+        for (const auto & a : attempts) {
+            kv.seq_rm(a.seq_id, a.first, -1);
+        }
+        stats.t_look_us += ggml_time_us() - t_start;
+    } };
 
-    hold = true;  // to the sequence they are more of the prompt
+    hold   = true;  // to the sequence they are more of the prompt
+    trying = true;
     token_batch step((int32_t) attempts.size());
     int32_t     n_tried = 0;
     for (bool going = true; going;) {
@@ -115,6 +133,8 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
             }
         }
         going = !rows.empty() && llama_decode(&ctx, step.batch) == 0;
+        n_tried += going;
+        stats.n_tried += going;
         for (size_t i = 0; going && i < rows.size(); ++i) {
             const float * logits = llama_get_logits_ith(&ctx, (int32_t) i);
             if (!logits) {
@@ -124,15 +144,7 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
             rows[i]->next   = (llama_token) (std::max_element(logits, logits + n_vocab) - logits);
             rows[i]->n_left = llama_vocab_is_eog(vocab, rows[i]->next) ? 0 : rows[i]->n_left - 1;
         }
-        n_tried += going;
     }
-    hold = held;
-
-    for (const auto & a : attempts) {
-        kv.seq_rm(a.seq_id, a.first, -1);
-    }
-    stats.n_tried += n_tried;
-    stats.t_look_us += ggml_time_us() - t_start;
     return n_tried;
 }
 

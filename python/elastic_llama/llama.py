@@ -203,7 +203,8 @@ class ElasticLlama(llama_cpp.Llama):
         """Before the prompt is compressed, try the answer that begins with `token`."""
         if self._session is not None and 0 <= token < self.n_vocab():
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as `eval` does
-            self._session.look_ahead([token])
+            if self._session.look_ahead([token]):
+                self._requires_eval = True  # the logits are not the prompt's any more
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
@@ -275,10 +276,10 @@ class ElasticLlama(llama_cpp.Llama):
         if phase is _Phase.FIRST:
             self._phase = _Phase.GENERATION
         in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
-        if not in_prompt and tokens:
-            self._look_ahead(tokens[0])
-        self._hold(in_prompt)
         try:
+            if not in_prompt and tokens:
+                self._look_ahead(tokens[0])
+            self._hold(in_prompt)
             super().eval(tokens)
         except RuntimeError as e:
             raise decode_error(e) from e

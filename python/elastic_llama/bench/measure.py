@@ -103,9 +103,9 @@ class Racer:
         context, run = self.context, self.run
         run.cells_prompt = context.n_cells()
         run.score_s = context.session.stats()["score_us"] / 1e6
-        context.session.look_ahead([first_token] * context.n_seqs, list(range(context.n_seqs)))
-        before = context.session.stats()
         with self._counted("compressed"):
+            context.session.look_ahead([first_token] * context.n_seqs, list(range(context.n_seqs)))
+            before = context.session.stats()
             for seq in range(context.n_seqs):
                 context.session.compress(seq)
         stats = context.session.stats()

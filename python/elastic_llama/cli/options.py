@@ -86,7 +86,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="try N tokens of an answer before its prompt, if it is text, is compressed "
-        "(what the policy is made for: 16 for elastic, else 0)",
+        "(16 for elastic and elastic-evict where enough cells leave, else 0)",
     )
 
 
