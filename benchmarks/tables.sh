@@ -30,7 +30,7 @@ if [ "$1" != same ]; then
     run 0/2   # both are done: the whole table
     exit
 fi
-for data in "scenes --limit 20" benchmarks/text_set/text.json; do
+for data in "scenes --limit 20" "benchmarks/text_set/text.json --limit 16"; do
     folder=benchmarks/results/same/$(basename "${data%% *}" .json)
     while read -r name more; do
         out=$folder/$name
