@@ -14,7 +14,7 @@ ahead)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv --budge
 far)    args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 32 --metrics forced,exact" ;;
 plain)  args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --metrics forced,exact" ;;
 delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --metrics forced" ;;
-same)   args="--split dev --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
+same)   args="--split dev --limit 20 --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
 *)      echo "usage: $0 known|before|pareto|text|ahead|far|plain|delay|same" >&2; exit 2 ;;
 esac
 run() { # shard, more arguments
@@ -30,12 +30,11 @@ if [ "$1" != same ]; then
     run 0/2   # both are done: the whole table
     exit
 fi
-for data in "scenes --limit 20" "benchmarks/text_set/text.json --limit 16"; do
-    folder=benchmarks/results/same/$(basename "${data%% *}" .json)
-    while read -r name more; do
-        out=$folder/$name
-        both --data $data $more < /dev/null
-    done <<'RUNS'
+folder=$out
+while read -r name more; do
+    out=$folder/$name
+    both $more < /dev/null
+done <<'RUNS'
 base
 again
 fa -fa on
@@ -43,5 +42,4 @@ threads -t 2
 ubatch -ub 64
 alone --parallel 1
 RUNS
-    "${PYTHON:-.venv/bin/python}" benchmarks/compare_runs.py "$folder"
-done
+"${PYTHON:-.venv/bin/python}" benchmarks/compare_runs.py "$folder"
