@@ -23,7 +23,7 @@ hires)      bench hires      -m "$(model 4)" --scenarios hires -r 2 ;;
 image)      bench image      -m "$(model 4)" --scenarios image -r 3 ;;
 kv-types)   bench kv-types   -m "$(model 4)" --scenarios image,hires --kv-types q8_0,q4_0 -fa on -r 1 -n 80 ;;
 images8)    bench images8    -m "$(model 4)" --scenarios images8,images8-capped -fa off -r 1 ;;
-text)       bench text       -m "$(model 4)" --scenarios text -r 2 ;;
+text)       bench text       -m "$(model 4)" --scenarios text -r 2 -n 40 ;;
 seqs8)      bench seqs8      -m "$(model 4)" --scenarios seqs8 -fa off,on -r 1 ;;
 seqs16)     bench seqs16     -m "$(model 4)" --scenarios seqs16 -fa off -r 1 ;;
 full-image) bench full-image -m "$(model 32)" --scenarios image -fa off -r 1 -n 80 ;;
