@@ -16,6 +16,7 @@ from pathlib import Path
 from elastic_llama import ElasticConfig, ElasticLlama
 from elastic_llama.conversation import Conversation
 from elastic_llama.evaluation.items import Item, read_items
+from elastic_llama.evaluation.metrics import is_right
 from make_text_set import FORMS, N_ECHO
 
 N_LATER = 2  # further questions for each text
@@ -32,10 +33,6 @@ def other_facts(item: Item) -> list[tuple[str, str]]:
             if value != item.answer:
                 out.append((form.question.format(thing=thing), value))
     return out
-
-
-def right(said: str, value: str) -> bool:
-    return value in re.findall(r"\w+", said)
 
 
 def ask(chat: Conversation, question: str) -> str:
@@ -66,8 +63,10 @@ def main() -> None:
             chat = Conversation(llm)
             for item, questions in zip(items, later):
                 chat.clear()
-                n_first += right(ask(chat, item.prompt), item.answer)
-                n_later += sum(right(ask(chat, question), value) for question, value in questions)
+                n_first += is_right(ask(chat, item.prompt), item.answer)
+                n_later += sum(
+                    is_right(ask(chat, question), value) for question, value in questions
+                )
             chat.close()
         n = len(items)
         lines.append(f"{name}: first {n_first} of {n}, later {n_later} of {N_LATER * n}")

@@ -52,14 +52,12 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     const uint32_t strm = kv.get_stream(seq_id);
 
     // cells that another sequence uses too stay as they are, where they are
-    std::vector<int32_t> rows;
-    elastic::cells       c;
-    for (const int32_t cell : logical_cells(seq_id)) {
-        if (!is_shared(strm, cell)) {
-            rows.push_back(cell);
-            c.kind.push_back(store->kind(strm, cell));
-            c.pinned.push_back(0);
-        }
+    const std::vector<int32_t> rows = own_cells(seq_id);
+
+    elastic::cells c;
+    for (const int32_t cell : rows) {
+        c.kind.push_back(store->kind(strm, cell));
+        c.pinned.push_back(0);
     }
     const int32_t n_all    = n_cells(seq_id);
     const int32_t n_shared = n_all - (int32_t) rows.size();

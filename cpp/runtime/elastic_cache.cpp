@@ -309,9 +309,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
             if (is_waiting(seq_id)) {
                 compress_pending(seq_id);
             }
-            if (cfg.max_cells > 0) {
-                make_room_for_prompt(seq_id, s.n);
-            }
+            make_room_for_prompt(seq_id, s.n);
         }
     }
 }
@@ -580,6 +578,16 @@ std::vector<int32_t> elastic_cache::logical_cells(llama_seq_id seq_id) const {
     std::vector<int32_t> res;
     for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
         res.push_back((int32_t) cell);
+    }
+    return res;
+}
+
+std::vector<int32_t> elastic_cache::own_cells(llama_seq_id seq_id) const {
+    std::vector<int32_t> res;
+    for (const int32_t cell : logical_cells(seq_id)) {
+        if (!is_shared(kv.get_stream(seq_id), cell)) {
+            res.push_back(cell);
+        }
     }
     return res;
 }

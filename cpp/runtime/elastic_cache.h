@@ -156,6 +156,7 @@ class elastic_cache : public llama_elastic_i {
     bool    fades(const llama_ubatch & ubatch) const;
     int32_t query_count(llama_seq_id seq_id) const;
     void    make_room(llama_seq_id seq_id, int32_t n_new);
+    int32_t room_under_cap(llama_seq_id seq_id) const;
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
     int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
     int32_t n_threads() const;
@@ -180,6 +181,8 @@ class elastic_cache : public llama_elastic_i {
     void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
     bool    is_shared(uint32_t strm, int32_t cell) const;
+
+    std::vector<int32_t> own_cells(llama_seq_id seq_id) const;  // logical cells that no other sequence uses
 };
 
 }  // namespace elastic

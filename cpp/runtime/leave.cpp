@@ -64,10 +64,15 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     }
 }
 
+// cells that a prompt may take on top of those it holds before it is compressed for max_cells
+int32_t elastic_cache::room_under_cap(llama_seq_id seq_id) const {
+    return cfg.max_cells > 0 ? cfg.max_cells + (int32_t) ctx.n_ubatch() - n_cells(seq_id) : INT32_MAX;
+}
+
 // Before a part of a prompt is placed: what is held and the part stay within max_cells and one ubatch, if the part
 // is no larger than an ubatch.
 void elastic_cache::make_room_for_prompt(llama_seq_id seq_id, int32_t n_new) {
-    if (n_cells(seq_id) + n_new <= cfg.max_cells + (int32_t) ctx.n_ubatch()) {
+    if (n_new <= room_under_cap(seq_id)) {
         return;
     }
     or_log(seq_id, [&] { compress_to(seq_id, cfg.max_cells, false); });

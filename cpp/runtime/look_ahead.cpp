@@ -57,26 +57,21 @@ int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
     if (!active() || !store->has_mass() || !sequence(seq_id).pending || is_waiting(seq_id) || cfg.delay > 0) {
         return 0;
     }
-    const uint32_t strm  = kv.get_stream(seq_id);
-    int32_t        n_own = 0;
-    for (const int32_t cell : logical_cells(seq_id)) {
-        if (store->kind(strm, cell) == cell_kind::image) {
-            return 0;
-        }
-        n_own += !is_shared(strm, cell);
+    const uint32_t strm = kv.get_stream(seq_id);
+    const auto     all  = logical_cells(seq_id);
+    if (std::any_of(all.begin(), all.end(), [&](int32_t cell) { return store->kind(strm, cell) == cell_kind::image; })) {
+        return 0;
     }
-    const int32_t n_shared = n_cells(seq_id) - n_own;
+    const int32_t n_own    = (int32_t) own_cells(seq_id).size();
+    const int32_t n_shared = (int32_t) all.size() - n_own;
     const int32_t n_gone   = n_own - std::max(1, target_cells(sequence(seq_id).n_tokens) - n_shared);
     if (n_gone <= 0) {
         return 0;
     }
     const int32_t n_wanted = cfg.lookahead >= 0 ? cfg.lookahead : std::min(cfg.pol.lookahead(), n_gone / CELLS_PER_TRY);
 
-    int32_t n_room = (shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used()) / n_seqs;
-    if (cfg.max_cells > 0) {
-        n_room = std::min(n_room, cfg.max_cells + (int32_t) ctx.n_ubatch() - n_cells(seq_id));
-    }
-    return std::max(0, std::min(n_wanted, n_room));
+    const int32_t n_room = (shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used()) / n_seqs;
+    return std::max(0, std::min({ n_wanted, n_room, room_under_cap(seq_id) }));
 }
 
 int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens) {
@@ -110,19 +105,20 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
 
     const int64_t t_start = ggml_time_us();
     const bool    held    = hold;
+    int32_t       n_tried = 0;
     const at_end  restore = { [&] {
         hold              = held;
         trying            = false;
         for (const auto & a : attempts) {
             kv.seq_rm(a.seq_id, a.first, -1);
         }
+        stats.n_tried += n_tried;
         stats.t_look_us += ggml_time_us() - t_start;
     } };
 
     hold   = true;  // to the sequence they are more of the prompt
     trying = true;
     token_batch step((int32_t) attempts.size());
-    int32_t     n_tried = 0;
     for (bool going = true; going;) {
         step.batch.n_tokens = 0;
         std::vector<attempt *> rows;
@@ -134,7 +130,6 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
         }
         going = !rows.empty() && llama_decode(&ctx, step.batch) == 0;
         n_tried += going;
-        stats.n_tried += going;
         for (size_t i = 0; going && i < rows.size(); ++i) {
             const float * logits = llama_get_logits_ith(&ctx, (int32_t) i);
             if (!logits) {

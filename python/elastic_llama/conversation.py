@@ -247,12 +247,11 @@ class Conversation:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
                 self._decoded += waiting
-            ends = llama_cpp.llama_vocab_is_eog(vocab, token)
             if stats.n_answer == (self.llm.elastic.delay if self.llm.elastic else 0):
-                self._compress(None if ends else token)
+                self._compress(token)
             elif stats.n_answer == 0:
                 self._note_cells()
-            if ends:
+            if llama_cpp.llama_vocab_is_eog(vocab, token):
                 stats.finish = "stop"
                 break
             stats.n_answer += 1
@@ -282,15 +281,14 @@ class Conversation:
         if session is not None:
             stats.bytes_prompt = stats.bytes_kept = n_cells * session.kv_bytes_per_cell()
 
-    def _compress(self, token: int | None) -> None:
+    def _compress(self, token: int) -> None:
         """The prompt's compression, when the token that it is due for is about to be decoded."""
         stats, session = self.stats, self.llm.session
         self._note_cells()
         if session is None:
             return
         before = session.stats()
-        if token is not None:
-            self.llm._look_ahead(token)
+        self.llm._look_ahead(token)
         start = time.perf_counter()
         stats.cells_kept = session.compress(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)

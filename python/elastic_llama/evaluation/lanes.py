@@ -126,8 +126,8 @@ class Lanes:
                 going.append(i)
             if not rows:
                 break
-            if max(len(lane.tokens) for lane in lanes) == 1:
-                self.streams.session.look_ahead([row[0] for row in rows], going)
+            # nothing is tried but before an answer's first token
+            self.streams.session.look_ahead([row[0] for row in rows], going)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 lanes[i].logits.append(logits)
                 held = self.streams.session.n_cells(i)
