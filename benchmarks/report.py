@@ -1,6 +1,9 @@
 """Markdown tables of one folder of results, as docs/results.md shows them.
 
-python benchmarks/report.py benchmarks/results/known
+python benchmarks/report.py benchmarks/results/known [benchmarks/results/known-layers]
+
+With a second folder of the same items its policies replace the first one's, which measured them
+with `--layers even` and are shown as that.
 """
 
 from __future__ import annotations
@@ -58,9 +61,25 @@ def pairs(rows: list[dict[str, Any]], lines: list[dict[str, Any]], group: str) -
     return table(["policy", *(f"{b:g}" for b in budgets)], out)
 
 
+def replaced(rows: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with the cases of the same items in `later`; the full cache's stays."""
+    found = {row["id"]: row["cases"] for row in later}
+    out = []
+    for row in rows:
+        new = {case: own for case, own in found[row["id"]].items() if not case.startswith("full")}
+        old = {
+            case.replace("@", " --layers even@") if case in new else case: own
+            for case, own in row["cases"].items()
+        }
+        out.append({**row, "cases": {**old, **new}})
+    return out
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     rows = read_rows(folder)
+    for other in sys.argv[2:]:
+        rows = replaced(rows, read_rows(Path(other)))
     lines = summarise(rows)
     for group in dict.fromkeys(row["group"] for row in rows):
         n = sum(row["group"] == group for row in rows)

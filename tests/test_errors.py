@@ -145,8 +145,8 @@ def test_header_without_weights(tmp_path, tiny_gqa):
         {"n_ctx": -1},
         {"n_ctx": 2.5},
         {"n_batch": 0},
-        {"type_v": 8},
-        {"type_k": 8, "type_v": 2},
+        {"type_v": 8, "flash_attn": False},
+        {"type_k": 8, "type_v": 2, "elastic": None},
     ],
 )
 def test_bad_arguments(tiny_gqa, arguments):

@@ -205,8 +205,13 @@ def rotated(seen: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("n_new", [1, 20, 200])
 @pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
-@pytest.mark.parametrize("policy", ["elastic", "elastic-paper", "elastic-evict"])
-def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool, n_new: int) -> None:
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    [("elastic", ()), ("elastic", (0.5, 2, 0.5)), ("elastic-paper", ()), ("elastic-evict", ())],
+)
+def test_biased_attention_equals_numpy(
+    tiny_gqa: Path, policy: str, share: tuple[float, ...], fa: bool, n_new: int
+) -> None:
     """The attention output over merged cells is NumPy's, bias included.
 
     For the token that follows, and for another prompt of few or of many tokens: the last goes
@@ -229,10 +234,11 @@ def test_biased_attention_equals_numpy(tiny_gqa: Path, policy: str, fa: bool, n_
         type_k="f32",
         type_v="f32",
         cb_eval=callback,
-        elastic={"policy": policy, "budget": 0.3, "min_cells": 8},
+        elastic={"policy": policy, "budget": 0.3, "min_cells": 8, "layer_share": share},
     ) as e:
         n = feed(e)
         n_held = e.session.compress(0)
+        assert (e.session.n_held(0) < n_held) == bool(share)
         capture_q.seen.clear()
         capture_o.seen.clear()
         e.prompt(forced, n)

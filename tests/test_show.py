@@ -54,6 +54,11 @@ def test_share_of_a_layer() -> None:
     assert kept_share(PLAN, 6, layer=1).tolist() == [0.5, 0, 0, 0.5, 1, 0]
 
 
+def test_a_layer_that_holds_fewer() -> None:
+    kept = np.array([[[0, -1, 5]], [[0, 3, 5]]])
+    assert kept_share({"kept": kept}, 6).tolist() == [1, 0, 0, 0.5, 0, 1]
+
+
 def test_order_of_ranks_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     kept = np.stack([rng.permutation(40)[:9] for _ in range(15)]).reshape(5, 3, 9)
@@ -129,7 +134,7 @@ def test_embedded_model(
         kept = look(el.Conversation(llm), "What is in row 1?", [demo_image()], layer)
         plan = llm.session.last_plan()["kept"]
         start = len(llm.tokenize(b"<|im_start|>user\n", add_bos=False, special=True))
-        n_cells, n_after = llm.n_tokens, llm.session.n_cells()
+        n_cells, n_after = llm.n_tokens, llm.session.n_held()
     figure = draw(kept)
 
     rows = plan.reshape(-1, plan.shape[2]) if layer is None else plan[layer]

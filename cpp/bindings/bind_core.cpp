@@ -113,8 +113,12 @@ struct array_rows : row_source {
 
 static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
                              const f32_array & importance, const std::optional<f32_array> & recent, const std::optional<f32_array> & keys,
-                             const std::optional<f32_array> & values, int32_t n_threads) {
-    const cells    c = make_cells(kind, pinned);
+                             const std::optional<f32_array> & values, int32_t n_threads, const std::vector<float> & layer_share,
+                             const std::optional<u8_array> & absent) {
+    cells c = make_cells(kind, pinned);
+    if (absent) {
+        c.absent.assign(absent->data(), absent->data() + absent->size());
+    }
     importance_map m = { make_map(importance, "importance"), {} };
     if (recent) {
         m.recent = make_map(*recent, "recent");
@@ -129,9 +133,9 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
     {
         py::gil_scoped_release release;
         const policy &         pol    = find_policy(name);
-        const plan_params      params = { n_keep, n_sink };
+        const plan_params      params = { n_keep, n_sink, layer_share };
         p                             = make_plan(pol, params, c, m, source ? &*source : nullptr, n_threads);
-        validate(p, c, sink_cells(pol.select, { p.n_keep, n_sink }));
+        validate(p, c, sink_cells(pol.select, params));
     }
     py::dict res      = to_dict(p);
     res["positions"]  = to_array(rank_positions(p));
@@ -258,8 +262,10 @@ void bind_core(py::module_ & m) {
         "The table of policies.");
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
              py::arg("importance"), py::arg("recent") = py::none(), py::arg("keys") = py::none(), py::arg("values") = py::none(),
-             py::arg("n_threads") = 1,
-             "Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N].");
+             py::arg("n_threads") = 1, py::arg("layer_share") = std::vector<float>(), py::arg("absent") = py::none(),
+             "Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and "
+             "rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does "
+             "without already.");
     core.def(
         "split_budget",
         [](int32_t n_keep, int32_t n_text, int32_t n_image) {

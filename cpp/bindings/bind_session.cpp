@@ -16,13 +16,26 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, bool record, bool release_memory)
+            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, const std::vector<float> & layer_share, bool record,
+            bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
         }
-        const elastic_params params = { policy.c_str(), budget, n_sink,    offset, min_cells,     n_threads,
-                                        max_cells,      delay,  lookahead, record, release_memory };
+        elastic_params params = elastic_default_params();
+        params.policy         = policy.c_str();
+        params.budget         = budget;
+        params.n_sink         = n_sink;
+        params.offset         = offset;
+        params.min_cells      = min_cells;
+        params.n_threads      = n_threads;
+        params.max_cells      = max_cells;
+        params.delay          = delay;
+        params.lookahead      = lookahead;
+        params.layer_share    = layer_share.data();
+        params.n_layer_share  = (int32_t) layer_share.size();
+        params.record         = record;
+        params.release_memory = release_memory;
         attach(*ctx, params);
     }
 
@@ -86,17 +99,19 @@ void bind_session(py::module_ & m) {
           "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, bool>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
+                      const std::vector<float> &, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
-             py::arg("lookahead") = -1, py::arg("record") = false, py::arg("release_memory") = true,
-             py::call_guard<py::gil_scoped_release>(),
+             py::arg("lookahead") = -1, py::arg("layer_share") = std::vector<float>(), py::arg("record") = false,
+             py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
 larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
 look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-have to leave at most). With
+have to leave at most). `layer_share`: cells of each layer of the cache in relation to the others',
+> 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
 
@@ -133,7 +148,19 @@ Raises ValueError for a token that does not exist, a sequence given twice, or li
             py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
         .def(
             "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); }, py::arg("seq_id") = 0,
-            "Cells the sequence holds.")
+            "Cells the sequence holds; with layer_share not every layer holds all of them.")
+        .def(
+            "n_held", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_held(seq_id); }, py::arg("seq_id") = 0,
+            "Cells that a layer holds of the sequence, on average over the layers, rounded up.")
+        .def(
+            "frees_rows", [](const session & self) { return self.cache().frees_rows(); },
+            "Whether what single layers do without (layer_share) goes back to the operating system.")
+        .def(
+            "held_rows", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).held_rows(seq_id)); },
+            py::arg("seq_id") = 0, "Cells that each layer holds of the sequence, int32 [n_layer].")
+        .def(
+            "kv_bytes", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).kv_bytes(seq_id); },
+            py::arg("seq_id") = 0, "Bytes of K, V and bias that the layers hold of the sequence.")
         .def(
             "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
             py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")

@@ -42,6 +42,9 @@ std::vector<query_group> read_mask(const attention & a) {
                 g.may_see[c] |= (query_set) open << i;
             }
         }
+        for (int32_t c = 0; a.bias && c < a.n_kv; ++c) {
+            g.may_see[c] = a.bias[c] == -INFINITY ? 0 : g.may_see[c];
+        }
         for (int32_t c = 0; c < a.n_kv; c += N_CHUNK) {
             const int32_t end = std::min(a.n_kv, c + N_CHUNK);
             if (std::any_of(g.may_see.begin() + c, g.may_see.begin() + end, [](query_set s) { return s != 0; })) {

@@ -38,7 +38,9 @@ void assign_buckets(combine_rule rule, const cells & c, plan & p) {
                 std::fill(bucket, bucket + p.n_cells, -1);
             }
             for (int32_t j = 0; j < p.n_keep; ++j) {
-                bucket[kept[j]] = j;
+                if (kept[j] >= 0) {
+                    bucket[kept[j]] = j;
+                }
             }
             if (rule == combine_rule::nearest_mean) {
                 assign_nearest(c, kept, p.n_keep, bucket);

@@ -1,6 +1,7 @@
 #include "core/cover.h"
 
 #include "core/features.h"
+#include "core/layers.h"
 #include "core/parallel.h"
 #include "core/select.h"
 
@@ -34,6 +35,113 @@ std::vector<open_run> find_runs(const plan_params & params, const cells & c) {
         }
         first += n_keep;
     }
+    return res;
+}
+
+// the run without the cells that a layer does without, of which n_free stay beside the protected ones
+open_run run_of_layer(const open_run & run, const cells & c, int32_t il, int32_t n_free) {
+    open_run res;
+    res.image = run.image;
+    res.first = run.first;
+    for (size_t k = 0; k < run.cells.size(); ++k) {
+        if (!c.is_absent(il, run.cells[k])) {
+            res.cells.push_back(run.cells[k]);
+            res.protect.push_back(run.protect[k]);
+            res.closed.push_back(run.closed[k]);
+            res.n_protect += run.protect[k];
+        }
+    }
+    res.n_keep = res.n_protect + n_free;
+    return res;
+}
+
+// the run as each layer has it  [n_layer]
+std::vector<open_run> share_run(const open_run & run, const cells & c, const std::vector<float> & share) {
+    std::vector<open_run> res;
+    std::vector<int32_t>  room;
+    for (size_t il = 0; il < share.size(); ++il) {
+        res.push_back(run_of_layer(run, c, (int32_t) il, 0));
+        room.push_back((int32_t) res.back().cells.size() - res.back().n_protect);
+    }
+    const auto n_free = places_of_layers(run.n_keep - run.n_protect, share, room);
+    for (size_t il = 0; il < share.size(); ++il) {
+        res[il].n_keep += n_free[il];
+    }
+    return res;
+}
+
+// Ranks of a run: as many as the layer that keeps most of it. The protected cells that it ends with have the last ranks in every
+// layer, since they are the newest in each; a layer that keeps fewer does without those before them.
+struct run_ranks {
+    int32_t              first;   // rank of its first kept cell
+    int32_t              n_body;  // ranks before those of the tail
+    std::vector<int32_t> tail;    // protected cells at its end that some layer holds, ascending
+
+    int32_t n_keep() const { return n_body + (int32_t) tail.size(); }
+    // -1: not of the tail
+    int32_t tail_rank(int32_t cell) const {
+        const auto it = std::lower_bound(tail.begin(), tail.end(), cell);
+        return it != tail.end() && *it == cell ? first + n_body + (int32_t) (it - tail.begin()) : -1;
+    }
+};
+
+bool held_by_any(const cells & c, int32_t n_layer, int32_t cell) {
+    for (int32_t il = 0; il < n_layer; ++il) {
+        if (!c.is_absent(il, cell)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+run_ranks rank_run(const open_run & run, const std::vector<open_run> & of_layers, const cells & c, int32_t first) {
+    run_ranks res = { first, 0, {} };
+    for (size_t k = run.cells.size(); k > 0 && run.protect[k - 1]; --k) {
+        if (held_by_any(c, (int32_t) of_layers.size(), run.cells[k - 1])) {
+            res.tail.insert(res.tail.begin(), run.cells[k - 1]);
+        }
+    }
+    for (const auto & own : of_layers) {
+        const auto n_tail = std::count_if(own.cells.begin(), own.cells.end(), [&](int32_t cell) { return res.tail_rank(cell) >= 0; });
+        res.n_body        = std::max(res.n_body, own.n_keep - (int32_t) n_tail);
+    }
+    return res;
+}
+
+// makes room in the plan for the ranks of all runs; cells of other runs that a layer does without lose their ranks
+std::vector<run_ranks> widen(plan & p, const cells & c, const std::vector<open_run> & runs,
+                             const std::vector<std::vector<open_run>> & of_layers) {
+    std::vector<run_ranks> res;
+    std::vector<int32_t>   from;  // rank before, -1: of an open run  [n_keep]
+    int32_t                next = 0;
+
+    // a run that is kept whole has the same cell at a rank in all layers and heads
+    const auto keep_until = [&](int32_t last) {
+        for (; next < last; ++next) {
+            if (held_by_any(c, p.n_layer, p.kept[next])) {
+                from.push_back(next);
+            }
+        }
+    };
+    for (size_t r = 0; r < runs.size(); ++r) {
+        keep_until(runs[r].first);
+        res.push_back(rank_run(runs[r], of_layers[r], c, (int32_t) from.size()));
+        from.insert(from.end(), res.back().n_keep(), -1);
+        next += runs[r].n_keep;
+    }
+    keep_until(p.n_keep);
+
+    std::vector<int32_t> kept;
+    for (int32_t il = 0; il < p.n_layer; ++il) {
+        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+            for (const int32_t j : from) {
+                const int32_t cell = j < 0 ? -1 : p.kept_row(il, ih)[j];
+                kept.push_back(cell < 0 || c.is_absent(il, cell) ? -1 : cell);
+            }
+        }
+    }
+    p.n_keep = (int32_t) from.size();
+    p.kept   = std::move(kept);
     return res;
 }
 
@@ -189,6 +297,14 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();
 
+    const std::vector<float> share = params.layer_share.empty() ? std::vector<float>(p.n_layer, 1.0f) : params.layer_share;
+
+    std::vector<std::vector<open_run>> of_layers;
+    for (const auto & run : runs) {
+        of_layers.push_back(share_run(run, c, share));
+    }
+    const auto ranks = widen(p, c, runs, of_layers);
+
     p.bucket.assign((size_t) p.n_layer * p.n_head_kv * p.n_cells, -1);
 
     parallel_for(p.n_layer, n_threads, [&](int32_t il) {
@@ -202,14 +318,17 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
 
             int32_t * kept   = p.kept.data() + ((size_t) il * p.n_head_kv + ih) * p.n_keep;
             int32_t * bucket = p.bucket.data() + ((size_t) il * p.n_head_kv + ih) * p.n_cells;
-            for (const auto & run : runs) {
+            for (size_t r = 0; r < runs.size(); ++r) {
+                const auto & run = of_layers[r][il];
                 f.fill(run.cells, k, d_k, v, d_v);
                 chooser              places(run, f, score.row(il, ih));
-                const auto           chosen = places.choose();
                 std::vector<int32_t> rank(run.cells.size(), -1);
-                for (size_t j = 0; j < chosen.size(); ++j) {
-                    rank[chosen[j]]     = run.first + (int32_t) j;
-                    kept[run.first + j] = run.cells[chosen[j]];
+                int32_t              next = ranks[r].first;
+                for (const int32_t i : places.choose()) {
+                    const int32_t cell = run.cells[i];
+                    const int32_t last = ranks[r].tail_rank(cell);
+                    rank[i]            = last >= 0 ? last : next++;
+                    kept[rank[i]]      = cell;
                 }
                 for (size_t i = 0; i < run.cells.size(); ++i) {
                     const int32_t by = rank[i] < 0 ? places.nearest((int32_t) i) : -1;

@@ -4,7 +4,8 @@
 
 namespace elastic {
 
-// Chooses the kept cells of a plan anew, as many in every run of cells of one kind (image, or not) as the plan keeps there.
+// Chooses the kept cells of a plan anew, as many in every run of cells of one kind (image, or not) as the plan keeps there: in each
+// layer, or with layer_share on average over the layers; then n_keep becomes what the layers that keep most hold.
 //
 // A dropped cell is merged into the nearest kept one, so what it costs is its score times what is
 // lost by taking that one for it. Places are therefore given one after another, each to the cell of greatest

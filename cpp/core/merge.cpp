@@ -82,13 +82,10 @@ double log_weight_lost(const float * weight, const float * bias, const std::vect
 // one head of K or V on its way: what only moves as stored bytes, what is merged as f32
 class head_rows {
   public:
-    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const int32_t * kept, int32_t n_keep, int32_t ih, bool merges)
+    // moved: the rows of the kept cells
+    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & moved, int32_t ih, bool merges)
         : t(t), ih(ih) {
-        std::vector<int32_t> moved(n_keep);
-        for (int32_t j = 0; j < n_keep; ++j) {
-            moved[j] = rows_src[kept[j]];
-        }
-        raw.resize(n_keep * head_bytes(t));
+        raw.resize(moved.size() * head_bytes(t));
         read_raw(t, moved, ih, raw.data());
         if (merges) {
             all.resize(rows_src.size() * t.n_embd_head);
@@ -110,7 +107,7 @@ class head_rows {
   private:
     const kv_rows &      t;
     const int32_t        ih;
-    std::vector<uint8_t> raw;  // [n_keep][head_bytes]
+    std::vector<uint8_t> raw;  // [moved][head_bytes]
     std::vector<float>   all;  // [n_cells][n_embd_head]
     std::vector<int32_t> rows_merged;
     std::vector<float>   merged;  // [rows_merged][n_embd_head]
@@ -169,11 +166,24 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
         const bool moves_keys =
             rule == combine_rule::nearest_mean ||
             (rule == combine_rule::mass && std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; }));
-        head_rows head_k(k, rows_src, kept, p.n_keep, ih, moves_keys);
-        head_rows head_v(v, rows_src, kept, p.n_keep, ih, rule != combine_rule::evict);
+        std::vector<int32_t> moved, to;
+        for (int32_t j = 0; j < p.n_keep; ++j) {
+            if (kept[j] >= 0) {
+                moved.push_back(rows_src[kept[j]]);
+                to.push_back(rows_dst[j]);
+            }
+        }
+        head_rows head_k(k, rows_src, moved, ih, moves_keys);
+        head_rows head_v(v, rows_src, moved, ih, rule != combine_rule::evict);
 
         for (int32_t j = 0; j < p.n_keep; ++j) {
             const int32_t anchor = kept[j];
+            if (anchor < 0) {
+                out.mass.row(il, ih)[j]  = 0.0f;
+                out.count.row(il, ih)[j] = 0.0f;
+                out.bias.row(il, ih)[j]  = absent_bias;
+                continue;
+            }
             members.assign(1, anchor);
             if (rule != combine_rule::evict) {
                 members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
@@ -215,8 +225,8 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
             head_v.merge(rows_dst[j], members, weights);
         }
 
-        head_k.write(rows_dst);
-        head_v.write(rows_dst);
+        head_k.write(to);
+        head_v.write(to);
     }
 }
 

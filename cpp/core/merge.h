@@ -3,6 +3,8 @@
 #include "core/plan.h"
 #include "core/policy.h"
 
+#include <limits>
+
 namespace elastic {
 
 // what a cell stands for, per layer and KV head, in logical order
@@ -12,9 +14,13 @@ struct cell_state {
     head_map bias;   // added to the attention logits of later queries, 0 for an ordinary cell
 };
 
+// bias of a row that its layer does without: nothing attends to it, whatever lies there
+constexpr float absent_bias = -std::numeric_limits<float>::infinity();
+
 // Carries out one layer of the plan in place. rows_src[i]: stream row of logical cell i; rows_dst[j]: stream
 // row that kept rank j moves to (no two the same).
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
+// A rank that the layer does without gets absent_bias and no mass; its row is not touched.
 // Rows that are only moved are copied bit by bit; merged rows are summed in f64 and re-quantized.
 //   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise
 //   mass:         with the plan's weights w, the attention that is expected of a cell:

@@ -1,6 +1,7 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace elastic {
 
@@ -14,6 +15,12 @@ static void validate_head(const plan & p, const cells & c, int32_t n_sink, int32
 
     std::vector<uint8_t> seen(p.n_cells, 0);
     for (int32_t j = 0; j < p.n_keep; ++j) {
+        if ((kept[j] < 0) == p.holds(il, j)) {
+            broken("rank " + std::to_string(j) + " is held by some heads only", il, ih);
+        }
+        if (kept[j] == -1) {
+            continue;
+        }
         if (kept[j] < 0 || kept[j] >= p.n_cells) {
             broken("kept cell " + std::to_string(kept[j]) + " is out of range", il, ih);
         }
@@ -64,12 +71,20 @@ std::vector<int32_t> rank_positions(const plan & p) {
     std::vector<int32_t> sorted;
     for (int32_t il = 0; il < p.n_layer; ++il) {
         for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            sorted.assign(p.kept_row(il, ih), p.kept_row(il, ih) + p.n_keep);
+            sorted.clear();
+            std::copy_if(p.kept_row(il, ih), p.kept_row(il, ih) + p.n_keep, std::back_inserter(sorted), [](int32_t i) { return i >= 0; });
             std::sort(sorted.begin(), sorted.end());
+            auto next = sorted.begin();
             for (int32_t j = 0; j < p.n_keep; ++j) {
-                res[j] = std::max(res[j], sorted[j]);
+                if (p.holds(il, j)) {
+                    res[j] = std::max(res[j], *next++);
+                }
             }
         }
+    }
+    // a layer with few cells has late ones at early ranks
+    for (int32_t j = p.n_keep - 2; j >= 0; --j) {
+        res[j] = std::min(res[j], res[j + 1] - 1);
     }
     return res;
 }

@@ -68,6 +68,17 @@ static void check(const policy & pol, const plan_params & params, const cells & 
     if (params.n_keep < 1 || params.n_keep > n) {
         refuse("n_keep: got " + std::to_string(params.n_keep) + ", expected 1 <= n_keep <= " + std::to_string(n));
     }
+    if (!params.layer_share.empty() && (int32_t) params.layer_share.size() != sum.n_layer) {
+        refuse("layer_share: got " + std::to_string(params.layer_share.size()) + " layers, expected " + std::to_string(sum.n_layer));
+    }
+    for (const float x : params.layer_share) {
+        if (!(x > 0.0f) || std::isinf(x)) {
+            refuse("layer_share: got " + std::to_string(x) + ", expected finite values > 0");
+        }
+    }
+    if (!c.absent.empty() && (int64_t) c.absent.size() != (int64_t) sum.n_layer * n) {
+        refuse("absent: got " + std::to_string(c.absent.size()) + " entries, expected n_layer * n_cells");
+    }
     if (params.n_sink < 0) {
         refuse("n_sink: got " + std::to_string(params.n_sink) + ", expected >= 0");
     }
@@ -104,7 +115,7 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     p.n_keep    = pol.select == select_rule::all ? p.n_cells : params.n_keep;
 
     head_map          score = score_cells(pol.score, c, importance);
-    const plan_params own   = { p.n_keep, params.n_sink };
+    const plan_params own   = { p.n_keep, params.n_sink, params.layer_share };
     select_cells(pol.select, pol.ranked(), own, c, score, p);
     if (pol.select == select_rule::cover) {
         cover_runs(own, c, score, *rows, p, n_threads);

@@ -106,6 +106,9 @@ const policy &              find_policy(const std::string & name);  // throws el
 struct plan_params {
     int32_t n_keep = 0;  // cells to keep, 1 <= n_keep <= n_cells
     int32_t n_sink = 1;  // first cells that always stay (clamped to n_keep - 1)
+
+    // select_rule::cover: cells of each layer in relation to the others', n_keep on average; empty: the same for all  [n_layer]
+    std::vector<float> layer_share;
 };
 
 // what a score may look at; `recent` may be empty (n_cells == 0) for rules that do not look at it

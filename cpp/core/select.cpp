@@ -208,7 +208,7 @@ void select_cells(select_rule rule, bool ranked, const plan_params & params, con
 
 void sum_rank_scores(select_rule rule, const plan_params & params, const cells & c, const head_map & score, plan & p) {
     const auto protect  = protected_cells(rule, params, c);
-    const auto segments = shared_segments(rule, c, protect, p.n_keep);
+    const auto segments = shared_segments(rule, c, protect, params.n_keep);
 
     p.rank_score.assign(p.n_keep, 0.0f);
 
@@ -226,6 +226,9 @@ void sum_rank_scores(select_rule rule, const plan_params & params, const cells &
             const float *   src  = score.row(il, ih);
             for (int32_t j = 0; j < p.n_keep; ++j) {
                 const int32_t i = kept[j];
+                if (i < 0) {
+                    continue;
+                }
                 p.rank_score[j] = protect[i] || whole[i] ? HUGE_VALF : p.rank_score[j] + src[i];
             }
         }

@@ -28,9 +28,12 @@ enum class cell_kind : uint8_t {
 struct cells {
     std::vector<cell_kind> kind;    // [n_cells]
     std::vector<uint8_t>   pinned;  // [n_cells], 1: another sequence uses it too, it must stay as it is
+    std::vector<uint8_t>   absent;  // [n_layer][n_cells], 1: the layer does without it; empty: every layer holds all
 
     int32_t size() const { return (int32_t) kind.size(); }
     bool    is_image(int32_t i) const { return kind[i] == cell_kind::image; }
+
+    bool is_absent(int32_t il, int32_t i) const { return !absent.empty() && absent[(size_t) il * kind.size() + i]; }
 
     // nothing was said after the last image: what will be asked about it is not known yet
     bool ends_with_image() const { return !kind.empty() && kind.back() == cell_kind::image; }

@@ -90,6 +90,8 @@ elastic_params elastic_default_params(void) {
         /*.max_cells =*/0,
         /*.delay     =*/0,
         /*.lookahead =*/-1,
+        /*.layer_share    =*/nullptr,
+        /*.n_layer_share  =*/0,
         /*.record    =*/false,
         /*.release_memory =*/true,
     };

@@ -60,7 +60,11 @@ class cell_store {
 
     // one value of the bias, in the tensor too
     float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(index(il, ih))[cell]; }
-    void  set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
+    // whether a layer does without the cell
+    bool  is_absent(uint32_t strm, int32_t cell, int32_t il) const {
+        return biased[strm][cell] && bias_at(strm, cell, il, 0) == absent_bias;
+    }
+    void set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
 
     // what head (il, ih) holds in `src` is now what it holds in `dst`
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);

@@ -61,13 +61,14 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     }
     const int32_t n_all    = n_cells(seq_id);
     const int32_t n_shared = n_all - (int32_t) rows.size();
+    const int32_t n_own    = n_held(strm, rows);
 
     // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
-    const int32_t n_own   = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
-    const int32_t n_least = std::min((int32_t) rows.size(), n_own);
+    const int32_t n_floor = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
+    const int32_t n_least = std::min(n_own, n_floor);
     int32_t       n_keep  = std::max(n_least, n_target - n_shared);
 
-    if (!active() || n_keep >= (int32_t) rows.size()) {
+    if (!active() || n_keep >= n_own) {
         st.pending        = false;
         st.n_prompt_cells = n_all;
         store->rate_image_cells(strm, rows);
@@ -91,7 +92,17 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     const cell_state  before = store->gather(strm, rows);
     const kv_source   source(layers, rows);
-    const plan_params params = { n_keep, n_shared ? 0 : cfg.n_sink };
+    const plan_params params = { n_keep, n_shared ? 0 : cfg.n_sink, answer_next ? cfg.layer_share : std::vector<float>() };
+
+    if (n_own < (int32_t) rows.size()) {
+        for (int32_t il = 0; il < shape.n_layer; ++il) {
+            for (const int32_t row : rows) {
+                c.absent.push_back(store->is_absent(strm, row, il));
+            }
+        }
+    }
+    const int64_t n_bytes = kv_bytes(seq_id);
+    const int32_t n_rows  = n_held(seq_id);
 
     const head_map fading = store->gather_fading(strm, rows);
     const head_map window = store->gather_window(strm, rows);
@@ -106,12 +117,12 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     // the lowest of the sequence's own cells, so that the cells in use stay dense
     std::vector<int32_t> dst(rows);
     std::sort(dst.begin(), dst.end());
-    dst.resize(n_keep);
+    dst.resize(p.n_keep);
 
     cell_state after = {
-        head_map(shape.n_layer, shape.n_head_kv, n_keep),
-        head_map(shape.n_layer, shape.n_head_kv, n_keep, 1.0f),
-        head_map(shape.n_layer, shape.n_head_kv, n_keep),
+        head_map(shape.n_layer, shape.n_head_kv, p.n_keep),
+        head_map(shape.n_layer, shape.n_head_kv, p.n_keep, 1.0f),
+        head_map(shape.n_layer, shape.n_head_kv, p.n_keep),
     };
     parallel_for(shape.n_layer, n_threads(),
                  [&](int32_t il) { merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after); });
@@ -126,6 +137,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     shrink_v();
     release_rows(strm, n_used(strm));
+    release_absent(strm, dst);
 
     const int64_t t_end = ggml_time_us();
 
@@ -134,10 +146,10 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     st.n_prompt_cells = n_cells(seq_id);
 
     stats.n_compressions++;
-    stats.n_cells_before = n_all;
-    stats.n_cells_after  = st.n_prompt_cells;
-    stats.n_bytes_before = n_all * shape.cell_bytes;
-    stats.n_bytes_after  = st.n_prompt_cells * cell_bytes();
+    stats.n_cells_before = n_rows;
+    stats.n_cells_after  = n_held(seq_id);
+    stats.n_bytes_before = n_bytes;
+    stats.n_bytes_after  = kv_bytes(seq_id);
     stats.t_plan_us += t_merge - t_plan;
     stats.t_merge_us += t_end - t_merge;
 

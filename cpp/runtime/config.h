@@ -5,6 +5,8 @@
 #include "core/budget.h"
 #include "core/policy.h"
 
+#include <vector>
+
 namespace elastic {
 
 struct config {
@@ -18,6 +20,8 @@ struct config {
     int32_t delay     = 0;
     int32_t lookahead = -1;
     bool    record    = false;
+
+    std::vector<float> layer_share;
 
     bool release_memory = true;
 

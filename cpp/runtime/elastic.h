@@ -25,8 +25,11 @@ struct elastic_params {
                     // of the importance. A shorter answer's prompt is compressed when the next one begins. max_cells comes first
     int32_t lookahead;  // tokens of an answer that elastic_look_ahead tries; -1: what the policy is made for, and one for 24 cells that
                         // leave at most
-    bool    record;     // keep every score that any policy looks at, so that a saved prompt can be loaded under each
-    bool    release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
+    const float * layer_share;     // cells of each layer in relation to the others', > 0, while the budget holds on average: a prompt
+                                   // is compressed to more in some layers (policy "elastic", without max_cells); NULL: all the same
+    int32_t       n_layer_share;   // their number, that of the layers of the cache, or 0
+    bool          record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    bool          release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 
 struct elastic_stats {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <tuple>
 
 namespace elastic {
@@ -38,6 +39,7 @@ config make_config(const elastic_params & params) {
     cfg.delay     = at_least("delay", params.delay, 0);
     cfg.lookahead = at_least("lookahead", params.lookahead, -1);
     cfg.record    = params.record;
+    cfg.layer_share.assign(params.layer_share, params.layer_share + std::max(0, params.n_layer_share));
 
     cfg.release_memory = params.release_memory;
 
@@ -48,6 +50,19 @@ config make_config(const elastic_params & params) {
     if (cfg.max_cells > 0 && cfg.pol.select == select_rule::all) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) + " with the policy " + cfg.pol.name +
                     ", which keeps every cell; choose another policy");
+    }
+    for (const float x : cfg.layer_share) {
+        if (!(x > 0.0f) || std::isinf(x)) {
+            throw error("[elastic] layer_share: got " + std::to_string(x) + ", expected finite values > 0");
+        }
+    }
+    if (!cfg.layer_share.empty() && cfg.pol.select != select_rule::cover) {
+        throw error("[elastic] layer_share: got it with the policy " + std::string(cfg.pol.name) +
+                    ", which keeps as many cells in all layers; choose another policy");
+    }
+    if (!cfg.layer_share.empty() && cfg.max_cells > 0) {
+        throw error("[elastic] layer_share: got it with max_cells = " + std::to_string(cfg.max_cells) +
+                    ", under which all layers keep as many cells; choose one of them");
     }
     return cfg;
 }
@@ -147,6 +162,10 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
         if (!rows_supported(type, trans)) {
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
+    }
+    if (!cfg.layer_share.empty() && (int32_t) cfg.layer_share.size() != shape.n_layer) {
+        throw error("[elastic] layer_share: got " + std::to_string(cfg.layer_share.size()) + " layers, expected " +
+                    std::to_string(shape.n_layer));
     }
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
@@ -580,6 +599,40 @@ std::vector<int32_t> elastic_cache::logical_cells(llama_seq_id seq_id) const {
         res.push_back((int32_t) cell);
     }
     return res;
+}
+
+std::vector<int32_t> elastic_cache::held_rows(uint32_t strm, const std::vector<int32_t> & rows) const {
+    std::vector<int32_t> res(shape.n_layer, (int32_t) rows.size());
+    for (int32_t il = 0; store->any_bias() && il < shape.n_layer; ++il) {
+        for (const int32_t row : rows) {
+            res[il] -= store->is_absent(strm, row, il);
+        }
+    }
+    return res;
+}
+
+std::vector<int32_t> elastic_cache::held_rows(llama_seq_id seq_id) const {
+    return held_rows(kv.get_stream(seq_id), logical_cells(seq_id));
+}
+
+// on average over the layers
+static int32_t average(const std::vector<int32_t> & rows) {
+    const int64_t total = std::accumulate(rows.begin(), rows.end(), (int64_t) 0);
+    return (int32_t) ((total + (int64_t) rows.size() - 1) / (int64_t) rows.size());
+}
+
+int32_t elastic_cache::n_held(uint32_t strm, const std::vector<int32_t> & rows) const {
+    return average(held_rows(strm, rows));
+}
+
+int32_t elastic_cache::n_held(llama_seq_id seq_id) const {
+    return average(held_rows(seq_id));
+}
+
+int64_t elastic_cache::kv_bytes(llama_seq_id seq_id) const {
+    const auto    held    = held_rows(seq_id);
+    const int64_t n_total = std::accumulate(held.begin(), held.end(), (int64_t) 0);
+    return n_total * shape.cell_bytes / shape.n_layer + n_cells(seq_id) * store->bias_bytes_per_cell();
 }
 
 std::vector<int32_t> elastic_cache::own_cells(llama_seq_id seq_id) const {

@@ -93,6 +93,8 @@ class elastic_cache : public llama_elastic_i {
 
     // callers' side
 
+    bool frees_rows() const;  // of single layers
+
     void set_hold(bool value) { hold = value; }
 
     // K and V as llama.cpp stores them, before it goes on without this cache
@@ -106,6 +108,8 @@ class elastic_cache : public llama_elastic_i {
     int32_t look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens);
 
     int32_t        n_cells(llama_seq_id seq_id) const;
+    int32_t        n_held(llama_seq_id seq_id) const;        // rows of a layer on average, rounded up: cells, where all layers hold all
+    int64_t        kv_bytes(llama_seq_id seq_id) const;      // K, V and bias of what its layers hold
     void           check_seq_id(llama_seq_id seq_id) const;  // throws elastic::error out of [0, n_seq_max)
     sequence_state sequence(llama_seq_id seq_id) const;
     bool           empty() const;
@@ -118,6 +122,7 @@ class elastic_cache : public llama_elastic_i {
     std::vector<int32_t>          logical_cells(llama_seq_id seq_id) const;        // cell indices in order of position
     cell_state                    gather(llama_seq_id seq_id) const;
     std::pair<head_map, head_map> gather_recent(llama_seq_id seq_id) const;  // decaying, windowed
+    std::vector<int32_t>          held_rows(llama_seq_id seq_id) const;      // cells that each layer holds
     const plan &                  last_plan() const { return plan_last; }
 
     elastic_stats stats = {};
@@ -181,6 +186,10 @@ class elastic_cache : public llama_elastic_i {
     void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
     bool    is_shared(uint32_t strm, int32_t cell) const;
+
+    std::vector<int32_t> held_rows(uint32_t strm, const std::vector<int32_t> & rows) const;
+    int32_t              n_held(uint32_t strm, const std::vector<int32_t> & rows) const;
+    void                 release_absent(uint32_t strm, const std::vector<int32_t> & rows);
 
     std::vector<int32_t> own_cells(llama_seq_id seq_id) const;  // logical cells that no other sequence uses
 };

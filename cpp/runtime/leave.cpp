@@ -55,7 +55,8 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     if (cfg.pol.generate == generate_rule::keep) {
         return;
     }
-    const int32_t allowed = target_cells(st.n_tokens + 1);
+    const int32_t n_spare = n_cells(seq_id) - n_held(seq_id);  // of some layers
+    const int32_t allowed = cfg.max_cells > 0 ? target_cells(st.n_tokens + 1) : target_cells(st.n_tokens + 1) + n_spare;
     for (int32_t n = n_cells(seq_id); n + 1 > allowed; --n) {
         let_leave(seq_id);
         if (n_cells(seq_id) == n) {
@@ -104,8 +105,8 @@ void elastic_cache::let_leave(llama_seq_id seq_id) {
     }
 }
 
-// Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave:
-// a head that loses another cell keeps this one in the place of the lost.
+// Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave and that all
+// layers hold: a head that loses another cell keeps this one in the place of the lost.
 void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                        const std::vector<float> & total) {
     const uint32_t strm = kv.get_stream(seq_id);
@@ -117,7 +118,16 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     if (may_leave.empty()) {
         return;
     }
-    const int32_t freed = may_leave.back();
+    const auto held_by_all = [&](int32_t row) {
+        for (int32_t il = 0; il < shape.n_layer; ++il) {
+            if (store->is_absent(strm, row, il)) {
+                return false;
+            }
+        }
+        return true;
+    };
+    const auto    newest = std::find_if(may_leave.rbegin(), may_leave.rend(), held_by_all);
+    const int32_t freed  = newest == may_leave.rend() ? may_leave.back() : *newest;
 
     const auto [lo, hi]     = std::minmax_element(may_leave.begin(), may_leave.end());
     const int32_t      base = *lo;
@@ -133,7 +143,12 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             const float * mass   = store->mass_row(strm, il, ih) + base;
             const float * fading = decay > 0.0f ? store->fading_row(strm, il, ih) + base : nullptr;
-            const auto    scores = leaving_scores(others, mass, fading, decay, n_queries);
+            auto          scores = leaving_scores(others, mass, fading, decay, n_queries);
+            for (const int32_t row : may_leave) {
+                if (store->is_absent(strm, row, il)) {
+                    scores[row - base] = HUGE_VALF;
+                }
+            }
             lost.push_back(first_lowest(scores, may_leave, base));
         }
         move_rows(strm, il, freed, lost);

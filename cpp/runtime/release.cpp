@@ -34,6 +34,37 @@ void elastic_cache::release_rows(uint32_t strm, int32_t n_used) {
     release_v(strm, n_used);
 }
 
+bool elastic_cache::frees_rows() const {
+    return releases() && !kv.get_v_trans() && std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
+               return can_release(kv.get_k_storage(il)->buffer) && can_release(kv.get_v_storage(il)->buffer);
+           });
+}
+
+// Rows that a layer does without. Of a transposed V they are no pages of their own.
+void elastic_cache::release_absent(uint32_t strm, const std::vector<int32_t> & rows) {
+    if (!releases() || !store->any_bias()) {
+        return;
+    }
+    std::vector<int32_t> sorted(rows);
+    std::sort(sorted.begin(), sorted.end());
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        for (size_t begin = 0, end = 0; begin < sorted.size(); begin = end) {
+            const bool absent = store->is_absent(strm, sorted[begin], il);
+            for (end = begin + 1;
+                 end < sorted.size() && sorted[end] == sorted[end - 1] + 1 && store->is_absent(strm, sorted[end], il) == absent;) {
+                ++end;
+            }
+            if (absent) {
+                const int32_t il_model = shape.layer_ids[il];
+                stats.n_bytes_released += release_tensor(kv.get_k_storage(il_model), strm, sorted[begin], sorted[end - 1] + 1);
+                if (!kv.get_v_trans()) {
+                    stats.n_bytes_released += release_tensor(kv.get_v_storage(il_model), strm, sorted[begin], sorted[end - 1] + 1);
+                }
+            }
+        }
+    }
+}
+
 // a transposed V takes its stride times its elements, which is as much as `stride` rows would
 void elastic_cache::release_v(uint32_t strm, int32_t n_used) {
     if (!releases() || (kv.get_v_trans() && !moves_v)) {

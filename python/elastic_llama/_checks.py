@@ -28,6 +28,14 @@ def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> El
     return replace(elastic, budget=budget)
 
 
+def with_flash(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Flash attention unless it is said otherwise, if layers may keep different numbers of cells:
+    its V lies row by row, so that what a layer does without is memory."""
+    if kwargs.get("flash_attn") is not None:
+        return kwargs
+    return {**kwargs, "flash_attn": elastic is not None and elastic.measures_layers}
+
+
 def check_arguments(
     elastic: ElasticConfig | None, n_ctx: int | None, kwargs: dict[str, Any]
 ) -> None:

@@ -51,6 +51,12 @@ class ElasticConfig:
         cells and taken back; what they attend to is part of the importance. None where an image is
         among the cells, or with a delay. >= 0. None: what the policy is made for, 16 for `elastic`
         and `elastic-evict`, else 0, and one for 24 cells that have to leave at most.
+    layers : "auto", "even" or sequence of float
+        Cells of each layer of the cache in relation to the others'; the budget holds on average.
+        "auto": layers that look words up keep more (`retrieval.py`), for the policy `elastic` where
+        rows of single layers can go back to the operating system: on the CPU under Linux, with
+        flash attention, `release_memory` and no `kv_cells`. "even", and "auto" elsewhere: all keep
+        as many.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
@@ -70,6 +76,7 @@ class ElasticConfig:
     kv_cells: int | None = None
     delay: int = 0
     lookahead: int | None = None
+    layers: str | tuple[float, ...] = "auto"
     release_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -87,6 +94,7 @@ class ElasticConfig:
                 text("config", "policy", repr(self.policy), "one of " + ", ".join(policy_names()))
             )
 
+        object.__setattr__(self, "layers", _layers(self.layers))
         if self.kv_cells is not None and self.policy == "full":
             raise ConfigError(
                 text(
@@ -106,6 +114,12 @@ class ElasticConfig:
     def is_off(self) -> bool:
         """Whether every cell stays."""
         return self.policy == "full" or (self.budget == 1 and self.kv_cells is None)
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether layers may keep different numbers of cells, by what is measured of them."""
+        elastic = self.policy == "elastic" and not self.is_off and self.kv_cells is None
+        return self.layers == "auto" and elastic and self.release_memory
 
     @property
     def kept_share(self) -> float | None:
@@ -137,6 +151,22 @@ def _budget(value: object) -> float | int:
     if budget > 2**31 - 1:
         raise ConfigError(text("config", "budget", repr(value), expected))
     return int(budget) if budget > 1 else budget
+
+
+def _layers(value: object) -> str | tuple[float, ...]:
+    if isinstance(value, str) and value in ("auto", "even"):
+        return value
+    shares: tuple[float, ...] = ()
+    try:
+        shares = tuple(float(x) for x in value)  # type: ignore[attr-defined]
+        good = shares != () and all(math.isfinite(x) and x > 0 for x in shares)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ConfigError(
+            text("config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer')
+        )
+    return shares
 
 
 def _whole(name: str, value: object, least: int) -> int:

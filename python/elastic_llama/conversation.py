@@ -276,10 +276,10 @@ class Conversation:
     def _note_cells(self) -> None:
         """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
-        n_cells = self.llm.n_tokens if session is None else session.n_cells(0)
+        n_cells = self.llm.n_tokens if session is None else session.n_held(0)
         stats.cells_prompt = stats.cells_kept = n_cells
         if session is not None:
-            stats.bytes_prompt = stats.bytes_kept = n_cells * session.kv_bytes_per_cell()
+            stats.bytes_prompt = stats.bytes_kept = session.kv_bytes(0)
 
     def _compress(self, token: int) -> None:
         """The prompt's compression, when the token that it is due for is about to be decoded."""
@@ -290,7 +290,8 @@ class Conversation:
         before = session.stats()
         self.llm._look_ahead(token)
         start = time.perf_counter()
-        stats.cells_kept = session.compress(0)
+        session.compress(0)
+        stats.cells_kept = session.n_held(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
         stats.look_ms = (after["look_us"] - before["look_us"]) / 1000

@@ -21,6 +21,7 @@ from ._checks import (
     size_cache,
     translated_errors,
     with_budget,
+    with_flash,
 )
 from .config import ElasticConfig
 from .errors import (
@@ -32,6 +33,7 @@ from .errors import (
     text,
 )
 from .native_log import route
+from .retrieval import measured_shares
 from .stats import ElasticStats
 
 __all__ = ["ElasticLlama"]
@@ -61,7 +63,8 @@ class ElasticLlama(llama_cpp.Llama):
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
-        what `elastic.kv_cells` takes; `verbose` is False.
+        what `elastic.kv_cells` takes; `verbose` is False; `flash_attn` is True where layers may
+        keep different numbers of cells (`ElasticConfig.layers`).
 
     Raises
     ------
@@ -89,6 +92,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._phase = _Phase.FREE
         self._in_chat = False
         elastic = with_budget(elastic, kv_budget)
+        kwargs = with_flash(elastic, kwargs)
         check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
         if model_path is None:
@@ -134,6 +138,8 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = open_session(self._ctx.ctx, elastic)
+        if elastic.measures_layers and self._session.frees_rows():
+            self._session = open_session(self._ctx.ctx, elastic, measured_shares(self))
 
     # -- the elastic side
 
@@ -169,7 +175,7 @@ class ElasticLlama(llama_cpp.Llama):
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
             look_ms=s["look_us"] / 1000,
-            cells=self._session.n_cells(0),
+            cells=self._session.n_held(0),
             tokens=self.n_tokens,
         )
 
@@ -365,8 +371,13 @@ class ElasticLlama(llama_cpp.Llama):
             self.close()
 
 
-def open_session(ctx: Any, elastic: ElasticConfig) -> Any:
+def open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()) -> Any:
     """The native session of a llama_context (a ctypes pointer).
+
+    Parameters
+    ----------
+    shares : [n_layer]
+        Cells of each layer in relation to the others', where `elastic` does not say.
 
     Raises
     ------
@@ -384,6 +395,7 @@ def open_session(ctx: Any, elastic: ElasticConfig) -> Any:
             max_cells=elastic.kv_cells or 0,
             delay=elastic.delay,
             lookahead=-1 if elastic.lookahead is None else elastic.lookahead,
+            layer_share=shares if isinstance(elastic.layers, str) else elastic.layers,
             release_memory=elastic.release_memory,
         )
     except NotImplementedError as e:

@@ -88,8 +88,8 @@ def kept_share(
     Parameters
     ----------
     plan : mapping or None
-        `Session.last_plan()`: kept, int [n_layer, n_head_kv, n_keep], logical indices in any order.
-        None, or a plan of no rows: nothing was compressed.
+        `Session.last_plan()`: kept, int [n_layer, n_head_kv, n_keep], logical indices in any order,
+        -1 where a layer holds fewer. None, or a plan of no rows: nothing was compressed.
     n_cells : int
         Cells before the compression.
     layer : int, optional
@@ -115,7 +115,7 @@ def kept_share(
     if kept.max() >= n_cells:
         raise StateError(text("show", "plan", f"cell {kept.max()}", f"cells below {n_cells}"))
     n_rows = kept.shape[0] * kept.shape[1]
-    return np.bincount(kept.ravel(), minlength=n_cells) / n_rows
+    return np.bincount(kept[kept >= 0], minlength=n_cells) / n_rows
 
 
 def check_layer(layer: int, n_layer: int) -> None:
@@ -158,7 +158,8 @@ def look(
     chat.prefill(question, loaded)
     ids = llm.input_ids[session.cells()["pos"]]
     n_done = session.stats()["compressions"]
-    n_after = int(session.compress())
+    session.compress()
+    n_after = int(session.n_held())
     # where nothing was compressed, the last plan is that of an earlier prompt
     plan = session.last_plan() if session.stats()["compressions"] > n_done else None
 

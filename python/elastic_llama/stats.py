@@ -11,7 +11,8 @@ MIB = 1024 * 1024
 class ElasticStats:
     """What the elastic cache did since the model was loaded or its figures were reset.
 
-    `cells_before`, `cells_after` and the bytes are those of the last compressed prompt.
+    `cells_before`, `cells_after` and the bytes are those of the last compressed prompt. Cells are
+    what a layer holds, on average over the layers (`ElasticConfig.layers`).
     """
 
     compressions: int = 0

@@ -6,6 +6,7 @@
 #include "core/combine.h"
 #include "core/features.h"
 #include "core/generate.h"
+#include "core/layers.h"
 #include "core/merge.h"
 #include "core/parallel.h"
 #include "core/policy.h"
@@ -160,6 +161,40 @@ static void test_plans() {
     const head_map layer = score_cells(score_rule::frequency_layer, make_cells(5), { make_map(2, 3, 5, 0.0f, 1.0f), {} });
     CHECK(layer.row(1, 0)[4] == layer.row(1, 2)[4]);
     CHECK(score_cells(score_rule::recency, make_cells(5), { layer, {} }).row(1, 2)[4] == 4.0f);
+}
+
+static void test_layers() {
+    CHECK((places_of_layers(5, { 1.0f, 1.0f, 1.0f }, { 9, 9, 9 }) == std::vector<int32_t>{ 5, 5, 5 }));
+    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 9 }) == std::vector<int32_t>{ 2, 6 }));
+    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 4 }) == std::vector<int32_t>{ 4, 4 }));
+    CHECK((places_of_layers(9, { 1.0f, 1e9f }, { 3, 4 }) == std::vector<int32_t>{ 3, 4 }));
+    CHECK((places_of_layers(1, { 1.0f, 5.0f, 2.0f }, { 1, 0, 7 }) == std::vector<int32_t>{ 1, 0, 2 }));
+    CHECK((places_of_layers(0, { 1.0f, 2.0f }, { 3, 3 }) == std::vector<int32_t>{ 0, 0 }));
+
+    const policy & pol = find_policy("elastic");
+    for (const int32_t n : { 8, 33, 128 }) {
+        for (const int32_t n_keep : { 2, n / 3, n - 1 }) {
+            cells                c = make_cells(n);
+            const random_rows    rows(3, 2, n, 16);
+            const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), make_map(3, 2, n, 0.0f, 1.0f) };
+            for (const bool some_absent : { false, true }) {
+                c.absent.assign(some_absent ? 3 * n : 0, 0);
+                for (int32_t i = 2; some_absent && i < n - 1; i += 3) {
+                    c.absent[i] = c.absent[n + i] = 1;  // the last layer holds all
+                }
+                const plan p = make_plan(pol, { n_keep, 2, { 1.0f, 4.0f, 0.5f } }, c, importance, &rows, 2);
+                validate(p, c, sink_cells(pol.select, { n_keep, 2, {} }));
+                int32_t n_held = 0;
+                for (int32_t il = 0; il < 3; ++il) {
+                    for (int32_t j = 0; j < p.n_keep; ++j) {
+                        n_held += p.holds(il, j);
+                    }
+                }
+                CHECK(n_held <= 3 * n_keep);
+                CHECK(rank_positions(p).back() == n - 1);
+            }
+        }
+    }
 }
 
 static void test_generate() {
@@ -582,6 +617,7 @@ int main(int argc, char ** argv) {
     }
     test_budget();
     test_plans();
+    test_layers();
     test_generate();
     test_merges();
     test_halves();

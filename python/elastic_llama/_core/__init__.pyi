@@ -30,6 +30,7 @@ class Session:
         max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
         delay: typing.SupportsInt | typing.SupportsIndex = 0,
         lookahead: typing.SupportsInt | typing.SupportsIndex = -1,
+        layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
         record: bool = False,
         release_memory: bool = True,
     ) -> None:
@@ -39,7 +40,8 @@ class Session:
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
         larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
         look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-        have to leave at most). With
+        have to leave at most). `layer_share`: cells of each layer of the cache in relation to the others',
+        > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
 
@@ -74,6 +76,16 @@ class Session:
         """
         Forget the context without touching it; for when it is about to be freed.
         """
+    def frees_rows(self) -> bool:
+        """
+        Whether what single layers do without (layer_share) goes back to the operating system.
+        """
+    def held_rows(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Cells that each layer holds of the sequence, int32 [n_layer].
+        """
     def hold(self, value: bool) -> None:
         """
         While held, one-token batches belong to the prompt, which is compressed for max_cells only; an earlier one that still waits is compressed first.
@@ -81,6 +93,10 @@ class Session:
     def is_waiting(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
         """
         Whether an answer has begun whose prompt is still to be compressed (delay).
+        """
+    def kv_bytes(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Bytes of K, V and bias that the layers hold of the sequence.
         """
     def kv_bytes_per_cell(self) -> int:
         """
@@ -113,7 +129,11 @@ class Session:
         """
     def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
-        Cells the sequence holds.
+        Cells the sequence holds; with layer_share not every layer holds all of them.
+        """
+    def n_held(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Cells that a layer holds of the sequence, on average over the layers, rounded up.
         """
     def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """

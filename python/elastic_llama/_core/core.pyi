@@ -72,9 +72,11 @@ def make_plan(
     keys: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     values: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     n_threads: typing.SupportsInt | typing.SupportsIndex = 1,
+    layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
+    absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
 ) -> dict:
     """
-    Plan one compression: dict of kept [L, H, N], bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N].
+    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already.
     """
 
 def merge_layer(

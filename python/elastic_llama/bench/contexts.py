@@ -111,7 +111,7 @@ class Context:
 
     def n_cells(self, seq: int = 0) -> int:
         """Cells of a sequence of the elastic cache."""
-        return int(self.session.n_cells(seq))
+        return int(self.session.n_held(seq))
 
     def prefill(self, parts: list[list[int] | np.ndarray], seq: int) -> float:
         """Decode a prompt; returns the seconds it took."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, text
 from ..kv_types import KV_TYPES, PLAIN_TYPES
+from . import options
 
 
 def add_parser(commands: Any) -> None:
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "-t", "--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="(all)"
     )
+    options.add_layers_option(parser)
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="(md)")
     parser.add_argument("--out", metavar="FILE", help="append a JSON line per row to FILE")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
@@ -81,7 +83,10 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
         scenarios = [
             replace(s, n_gen=_at_least("--predict", args.predict, 4 * s.n_parts)) for s in scenarios
         ]
-    configs = [ElasticConfig(budget=b, policy=args.policy) for b in _numbers(args.budgets)]
+    configs = [
+        ElasticConfig(budget=budget, policy=args.policy, layers=args.layers)
+        for budget in _numbers(args.budgets)
+    ]
     if any(config.is_off for config in configs):
         raise ConfigError(
             text("bench", "a cache that keeps every cell", f"{args.policy}, {args.budgets}")

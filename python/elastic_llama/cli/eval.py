@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
         "--before", action="store_true", help="compress images before the question is known"
     )
     options.add_answer_options(parser)
+    options.add_layers_option(parser)
     parser.add_argument(
         "--metrics",
         default="forced,exact,rouge",
@@ -55,7 +56,7 @@ def add_parser(commands: Any) -> None:
         help="cells of each sequence (1024)",
     )
     parser.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N")
-    parser.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="off")
+    parser.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
     parser.set_defaults(run=run)
 
@@ -127,7 +128,11 @@ def _plan(args: argparse.Namespace) -> Any:
         budgets = [float(b) for b in _list(args.budgets)]
     except ValueError as e:
         raise ConfigError(text("eval", "--budgets", args.budgets, "numbers and commas")) from e
-    asked = {"delay": args.delay or None, "lookahead": args.lookahead}
+    asked = {
+        "delay": args.delay or None,
+        "lookahead": args.lookahead,
+        "layers": None if args.layers == "auto" else args.layers,
+    }
     when = {name: value for name, value in asked.items() if value is not None}
     cases = []
     for kv_type in kv_types:

@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
     )
-    group.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="off")
+    group.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="auto")
     group.add_argument("-ctk", "--cache-type-k", choices=tuple(KV_TYPES), default="f16")
     group.add_argument("-ctv", "--cache-type-v", choices=tuple(KV_TYPES), default="f16")
     group.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
@@ -70,6 +70,28 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fewer cells than this are left alone (64)",
     )
+    add_layers_option(group)
+
+
+def layer_option(value: str) -> str | tuple[float, ...]:
+    """The argument of --layers."""
+    if value in ("auto", "even"):
+        return value
+    try:
+        return tuple(float(x) for x in value.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{value!r}, expected auto, even or numbers") from e
+
+
+def add_layers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--layers",
+        type=layer_option,
+        default="auto",
+        metavar="auto|even|X,X,...",
+        help="cells of each layer in relation to the others'; auto: more where words are looked up "
+        "(on the CPU, with flash attention); even: the same in all (auto)",
+    )
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +131,7 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         kv_cells=args.kv_cells,
         delay=getattr(args, "delay", 0),
         lookahead=getattr(args, "lookahead", None),
+        layers=args.layers,
         release_memory=not args.no_release_memory,
     )
 
@@ -135,7 +158,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
 
     if not args.verbose:
         silence()  # main() reports what went wrong
-    flash = {"on": True, "off": False, "auto": False}[args.flash_attn]
+    flash = {"on": True, "off": False, "auto": None}[args.flash_attn]
     if args.cache_type_v not in PLAIN_TYPES and not flash:
         if args.flash_attn == "off":
             raise ConfigError(

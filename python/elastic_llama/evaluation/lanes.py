@@ -27,7 +27,7 @@ class Lane:
     tokens : list of int
         The answer: the forced one, or greedy.
     cells : tuple of int
-        Held after compression, and after the last token decoded.
+        Held after compression, and after the last token decoded; on average over the layers.
     """
 
     logits: list[np.ndarray]
@@ -130,7 +130,7 @@ class Lanes:
             self.streams.session.look_ahead([row[0] for row in rows], going)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 lanes[i].logits.append(logits)
-                held = self.streams.session.n_cells(i)
+                held = self.streams.session.n_held(i)
                 late = len(lanes[i].tokens) > self.delay
                 lanes[i].cells = ((lanes[i].cells[0] or held - 1) if late else 0, held)
             active = going

@@ -1,0 +1,342 @@
+"""Layers that keep different numbers of cells under one budget."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from elastic_llama import ElasticConfig, ElasticLlama, _core
+from elastic_llama.errors import ConfigError
+
+from tests.support import oracle_plan as oracle
+from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
+from tests.test_core_plan import make_problem
+from tests.test_oracles import N_VOCAB, feed
+
+core = _core.core
+SHARE = [0.5, 2.0, 0.5]  # of the tiny model's layers
+ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.2, "min_cells": 8}
+UNEVEN = {**ELASTIC, "layer_share": SHARE}
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or N_GPU_LAYERS > 0, reason="gives pages back"
+)
+
+
+def places(n: int, share: list[float], room: list[int]) -> list[int]:
+    """One for each layer with room, then all others one at a time to the layer furthest behind."""
+    out = [min(1, r) if n > 0 else 0 for r in room]
+    for _ in range(n * len(share) - sum(out)):
+        open_layers = [i for i, r in enumerate(room) if out[i] < r]
+        if not open_layers:
+            break
+        out[min(open_layers, key=lambda i: (out[i] / share[i], i))] += 1
+    return out
+
+
+def problem_of(seed: int) -> dict[str, Any]:
+    """Text, or an image between two pieces of text; some cells a layer does without already."""
+    rng = np.random.default_rng(seed)
+    n_layer, n_cells = int(rng.integers(1, 5)), int(rng.integers(30, 91))
+    shape = (n_layer, 2, n_cells)
+    kind = np.zeros(n_cells, np.uint8)
+    if seed % 2:
+        kind[8 : n_cells - 8] = 1
+    absent = np.zeros((n_layer, n_cells), np.uint8)
+    if seed % 3 == 0:
+        absent[:, 4:-4] = rng.random((n_layer, n_cells - 8)) < 0.3
+    keys = rng.standard_normal((*shape, 6)).astype(np.float32)
+    return {
+        "policy": "elastic",
+        "n_keep": int(rng.integers(12, n_cells - 4)),
+        "n_sink": 1,
+        "kind": kind,
+        "pinned": np.zeros(n_cells, np.uint8),
+        "importance": rng.random(shape, dtype=np.float32),
+        "recent": rng.random(shape, dtype=np.float32),
+        "keys": keys,
+        "values": rng.standard_normal(keys.shape).astype(np.float32),
+        "layer_share": rng.uniform(0.2, 4, n_layer).tolist(),
+        "absent": absent,
+    }
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
+    """NumPy's cover of the cells that the layer holds, with as many places as the layer has."""
+    problem = problem_of(seed)
+    plan = core.make_plan(**problem)
+    kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
+    score = oracle.scores("by_kind", kind, problem["importance"], problem["recent"])
+    stay = oracle.protected("cover", kind, problem["pinned"], n_keep, 1)
+    closed = oracle.apart(kind, n_keep)
+    n_of_run = oracle.quotas("cover", kind, stay, n_keep)
+    n_layer = len(absent)
+    for run, n_run in n_of_run:
+        here = [[i for i in run if not absent[il, i]] for il in range(n_layer)]
+        is_open = n_run < len(run)
+        free = n_run - len(stay.intersection(run))
+        room = [len(cells) - len(stay.intersection(cells)) for cells in here]
+        for il in range(n_layer):
+            for ih in range(2):
+                kept = [i for i in plan["kept"][il, ih] if i in run]
+                if not is_open:
+                    assert sorted(kept) == here[il]
+                    continue
+                n_free = len(kept) - len(stay.intersection(here[il]))
+                assert 0 <= n_free <= room[il]
+                x = oracle.run_features(
+                    here[il], problem["keys"][il, ih], problem["values"][il, ih]
+                )
+                chosen, joins = oracle.cover_run(
+                    here[il], stay, closed, score[il, ih], x, len(kept)
+                )
+                assert kept == chosen
+                row = list(plan["kept"][il, ih])
+                for i, anchor in joins.items():
+                    assert plan["bucket"][il, ih, i] == row.index(anchor)
+        if is_open:
+            got = [len([i for i in plan["kept"][il, 0] if i in run]) for il in range(n_layer)]
+            n_stay = [len(stay.intersection(cells)) for cells in here]
+            expected = places(free, problem["layer_share"], room)
+            assert sum(got) - sum(n_stay) == sum(expected)
+            assert np.abs(np.array(got) - n_stay - expected).max() <= 2 * n_layer  # rounding
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ranks_agree_between_layers(seed: int) -> None:
+    """Positions ascend to the last, the newest cells have the last ranks, kinds are the same."""
+    problem = problem_of(seed)
+    plan = core.make_plan(**problem)
+    kept, kind = plan["kept"], problem["kind"]
+    held = kept >= 0
+    assert (held == held[:, :1]).all()
+    assert held.any(axis=(0, 1)).all()
+    assert (np.diff(plan["positions"]) > 0).all()
+    assert plan["positions"][-1] == len(kind) - 1
+    assert (kept[..., -1] == len(kind) - 1).all()
+    for j in range(kept.shape[2]):
+        assert len(set(kind[kept[..., j][held[..., j]]] == 1)) == 1
+    newest = oracle.protected("cover", kind, problem["pinned"], problem["n_keep"], 0)
+    tail = [i for i in range(len(kind)) if set(range(i, len(kind))) <= newest]
+    for n, i in enumerate(reversed(tail)):
+        if not problem["absent"][:, i:].all(axis=0).any():  # somebody holds each of them
+            there = problem["absent"][:, i] == 0
+            assert (kept[there][..., -1 - n] == i).all()
+    total = held[:, 0].sum()
+    assert total <= problem["n_keep"] * held.shape[0]
+
+
+def test_equal_shares_change_nothing() -> None:
+    problem = make_problem(n_cells=60, n_keep=20)
+    expected = core.make_plan(**problem)
+    plan = core.make_plan(**problem, layer_share=[3.0, 3.0])
+    for name, value in expected.items():
+        np.testing.assert_array_equal(plan[name], value)
+
+
+def test_what_a_layer_cannot_take_goes_to_the_others() -> None:
+    problem = make_problem(n_cells=60, n_keep=40, kind=np.zeros(60, np.uint8))
+    held = core.make_plan(**problem, layer_share=[1.0, 100.0])["kept"] >= 0
+    assert held[1].all()
+    assert held[:, 0].sum() == 2 * 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_share": [1.0]}, r"layer_share: got 1 layers, expected 2"),
+        ({"layer_share": [1.0, 0.0]}, r"layer_share: got 0\.0+, expected finite values > 0"),
+        ({"layer_share": [1.0, float("nan")]}, r"layer_share: got -?nan"),
+        ({"absent": np.zeros(3, np.uint8)}, r"absent: got 3 entries"),
+    ],
+)
+def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        core.make_plan(**make_problem(), **changes)
+
+
+def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
+    """No mass, and a bias under which nothing attends to it; the others merge as ever."""
+    rng = np.random.default_rng(0)
+    n, d = 6, 8
+    k, v = (rng.standard_normal((n, 1, d)).astype(np.float32) for _ in range(2))
+    kept = np.array([[[0, -1, 5]]], np.int32)
+    bucket = np.array([[[0, 0, 0, 2, 2, 2]]], np.int32)
+    ones = np.ones((1, 1, n), np.float32)
+    rows = [7, 6, 5, 4, 3, 2]
+    store_k, store_v = (np.zeros((8, d), np.float32) for _ in range(2))
+    store_k[rows], store_v[rows] = k[:, 0], v[:, 0]
+    out_k, out_v, mass, _, bias = core.merge_layer(
+        "mass", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
+        store_v.view(np.uint8).ravel(), "f32", False, d, 8, rows, [2, 3, 4],
+        ones, ones, 0 * ones,
+    )  # fmt: skip
+    out_k, out_v = (x.view(np.float32).reshape(8, d) for x in (out_k, out_v))
+    np.testing.assert_array_equal(out_v[3], store_v[3])
+    np.testing.assert_array_equal(out_k[3], store_k[3])
+    assert mass[0, 0].tolist() == [3, 0, 3]
+    assert bias[0, 0, 1] == -np.inf
+    np.testing.assert_allclose(bias[0, 0, [0, 2]], np.log(3), rtol=1e-6)
+    np.testing.assert_allclose(out_v[[2, 4]], [v[:3, 0].mean(0), v[3:, 0].mean(0)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool) -> None:
+    """After the prompt, while generating, and after another prompt; in proportion to the shares."""
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=flash_attn) as e:
+        n = feed(e, 300)
+        e.session.compress(0)
+        held = e.session.held_rows(0)
+        total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
+        assert 3 * total - 3 <= held.sum() <= 3 * total
+        assert held[0] == held[2] < total < held[1] == e.session.n_cells(0)
+        assert e.session.n_held(0) == -(-held.sum() // 3)
+        size = e.session.kv_bytes_per_cell()
+        bias = 4 * 3 * 2
+        assert e.session.kv_bytes(0) == held.sum() * (size - bias) // 3 + bias * held[1]
+        for i in range(60):
+            e.token(20, n + i)
+            assert e.session.n_held(0) <= -(-2 * (n + i + 1) // 10)
+        assert e.session.n_held(0) == -(-2 * (n + 60) // 10)
+        before = e.session.n_cells(0) - e.session.held_rows(0)
+        e.prompt(random_tokens(100, N_VOCAB, 5), n + 60)
+        np.testing.assert_array_equal(e.session.n_cells(0) - e.session.held_rows(0), before)
+        e.session.compress(0)
+        n += 160
+        total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
+        assert 3 * total - 3 <= e.session.held_rows(0).sum() <= 3 * total
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_what_leaves_leaves_every_layer(tiny_gqa: Path, flash_attn: bool) -> None:
+    """Each token that comes takes a row in all layers; none goes where a layer has given it up."""
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=flash_attn) as e:
+        n = feed(e, 300)
+        e.session.compress(0)
+        gone = np.isneginf(e.session.bias(0)[:, 0])
+        index = e.session.cells(0)["index"]
+        first = [set(index[row]) for row in gone]
+        for i in range(40):
+            e.token(20, n + i)
+        gone = np.isneginf(e.session.bias(0)[:, 0])
+        index = e.session.cells(0)["index"]
+        assert [set(index[row]) for row in gone] == first
+        assert e.session.stats()["evictions"] > 0
+
+
+def test_a_layer_alone_hears_nothing_of_what_it_does_without(tiny_gqa: Path) -> None:
+    """What lies in the rows that a layer gave up changes no bit of what is said."""
+    said = []
+    for release in (False, True):  # left as they are, or zero
+        config = {**UNEVEN, "release_memory": release}
+        with Engine(tiny_gqa, elastic=config, flash_attn=True) as e:
+            n = feed(e, 300)
+            said.append(e.forced(random_tokens(30, N_VOCAB, 3), n))
+            e.prompt(random_tokens(100, N_VOCAB, 4), n + 30)
+            said.append(e.logits(-1))
+    np.testing.assert_array_equal(said[0], said[2])
+    np.testing.assert_array_equal(said[1], said[3])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["context", "sequence"])
+def test_save_load_continue(tiny_gqa: Path, whole: bool) -> None:
+    forced = random_tokens(30, N_VOCAB, 3)
+    which = None if whole else 0
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True) as e:
+        n = feed(e, 300)
+        e.forced(forced[:10], n)
+        data = e.save(which)
+        straight = e.forced(forced[10:], n + 10)
+        held = e.session.held_rows(0).tolist()
+    for config in (UNEVEN, ELASTIC):  # who loads it need not have shares of its own
+        with Engine(tiny_gqa, elastic=config, flash_attn=True) as e:
+            assert e.load(data, which) == len(data)
+            assert nmse(straight, e.forced(forced[10:], n + 10)) <= 1e-10
+            assert e.session.held_rows(0).tolist() == held
+
+
+def test_two_streams_do_not_disturb_each_other(tiny_gqa: Path) -> None:
+    forced = random_tokens(20, N_VOCAB, 3)
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True) as e:
+        n = feed(e, 300)
+        alone = e.forced(forced, n)
+    for unified in (False, True):
+        with Engine(
+            tiny_gqa, elastic=UNEVEN, flash_attn=True, n_seq_max=2, n_ctx=2048, unified=unified
+        ) as e:
+            feed(e, 200, seq=1)
+            n = feed(e, 300)
+            both = e.forced(forced, n)
+        assert nmse(alone, both) <= 1e-5
+
+
+@linux
+def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
+    """The rows that single layers do without go back, not only those behind the last cell."""
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True, n_ctx=8192, n_ubatch=1024) as e:
+        n = feed(e, 6000)
+        e.session.compress(0)
+        freed = 3 * n - int(e.session.held_rows(0).sum())
+        assert e.session.stats()["bytes_released"] > 0.9 * freed * (2 * 2 * 64 * 2)
+        assert e.session.frees_rows()
+    with Engine(tiny_gqa, elastic=UNEVEN) as e:
+        assert not e.session.frees_rows()  # V lies element by element
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_share": [1.0, 2.0]}, r"layer_share: got 2 layers, expected 3"),
+        ({"layer_share": [1.0, -1.0, 1.0]}, r"layer_share: got -1"),
+        ({"policy": "h2o"}, r"layer_share: got it with the policy h2o"),
+        ({"max_cells": 100}, r"layer_share: got it with max_cells = 100"),
+    ],
+)
+def test_bad_parameters(tiny_gqa: Path, changes: dict[str, Any], message: str) -> None:
+    with Engine(tiny_gqa) as e, pytest.raises(ValueError, match=message):
+        _core.Session(ctypes.cast(e.ctx, ctypes.c_void_p).value, **{**UNEVEN, **changes})
+
+
+@pytest.mark.parametrize("bad", ["both", [], [1.0, 0.0], [1.0, "x"], 3, None])
+def test_bad_layers_are_refused(bad: Any) -> None:
+    with pytest.raises(ConfigError, match=r"layers"):
+        ElasticConfig(layers=bad)
+    assert ElasticConfig(layers=[1, 2]).layers == (1.0, 2.0)
+
+
+@linux
+def test_layers_are_measured_where_memory_follows(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default; with what says otherwise all layers are alike."""
+    shares = [0.5] * 15 + [1.5] * 15
+    monkeypatch.setattr("elastic_llama.llama.measured_shares", lambda llm: shares)
+    prompt = random_tokens(400, 40000, 1)
+
+    def held(**kwargs: Any) -> np.ndarray:
+        config = ElasticConfig(**kwargs.pop("config", {}))
+        n_ctx = None if config.kv_cells else 512
+        with ElasticLlama(
+            embedded_model, elastic=config, n_ctx=n_ctx, n_threads=1, **kwargs
+        ) as llm:
+            llm.eval(prompt)
+            llm.session.compress(0)
+            assert llm.stats.cells == llm.session.n_held(0)
+            return np.array(llm.session.held_rows(0))
+
+    uneven = held()
+    assert uneven[0] < 80 < uneven[-1]
+    for even in (
+        {"flash_attn": False},
+        {"config": {"layers": "even"}},
+        {"config": {"release_memory": False}},
+        {"config": {"policy": "h2o"}},
+        {"config": {"kv_cells": 100}},
+    ):
+        assert len(set(held(**even))) == 1, even
+    given = held(config={"layers": [1.0] * 29 + [4.0]})
+    assert given[-1] > given[0]
