@@ -3,7 +3,7 @@
 python benchmarks/report.py benchmarks/results/known [benchmarks/results/known-layers]
 
 With a second folder of the same items its policies replace the first one's, which measured them
-with `--layers even` and are shown as that.
+with `--layers even` and are shown as that; the figures of both are drawn into it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from elastic_llama.evaluation.figure import draw
 from elastic_llama.evaluation.runner import read_rows
 from elastic_llama.evaluation.summary import paired, summarise
 
@@ -81,6 +82,8 @@ def main() -> None:
     for other in sys.argv[2:]:
         rows = replaced(rows, read_rows(Path(other)))
     lines = summarise(rows)
+    if sys.argv[2:]:
+        draw(lines, Path(sys.argv[-1]))
     for group in dict.fromkeys(row["group"] for row in rows):
         n = sum(row["group"] == group for row in rows)
         for key, (label, _) in FIGURES.items():

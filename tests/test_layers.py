@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from elastic_llama import ElasticConfig, ElasticLlama, _core
@@ -102,8 +103,11 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
             got = [len([i for i in plan["kept"][il, 0] if i in run]) for il in range(n_layer)]
             n_stay = [len(stay.intersection(cells)) for cells in here]
             expected = places(free, problem["layer_share"], room)
-            assert sum(got) - sum(n_stay) == sum(expected)
-            assert np.abs(np.array(got) - n_stay - expected).max() <= 2 * n_layer  # rounding
+            if absent.any():  # another run may have left some
+                assert sum(got) - sum(n_stay) >= sum(expected)
+            else:
+                assert sum(got) - sum(n_stay) == sum(expected)
+                assert np.abs(np.array(got) - n_stay - expected).max() <= 2 * n_layer  # rounding
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -197,7 +201,8 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool) -> None:
         assert e.session.n_held(0) == -(-held.sum() // 3)
         size = e.session.kv_bytes_per_cell()
         bias = 4 * 3 * 2
-        assert e.session.kv_bytes(0) == held.sum() * (size - bias) // 3 + bias * held[1]
+        rows = held.sum() if flash_attn else 3 * held[1]  # a transposed V gives nothing back
+        assert e.session.kv_bytes(0) == rows * (size - bias) // 3 + bias * held[1]
         for i in range(60):
             e.token(20, n + i)
             assert e.session.n_held(0) <= -(-2 * (n + i + 1) // 10)
@@ -301,7 +306,7 @@ def test_bad_parameters(tiny_gqa: Path, changes: dict[str, Any], message: str) -
         _core.Session(ctypes.cast(e.ctx, ctypes.c_void_p).value, **{**UNEVEN, **changes})
 
 
-@pytest.mark.parametrize("bad", ["both", [], [1.0, 0.0], [1.0, "x"], 3, None])
+@pytest.mark.parametrize("bad", ["both", "123", [], [1.0, 0.0], [1.0, "x"], 3, None])
 def test_bad_layers_are_refused(bad: Any) -> None:
     with pytest.raises(ConfigError, match=r"layers"):
         ElasticConfig(layers=bad)
@@ -340,3 +345,129 @@ def test_layers_are_measured_where_memory_follows(
         assert len(set(held(**even))) == 1, even
     given = held(config={"layers": [1.0] * 29 + [4.0]})
     assert given[-1] > given[0]
+
+
+def test_what_a_run_lacks_goes_to_another() -> None:
+    """Of a text that layers hold a fifth of, and an image that came later."""
+    n_text, n_image = 100, 100
+    kind = np.array([0] * n_text + [1] * n_image + [0] * 4, np.uint8)
+    absent = np.zeros((2, len(kind)), np.uint8)
+    absent[:, 4:84] = 1
+    problem = make_problem(n_cells=len(kind), n_keep=100, kind=kind, absent=absent)
+    held = core.make_plan(**problem)["kept"] >= 0
+    assert held[:, 0].sum() == 2 * 100
+
+
+def test_ranks_are_limited_by_the_places_of_the_context(tiny_gqa: Path) -> None:
+    """Turn after turn under a number of cells that nearly fills the context."""
+    config = {**UNEVEN, "budget": 300}
+    with Engine(tiny_gqa, elastic=config, flash_attn=True, n_ctx=512) as e:
+        n = 0
+        for _ in range(12):
+            e.prompt(random_tokens(100, N_VOCAB, n), n)
+            n += 100
+            e.forced(random_tokens(10, N_VOCAB, n), n)
+            n += 10
+            assert e.session.n_held(0) <= 300
+            assert e.session.n_cells(0) <= 384 + 10
+        assert e.session.n_held(0) < e.session.n_cells(0)
+
+
+def test_level(tiny_gqa: Path) -> None:
+    """As many cells in all layers, no more in all; a prompt that waits still waits."""
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True) as e:
+        n = feed(e, 300)
+        e.session.compress(0)
+        held = int(e.session.held_rows(0).sum())
+        e.session.hold(True)
+        e.prompt(random_tokens(50, N_VOCAB, 1), n)
+        e.session.level(0)
+        rows = e.session.held_rows(0)
+        assert e.session.n_cells(0) <= -(-(held + 150) // 3)
+        assert rows.min() >= 90  # these held no more than 96
+        e.session.hold(False)
+        e.token(20, n + 50)
+        assert e.session.n_held(0) <= -(-2 * (n + 51) // 10)
+        np.testing.assert_array_equal(np.isfinite(e.logits(-1)), True)
+
+
+def test_levelled_before_a_context_overflows(embedded_model: Path) -> None:
+    config = ElasticConfig(budget=300, layers=[1.0] * 29 + [9.0])
+    with ElasticLlama(embedded_model, elastic=config, n_ctx=512, n_threads=1) as llm:
+        llm.eval(random_tokens(450, 40000, 1))
+        llm.session.compress(0)
+        assert llm.session.n_cells(0) > 320
+        llm.eval(random_tokens(190, 40000, 2))
+        assert llm.session.n_cells(0) <= 300 + 190
+
+
+@pytest.mark.parametrize("budget", [32, 40])
+def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int) -> None:
+    """Even where no row that may leave is held by all layers, and the budget holds."""
+    config = {**ELASTIC, "budget": budget, "layer_share": [0.1, 1.0, 1.9]}
+    with Engine(tiny_gqa, elastic=config, flash_attn=True) as e:
+        n = feed(e, 300)
+        for i in range(60):
+            e.token(20, n + i)
+            gone = np.isneginf(e.session.bias(0))
+            assert (gone == gone[:, :1]).all()
+            assert e.session.n_held(0) <= budget
+
+
+def test_behind_a_shared_prefix(tiny_gqa: Path) -> None:
+    """The prefix counts with what layers hold of it."""
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True, n_seq_max=2, n_ctx=2048) as e:
+        e.prompt(random_tokens(300, N_VOCAB, 1))
+        e.session.compress(0)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        e.prompt(random_tokens(200, N_VOCAB, 2), 300, seq=1)
+        e.session.compress(1)
+        assert 100 - 4 - 2 <= e.session.n_held(1) <= 100
+
+
+def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True) as e:
+        n = feed(e, 300)
+        e.session.compress(0)
+        data = e.save(0)
+        held = e.session.n_held(0)
+    with Engine(tiny_gqa, elastic={**ELASTIC, "max_cells": 70}, flash_attn=True) as e:
+        assert e.load(data, 0) == len(data)
+        for i in range(20):
+            assert np.isfinite(e.token(20, n + i)).all()
+            assert e.session.n_cells(0) <= 70
+        assert held / 2 < e.session.n_held(0)
+
+
+@linux
+@pytest.mark.parametrize("how", ["state", "stream"])
+def test_memory_follows_after_a_copy(tiny_gqa: Path, how: str) -> None:
+    config = {**UNEVEN, "budget": 0.5, "layer_share": [0.1, 0.1, 2.8]}
+    two = {"n_seq_max": 2, "n_ctx": 16384, "unified": False, "flash_attn": True, "n_ubatch": 1024}
+    with Engine(tiny_gqa, elastic=config, **two) as e:
+        n = feed(e, 6000)
+        e.session.compress(0)
+        data = e.save(0)
+        released = e.session.stats()["bytes_released"]
+        if how == "state":
+            assert e.load(data, 1) == len(data)
+        else:
+            llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        e.token(20, n, seq=1)
+        lacks = 3 * e.session.n_cells(1) - int(e.session.held_rows(1).sum())
+        assert e.session.stats()["bytes_released"] - released > 0.9 * lacks * (2 * 2 * 64 * 2)
+
+
+def test_attaching_with_wrong_shares_changes_nothing(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        with pytest.raises(ValueError, match="layer_share"):
+            _core.Session(
+                ctypes.cast(e.ctx, ctypes.c_void_p).value, **{**UNEVEN, "layer_share": [1.0]}
+            )
+        assert e.session.is_attached
+
+
+@pytest.mark.parametrize("changes", [{"policy": "h2o"}, {"kv_cells": 100}])
+def test_numbers_for_layers_need_the_policy(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="layers"):
+        ElasticConfig(layers=[1.0, 2.0], **changes)

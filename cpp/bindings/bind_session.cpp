@@ -130,6 +130,10 @@ RuntimeError when the cache holds cells already.)pbdoc")
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
         .def(
+            "level", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).level(seq_id); }, py::arg("seq_id") = 0,
+            py::call_guard<py::gil_scoped_release>(),
+            "Give all layers of a sequence as many cells, on average as many as before; returns n_cells.")
+        .def(
             "look_ahead",
             [](const session & self, const std::vector<llama_token> & tokens, const std::vector<llama_seq_id> & seq_ids) {
                 return self.cache().look_ahead(seq_ids, tokens);

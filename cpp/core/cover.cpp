@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace elastic {
 
@@ -55,17 +56,53 @@ open_run run_of_layer(const open_run & run, const cells & c, int32_t il, int32_t
     return res;
 }
 
-// the run as each layer has it  [n_layer]
-std::vector<open_run> share_run(const open_run & run, const cells & c, const std::vector<float> & share) {
+// the run as each layer has it, with n_average unprotected cells on average, or fewer where there are not as many; in none more than
+// `most` times what is meant for the run  [n_layer]
+std::vector<open_run> share_run(const open_run & run, const cells & c, const std::vector<float> & share, int32_t n_average, double most) {
+    const auto limit = (int32_t) std::min((double) run.cells.size(), (run.n_keep - run.n_protect) * most);
+
     std::vector<open_run> res;
     std::vector<int32_t>  room;
     for (size_t il = 0; il < share.size(); ++il) {
         res.push_back(run_of_layer(run, c, (int32_t) il, 0));
-        room.push_back((int32_t) res.back().cells.size() - res.back().n_protect);
+        room.push_back(std::min(limit, (int32_t) res.back().cells.size() - res.back().n_protect));
     }
-    const auto n_free = places_of_layers(run.n_keep - run.n_protect, share, room);
+    const auto n_free = places_of_layers(n_average, share, room);
     for (size_t il = 0; il < share.size(); ++il) {
         res[il].n_keep += n_free[il];
+    }
+    return res;
+}
+
+// All runs as each layer has them, n_keep cells on average. What is meant for a run of which layers hold fewer goes to the
+// others  [runs][n_layer]
+std::vector<std::vector<open_run>> share_runs(const plan_params & params, const cells & c, int32_t n_layer, const std::vector<open_run> & runs) {
+    const std::vector<float> share = params.layer_share.empty() ? std::vector<float>(n_layer, 1.0f) : params.layer_share;
+    const double             most  = params.n_rank_max > 0 ? std::max(1.0, (double) params.n_rank_max / params.n_keep) : HUGE_VAL;
+
+    std::vector<uint8_t> whole(c.size(), 1);  // cells of runs that stay whole
+    int64_t              n_left = (int64_t) params.n_keep * n_layer;
+    const auto           n_held = [&](const std::vector<open_run> & of_layers) {
+        return std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0, [](int64_t n, const open_run & own) { return n + own.n_keep; });
+    };
+
+    std::vector<std::vector<open_run>> res;
+    for (const auto & run : runs) {
+        res.push_back(share_run(run, c, share, run.n_keep - run.n_protect, most));
+        n_left -= n_held(res.back());
+        for (const int32_t i : run.cells) {
+            whole[i] = 0;
+        }
+    }
+    for (int32_t i = 0; i < c.size(); ++i) {
+        for (int32_t il = 0; whole[i] && il < n_layer; ++il) {
+            n_left -= !c.is_absent(il, i);
+        }
+    }
+    for (size_t r = 0; r < runs.size() && !c.absent.empty() && n_left >= n_layer; ++r) {
+        const int64_t before = n_held(res[r]);
+        res[r]               = share_run(runs[r], c, share, runs[r].n_keep - runs[r].n_protect + (int32_t) (n_left / n_layer), most);
+        n_left -= n_held(res[r]) - before;
     }
     return res;
 }
@@ -297,12 +334,7 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();
 
-    const std::vector<float> share = params.layer_share.empty() ? std::vector<float>(p.n_layer, 1.0f) : params.layer_share;
-
-    std::vector<std::vector<open_run>> of_layers;
-    for (const auto & run : runs) {
-        of_layers.push_back(share_run(run, c, share));
-    }
+    const auto    of_layers = share_runs(params, c, p.n_layer, runs);
     const auto ranks = widen(p, c, runs, of_layers);
 
     p.bucket.assign((size_t) p.n_layer * p.n_head_kv * p.n_cells, -1);

@@ -115,7 +115,7 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
     p.n_keep    = pol.select == select_rule::all ? p.n_cells : params.n_keep;
 
     head_map          score = score_cells(pol.score, c, importance);
-    const plan_params own   = { p.n_keep, params.n_sink, params.layer_share };
+    const plan_params own   = { p.n_keep, params.n_sink, params.layer_share, params.n_rank_max };
     select_cells(pol.select, pol.ranked(), own, c, score, p);
     if (pol.select == select_rule::cover) {
         cover_runs(own, c, score, *rows, p, n_threads);

@@ -109,6 +109,8 @@ struct plan_params {
 
     // select_rule::cover: cells of each layer in relation to the others', n_keep on average; empty: the same for all  [n_layer]
     std::vector<float> layer_share;
+
+    int32_t n_rank_max = 0;  // and the most that a layer keeps, at least n_keep; 0: no limit
 };
 
 // what a score may look at; `recent` may be empty (n_cells == 0) for rules that do not look at it

@@ -23,6 +23,7 @@ elastic_cache & attach(llama_context & ctx, const elastic_params & params) {
     const config cfg = make_config(params);
 
     if (auto * old = attached(&ctx)) {
+        old->check_layers(cfg);
         if (!old->empty()) {
             throw not_empty("[elastic_attach] the cache holds cells; clear it first (llama_memory_clear)");
         }
@@ -150,6 +151,13 @@ int32_t elastic_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] {
         need(ctx).check_seq_id(seq_id);
         return need(ctx).n_cells(seq_id);
+    });
+}
+
+int32_t elastic_n_held(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] {
+        need(ctx).check_seq_id(seq_id);
+        return need(ctx).n_held(seq_id);
     });
 }
 

@@ -283,6 +283,17 @@ void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, f
     ggml_backend_tensor_set(t, &scaled, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
 }
 
+void cell_store::make_absent(uint32_t strm, int32_t cell, int32_t il) {
+    for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+        for (auto * maps : { &mass, &extra, &fading, &windowed }) {
+            if (!maps->empty()) {
+                (*maps)[strm].row(index(il, ih))[cell] = 0.0f;
+            }
+        }
+        set_bias(strm, cell, il, ih, absent_bias);
+    }
+}
+
 void cell_store::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
     for (auto * maps : { &mass, &extra, &fading, &windowed }) {
         if (!maps->empty()) {

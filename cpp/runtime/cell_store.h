@@ -66,6 +66,9 @@ class cell_store {
     }
     void set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
 
+    // a layer does without the cell from now on
+    void make_absent(uint32_t strm, int32_t cell, int32_t il);
+
     // what head (il, ih) holds in `src` is now what it holds in `dst`
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
 

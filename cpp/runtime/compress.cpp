@@ -42,8 +42,15 @@ int32_t elastic_cache::compress(llama_seq_id seq_id) {
     return n;
 }
 
-// n_target: cells that the sequence may hold, shared ones included
-int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next) {
+int32_t elastic_cache::level(llama_seq_id seq_id) {
+    const bool    pending = seqs[seq_id].pending;
+    const int32_t n       = compress_to(seq_id, n_held(seq_id), false, true);
+    seqs[seq_id].pending  = pending;  // what has come since is still to be compressed
+    return n;
+}
+
+// n_target: cells that the sequence may hold, shared ones included, on average over the layers
+int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level) {
     // pending shifts and stream copies still have to reach the rows
     ctx.memory_update(false);
 
@@ -60,15 +67,17 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         c.pinned.push_back(0);
     }
     const int32_t n_all    = n_cells(seq_id);
-    const int32_t n_shared = n_all - (int32_t) rows.size();
+    const auto    held     = held_rows(strm, rows);
     const int32_t n_own    = n_held(strm, rows);
+    const int32_t n_shared = n_held(seq_id) - n_own;
+    const bool    even     = level || cfg.max_cells > 0;  // places are short
 
     // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
     const int32_t n_floor = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
     const int32_t n_least = std::min(n_own, n_floor);
     int32_t       n_keep  = std::max(n_least, n_target - n_shared);
 
-    if (!active() || n_keep >= n_own) {
+    if (!active() || n_keep >= (even ? (int32_t) rows.size() : n_own)) {
         st.pending        = false;
         st.n_prompt_cells = n_all;
         store->rate_image_cells(strm, rows);
@@ -90,11 +99,17 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         layers.back().load_v();
     }
 
-    const cell_state  before = store->gather(strm, rows);
-    const kv_source   source(layers, rows);
-    const plan_params params = { n_keep, n_shared ? 0 : cfg.n_sink, answer_next ? cfg.layer_share : std::vector<float>() };
+    const cell_state before = store->gather(strm, rows);
+    const kv_source  source(layers, rows);
+    plan_params      params = { n_keep, n_shared ? 0 : cfg.n_sink, {}, n_keep };
+    if (!even && !cfg.layer_share.empty()) {
+        // the next turn needs places, too
+        const int32_t n_places = shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used() + (int32_t) rows.size();
+        params.layer_share     = cfg.layer_share;
+        params.n_rank_max      = std::max(n_keep, n_places * 3 / 4);
+    }
 
-    if (n_own < (int32_t) rows.size()) {
+    if (std::any_of(held.begin(), held.end(), [&](int32_t n) { return n < (int32_t) rows.size(); })) {
         for (int32_t il = 0; il < shape.n_layer; ++il) {
             for (const int32_t row : rows) {
                 c.absent.push_back(store->is_absent(strm, row, il));

@@ -35,11 +35,12 @@ struct elastic_params {
 struct elastic_stats {
     int64_t n_compressions;  // prompts compressed
     int64_t n_evictions;     // cells that left while generating
-    int64_t n_cells_before;  // cells of the last compressed prompt, before
+    int64_t n_cells_before;  // cells of the last compressed prompt, before; on average over the layers
     int64_t n_cells_after;   // and after
     int64_t n_bytes_before;  // K, V and bias bytes of those cells
     int64_t n_bytes_after;
-    int64_t n_bytes_released;  // K and V given back to the operating system, all times together
+    int64_t n_bytes_released;  // K and V given back to the operating system, all times together; what single layers do without
+                               // counts at each compression
     int64_t t_score_us;        // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;
@@ -69,7 +70,7 @@ LLAMA_API bool elastic_is_attached(const struct llama_context * ctx);
 LLAMA_API void elastic_hold(struct llama_context * ctx, bool hold);
 
 // Compresses the prompt of a sequence now instead of at its first generated token.
-//   returns the cells it holds after, or a negative code as above
+//   returns the cells it takes after (elastic_n_cells), or a negative code as above
 LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_id);
 
 // To be called when the first token of an answer is known and not yet decoded: tries the answer for a few tokens, the likeliest ones,
@@ -79,8 +80,10 @@ LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_
 //   returns the decode steps it took, or a negative code as above. The logits of the context are other ones then
 LLAMA_API int32_t elastic_look_ahead(struct llama_context * ctx, const llama_seq_id * seq_ids, const llama_token * tokens, int32_t n);
 
-// cells the sequence holds now; tokens it has seen (decoded since it was last empty)
+// Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells that a layer holds on
+// average over the layers, rounded up. Tokens it has seen (decoded since it was last empty)
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
+LLAMA_API int32_t elastic_n_held(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);
 
 LLAMA_API struct elastic_stats elastic_get_stats(const struct llama_context * ctx);

@@ -39,7 +39,10 @@ config make_config(const elastic_params & params) {
     cfg.delay     = at_least("delay", params.delay, 0);
     cfg.lookahead = at_least("lookahead", params.lookahead, -1);
     cfg.record    = params.record;
-    cfg.layer_share.assign(params.layer_share, params.layer_share + std::max(0, params.n_layer_share));
+    if (at_least("n_layer_share", params.n_layer_share, 0) > 0 && !params.layer_share) {
+        throw error("[elastic] layer_share: got NULL, expected " + std::to_string(params.n_layer_share) + " values");
+    }
+    cfg.layer_share.assign(params.layer_share, params.layer_share + params.n_layer_share);
 
     cfg.release_memory = params.release_memory;
 
@@ -163,12 +166,10 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
     }
-    if (!cfg.layer_share.empty() && (int32_t) cfg.layer_share.size() != shape.n_layer) {
-        throw error("[elastic] layer_share: got " + std::to_string(cfg.layer_share.size()) + " layers, expected " +
-                    std::to_string(shape.n_layer));
-    }
+    check_layers(cfg);
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
+    refilled.assign(shape.n_stream, 0);
     n_touched_v.assign(shape.n_stream, 0);
     on_host     = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
         return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer) && ggml_backend_buffer_is_host(kv.get_v_storage(il)->buffer);
@@ -179,6 +180,13 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     moves_v     = active() && kv.get_v_trans() && on_host;
     stride_v    = min_stride();
     kv.set_elastic(this);
+}
+
+void elastic_cache::check_layers(const config & other) const {
+    if (!other.layer_share.empty() && (int32_t) other.layer_share.size() != shape.n_layer) {
+        throw error("[elastic] layer_share: got " + std::to_string(other.layer_share.size()) + " layers, expected " +
+                    std::to_string(shape.n_layer));
+    }
 }
 
 elastic_cache::~elastic_cache() {
@@ -295,6 +303,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         }
     }
     spare_v = false;
+    release_refilled();
 
     struct seen {
         int32_t   n       = 0;
@@ -532,6 +541,7 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
     if (s0 != s1) {
         store->copy_stream(s0, s1, n_used(s0));
         n_touched[s1] = n_touched_v[s1] = shape.kv_size;  // llama.cpp copies all of a stream
+        refilled[s1]                    = 1;
     }
 }
 
@@ -540,6 +550,7 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
     if (it == seqs.end()) {
         return;
     }
+    refilled[kv.get_stream(seq_id)] = 1;  // rotates all rows
     for (llama_pos * pos : { &it->second.pos_prompt, &it->second.pos_compressed }) {
         if (*pos >= p0 && *pos < p1) {
             *pos += shift;
@@ -630,8 +641,11 @@ int32_t elastic_cache::n_held(llama_seq_id seq_id) const {
 }
 
 int64_t elastic_cache::kv_bytes(llama_seq_id seq_id) const {
-    const auto    held    = held_rows(seq_id);
-    const int64_t n_total = std::accumulate(held.begin(), held.end(), (int64_t) 0);
+    const auto held    = held_rows(seq_id);
+    int64_t    n_total = (int64_t) n_cells(seq_id) * shape.n_layer;
+    if (frees_rows()) {
+        n_total = std::accumulate(held.begin(), held.end(), (int64_t) 0);
+    }
     return n_total * shape.cell_bytes / shape.n_layer + n_cells(seq_id) * store->bias_bytes_per_cell();
 }
 

@@ -95,6 +95,8 @@ class elastic_cache : public llama_elastic_i {
 
     bool frees_rows() const;  // of single layers
 
+    void check_layers(const config & other) const;  // throws elastic::error if it has shares for another number of them
+
     void set_hold(bool value) { hold = value; }
 
     // K and V as llama.cpp stores them, before it goes on without this cache
@@ -103,6 +105,9 @@ class elastic_cache : public llama_elastic_i {
     // compresses the prompt of a sequence now; returns the cells it holds after. throws elastic::error,
     // and then the cache is as it was
     int32_t compress(llama_seq_id seq_id);
+
+    // gives all layers of a sequence as many cells, on average as many as before, so that it takes no more places than those
+    int32_t level(llama_seq_id seq_id);
 
     // tries answers and takes them back, see elastic_look_ahead; returns the steps. throws elastic::error before anything is tried
     int32_t look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens);
@@ -146,6 +151,7 @@ class elastic_cache : public llama_elastic_i {
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
     plan                                   plan_last;
     std::vector<int32_t>                   n_touched;    // [n_stream]: rows of K that may take memory
+    std::vector<uint8_t>                   refilled;     // [n_stream]: rows that layers do without were written to
     std::vector<int32_t>                   n_touched_v;  // and of V, or the stride up to which V may
 
     bool    moves_v  = false;  // V is transposed, and its stride follows the cells in use
@@ -163,7 +169,7 @@ class elastic_cache : public llama_elastic_i {
     void    make_room(llama_seq_id seq_id, int32_t n_new);
     int32_t room_under_cap(llama_seq_id seq_id) const;
     void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
-    int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next);
+    int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level = false);
     int32_t n_threads() const;
     int32_t n_used_max() const;  // of the streams
     int32_t stride_for(int32_t n_cells) const;
@@ -190,6 +196,8 @@ class elastic_cache : public llama_elastic_i {
     std::vector<int32_t> held_rows(uint32_t strm, const std::vector<int32_t> & rows) const;
     int32_t              n_held(uint32_t strm, const std::vector<int32_t> & rows) const;
     void                 release_absent(uint32_t strm, const std::vector<int32_t> & rows);
+    void                 release_refilled();
+    void                 let_leave_one_layer(uint32_t strm, int32_t il, const std::vector<int32_t> & may_leave);
 
     std::vector<int32_t> own_cells(llama_seq_id seq_id) const;  // logical cells that no other sequence uses
 };

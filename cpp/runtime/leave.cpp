@@ -56,7 +56,12 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
         return;
     }
     const int32_t n_spare = n_cells(seq_id) - n_held(seq_id);  // of some layers
-    const int32_t allowed = cfg.max_cells > 0 ? target_cells(st.n_tokens + 1) : target_cells(st.n_tokens + 1) + n_spare;
+    int32_t       allowed = target_cells(st.n_tokens + 1);
+    if (cfg.max_cells == 0) {
+        allowed += n_spare;
+    } else if (n_spare > 0 && n_cells(seq_id) > allowed) {  // a state of a cache without the cap
+        or_log(seq_id, [&] { compress_to(seq_id, allowed, false); });
+    }
     for (int32_t n = n_cells(seq_id); n + 1 > allowed; --n) {
         let_leave(seq_id);
         if (n_cells(seq_id) == n) {
@@ -139,16 +144,18 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     const float   decay     = cfg.pol.decay();
     const int64_t n_queries = std::max<int64_t>(1, seqs[seq_id].n_tokens);
     for (int32_t il = 0; il < shape.n_layer; ++il) {
+        if (store->is_absent(strm, freed, il)) {
+            let_leave_one_layer(strm, il, may_leave);
+            continue;
+        }
+        for (const int32_t row : may_leave) {
+            others[row - base] = store->is_absent(strm, row, il) ? HUGE_VALF : 0.0f;
+        }
         std::vector<int32_t> lost;
         for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
             const float * mass   = store->mass_row(strm, il, ih) + base;
             const float * fading = decay > 0.0f ? store->fading_row(strm, il, ih) + base : nullptr;
-            auto          scores = leaving_scores(others, mass, fading, decay, n_queries);
-            for (const int32_t row : may_leave) {
-                if (store->is_absent(strm, row, il)) {
-                    scores[row - base] = HUGE_VALF;
-                }
-            }
+            const auto    scores = leaving_scores(others, mass, fading, decay, n_queries);
             lost.push_back(first_lowest(scores, may_leave, base));
         }
         move_rows(strm, il, freed, lost);
@@ -156,6 +163,25 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     kv.get_cells_mut(strm).seq_rm(freed, seq_id);
     kv.set_head(strm, freed);
     stats.n_evictions++;
+}
+
+// Where a layer does without the row that is freed, it does without one more: the one of least importance in all its heads.
+void elastic_cache::let_leave_one_layer(uint32_t strm, int32_t il, const std::vector<int32_t> & may_leave) {
+    int32_t best = -1;
+    float   low  = 0.0f;
+    for (const int32_t row : may_leave) {
+        float sum = 0.0f;
+        for (int32_t ih = 0; ih < shape.n_head_kv; ++ih) {
+            sum += store->mass_row(strm, il, ih)[row];
+        }
+        if (!store->is_absent(strm, row, il) && (best < 0 || sum < low)) {
+            best = row;
+            low  = sum;
+        }
+    }
+    if (best >= 0) {
+        store->make_absent(strm, best, il);
+    }
 }
 
 // row `from` of one layer, head by head to the rows of `to`

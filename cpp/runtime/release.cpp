@@ -65,6 +65,17 @@ void elastic_cache::release_absent(uint32_t strm, const std::vector<int32_t> & r
     }
 }
 
+// what a restored state, a copied stream or a shift of positions wrote to rows that layers do without
+void elastic_cache::release_refilled() {
+    for (const auto & [seq_id, _] : seqs) {
+        const uint32_t strm = kv.get_stream(seq_id);
+        if (refilled[strm]) {
+            release_absent(strm, logical_cells(seq_id));
+        }
+    }
+    std::fill(refilled.begin(), refilled.end(), 0);
+}
+
 // a transposed V takes its stride times its elements, which is as much as `stride` rows would
 void elastic_cache::release_v(uint32_t strm, int32_t n_used) {
     if (!releases() || (kv.get_v_trans() && !moves_v)) {

@@ -197,7 +197,7 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         take(h.has_count, state.count);
         take(h.has_bias, state.bias);
         store->scatter(strm, rows, state);
-        release_absent(strm, rows);
+        refilled[strm] = 1;  // readers may write the rows after this
 
         head_map recent(shape.n_layer, shape.n_head_kv, (int32_t) rows.size());
         take(h.has_fading, recent);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +30,13 @@ def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> El
 
 
 def with_flash(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Flash attention unless it is said otherwise, if layers may keep different numbers of cells:
-    its V lies row by row, so that what a layer does without is memory."""
+    """Flash attention unless it is said otherwise, where layers may keep different numbers of
+    cells: its V lies row by row, so that what a layer does without is memory."""
     if kwargs.get("flash_attn") is not None:
         return kwargs
-    return {**kwargs, "flash_attn": elastic is not None and elastic.measures_layers}
+    on_host = sys.platform.startswith("linux") and kwargs.get("n_gpu_layers", 0) == 0
+    uneven = elastic is not None and elastic.may_be_uneven
+    return {**kwargs, "flash_attn": on_host and uneven}
 
 
 def check_arguments(

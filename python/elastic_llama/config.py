@@ -56,7 +56,8 @@ class ElasticConfig:
         "auto": layers that look words up keep more (`retrieval.py`), for the policy `elastic` where
         rows of single layers can go back to the operating system: on the CPU under Linux, with
         flash attention, `release_memory` and no `kv_cells`. "even", and "auto" elsewhere: all keep
-        as many.
+        as many. Numbers hold everywhere, but only there do rows that a layer does without save
+        memory; for the policy `elastic` without `kv_cells` only.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
@@ -95,6 +96,18 @@ class ElasticConfig:
             )
 
         object.__setattr__(self, "layers", _layers(self.layers))
+        if not isinstance(self.layers, str) and (
+            self.policy != "elastic" or self.kv_cells is not None
+        ):
+            raise ConfigError(
+                text(
+                    "config",
+                    "layers that keep different numbers of cells",
+                    f"policy {self.policy!r}, kv_cells {self.kv_cells}",
+                    "the policy 'elastic' without kv_cells",
+                    'pass layers="even"',
+                )
+            )
         if self.kv_cells is not None and self.policy == "full":
             raise ConfigError(
                 text(
@@ -116,10 +129,15 @@ class ElasticConfig:
         return self.policy == "full" or (self.budget == 1 and self.kv_cells is None)
 
     @property
-    def measures_layers(self) -> bool:
-        """Whether layers may keep different numbers of cells, by what is measured of them."""
-        elastic = self.policy == "elastic" and not self.is_off and self.kv_cells is None
-        return self.layers == "auto" and elastic and self.release_memory
+    def may_be_uneven(self) -> bool:
+        """Whether layers may keep different numbers of cells, where memory follows."""
+        return (
+            self.layers != "even"
+            and self.policy == "elastic"
+            and not self.is_off
+            and self.kv_cells is None
+            and self.release_memory
+        )
 
     @property
     def kept_share(self) -> float | None:
@@ -158,7 +176,8 @@ def _layers(value: object) -> str | tuple[float, ...]:
         return value
     shares: tuple[float, ...] = ()
     try:
-        shares = tuple(float(x) for x in value)  # type: ignore[attr-defined]
+        if not isinstance(value, str):
+            shares = tuple(float(x) for x in value)  # type: ignore[attr-defined]
         good = shares != () and all(math.isfinite(x) and x > 0 for x in shares)
     except (TypeError, ValueError):
         good = False

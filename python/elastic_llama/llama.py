@@ -63,8 +63,8 @@ class ElasticLlama(llama_cpp.Llama):
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
-        what `elastic.kv_cells` takes; `verbose` is False; `flash_attn` is True where layers may
-        keep different numbers of cells (`ElasticConfig.layers`).
+        what `elastic.kv_cells` takes; `verbose` is False; `flash_attn` is True on the CPU under
+        Linux if layers may keep different numbers of cells (`ElasticConfig.layers`).
 
     Raises
     ------
@@ -137,9 +137,7 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
 
     def _attach(self, elastic: ElasticConfig) -> None:
-        self._session = open_session(self._ctx.ctx, elastic)
-        if elastic.measures_layers and self._session.frees_rows():
-            self._session = open_session(self._ctx.ctx, elastic, measured_shares(self))
+        self._session = attach(self, self._ctx.ctx, elastic)
 
     # -- the elastic side
 
@@ -217,6 +215,13 @@ class ElasticLlama(llama_cpp.Llama):
         used = self._cells_used()
         if used + n_new > self.n_ctx() and self._session is not None and self._session.is_waiting():
             self._session.compress(0)  # sooner than it was to be
+            used = self._cells_used()
+        if (
+            used + n_new > self.n_ctx()
+            and self._session is not None
+            and self._session.n_held(0) + n_new <= self.n_ctx()
+        ):
+            self._session.level(0)  # what some layers hold beyond the average takes places
             used = self._cells_used()
         if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
@@ -371,7 +376,20 @@ class ElasticLlama(llama_cpp.Llama):
             self.close()
 
 
-def open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()) -> Any:
+def attach(llm: ElasticLlama, ctx: Any, elastic: ElasticConfig) -> Any:
+    """The native session of a context of the model of `llm`, its layers measured if that is due.
+
+    Raises
+    ------
+    UnsupportedModelError, ConfigError
+    """
+    session = _open_session(ctx, elastic)
+    if elastic.layers == "auto" and elastic.may_be_uneven and session.frees_rows():
+        session = _open_session(ctx, elastic, measured_shares(llm))
+    return session
+
+
+def _open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()) -> Any:
     """The native session of a llama_context (a ctypes pointer).
 
     Parameters

@@ -106,6 +106,10 @@ class Session:
         """
         Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].
         """
+    def level(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Give all layers of a sequence as many cells, on average as many as before; returns n_cells.
+        """
     def look_ahead(
         self,
         tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],

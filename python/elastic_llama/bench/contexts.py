@@ -17,7 +17,7 @@ from ..batch import fill_batch
 from ..config import ElasticConfig
 from ..errors import ElasticError, StateError, text
 from ..kv_types import KV_TYPES
-from ..llama import ElasticLlama, lazy_buffers, open_session
+from ..llama import ElasticLlama, attach, lazy_buffers
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these
@@ -88,11 +88,11 @@ class Context:
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
         self._embd = llama_cpp.llama_batch_init(self.n_batch, self.n_embd, 1)
         if elastic is not None:
-            self._attach(elastic)
+            self._attach(llm, elastic)
 
-    def _attach(self, config: ElasticConfig) -> None:
+    def _attach(self, llm: ElasticLlama, config: ElasticConfig) -> None:
         try:
-            self.session = open_session(self.ctx, config)
+            self.session = attach(llm, self.ctx, config)
         except ElasticError:
             self.close()
             raise

@@ -110,9 +110,8 @@ def _need_extra() -> None:
 
 
 def _plan(args: argparse.Namespace) -> Any:
-    from ..config import ElasticConfig
     from ..embedded import embedded_mmproj, embedded_model
-    from ..evaluation.runner import Case, Plan
+    from ..evaluation.runner import Case, Plan, make_config
     from ..kv_types import KV_TYPES
 
     kv_types = _list(args.kv_type)
@@ -131,7 +130,7 @@ def _plan(args: argparse.Namespace) -> Any:
     asked = {
         "delay": args.delay or None,
         "lookahead": args.lookahead,
-        "layers": None if args.layers == "auto" else args.layers,
+        "layers": args.layers if isinstance(args.layers, str) else list(args.layers),
     }
     when = {name: value for name, value in asked.items() if value is not None}
     cases = []
@@ -139,7 +138,7 @@ def _plan(args: argparse.Namespace) -> Any:
         cases.append(Case("full", 1.0, kv_type))
         for policy in _list(args.policies):
             for budget in budgets:
-                ElasticConfig(budget=budget, policy=policy, **when)  # says what is wrong
+                make_config(policy, budget, when)  # says what is wrong
                 if policy != "full" and budget != 1:
                     cases.append(Case(policy, budget, kv_type))
     for name, value in (

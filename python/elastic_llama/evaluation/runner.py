@@ -93,6 +93,13 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return out
 
 
+def make_config(policy: str, budget: float, given: dict[str, Any]) -> ElasticConfig:
+    """The options of a run as a policy has them: numbers for layers are for `elastic` only."""
+    if policy != "elastic":
+        given = {name: value for name, value in given.items() if name != "layers"}
+    return ElasticConfig(budget=budget, policy=policy, **given)
+
+
 class Results:
     """A folder with `config.yaml`, written first, and `results-I.jsonl`, a line per finished item.
 
@@ -191,7 +198,7 @@ class Runner:
             if kv_type != "f16":
                 prompts = self._prompts(kv_type, items)
             for case in (c for c in self.plan.cases if c.kv_type == kv_type):
-                config = ElasticConfig(budget=case.budget, policy=case.policy, **self.plan.elastic)
+                config = make_config(case.policy, case.budget, self.plan.elastic)
                 own = self._answers(kv_type, config, items, prompts)
                 for i, (item, prompt) in enumerate(zip(items, prompts)):
                     figures = self._figures(item, prompt, reference[i], own[i])
