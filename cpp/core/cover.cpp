@@ -76,14 +76,16 @@ std::vector<open_run> share_run(const open_run & run, const cells & c, const std
 
 // All runs as each layer has them, n_keep cells on average. What is meant for a run of which layers hold fewer goes to the
 // others  [runs][n_layer]
-std::vector<std::vector<open_run>> share_runs(const plan_params & params, const cells & c, int32_t n_layer, const std::vector<open_run> & runs) {
+std::vector<std::vector<open_run>> share_runs(const plan_params & params, const cells & c, int32_t n_layer,
+                                              const std::vector<open_run> & runs) {
     const std::vector<float> share = params.layer_share.empty() ? std::vector<float>(n_layer, 1.0f) : params.layer_share;
     const double             most  = params.n_rank_max > 0 ? std::max(1.0, (double) params.n_rank_max / params.n_keep) : HUGE_VAL;
 
     std::vector<uint8_t> whole(c.size(), 1);  // cells of runs that stay whole
     int64_t              n_left = (int64_t) params.n_keep * n_layer;
     const auto           n_held = [&](const std::vector<open_run> & of_layers) {
-        return std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0, [](int64_t n, const open_run & own) { return n + own.n_keep; });
+        return std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0,
+                                         [](int64_t n, const open_run & own) { return n + own.n_keep; });
     };
 
     std::vector<std::vector<open_run>> res;
@@ -334,8 +336,8 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();
 
-    const auto    of_layers = share_runs(params, c, p.n_layer, runs);
-    const auto ranks = widen(p, c, runs, of_layers);
+    const auto of_layers = share_runs(params, c, p.n_layer, runs);
+    const auto ranks     = widen(p, c, runs, of_layers);
 
     p.bucket.assign((size_t) p.n_layer * p.n_head_kv * p.n_cells, -1);
 
