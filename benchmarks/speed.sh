@@ -1,6 +1,6 @@
 #!/bin/bash
 # The rows of docs/speed.md, one command each, on a machine that does nothing else:
-#   benchmarks/speed.sh hires|seqs16|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off|text
+#   benchmarks/speed.sh hires|seqs16|seqs8|image|images8|kv-types|full-image|full-hires|embedded|flat|off|text|layers
 # The models are made once, into $SHAPED (build/shaped).
 set -e -o pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +24,8 @@ image)      bench image      -m "$(model 4)" --scenarios image -r 3 ;;
 kv-types)   bench kv-types   -m "$(model 4)" --scenarios image,hires --kv-types q8_0,q4_0 -fa on -r 1 -n 80 ;;
 images8)    bench images8    -m "$(model 4)" --scenarios images8,images8-capped -fa off -r 1 ;;
 text)       bench text       -m "$(model 4)" --scenarios text -r 2 -n 40 ;;
+layers)     bench layers-even -m "$(model 4)" --scenarios text -fa on -r 2 -n 40 --layers even
+            bench layers     -m "$(model 4)" --scenarios text -fa on -r 2 -n 40 --layers 0.5,0.5,2.5,0.5 ;;
 seqs8)      bench seqs8      -m "$(model 4)" --scenarios seqs8 -fa off,on -r 1 ;;
 seqs16)     bench seqs16     -m "$(model 4)" --scenarios seqs16 -fa off -r 1 ;;
 full-image) bench full-image -m "$(model 32)" --scenarios image -fa off -r 1 -n 80 ;;
