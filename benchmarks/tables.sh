@@ -1,5 +1,5 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh known|known-layers|before|pareto|text|ahead|far|plain|even|delay|same
+# The tables of docs/results.md, one command each: benchmarks/tables.sh known|known-layers|before|pareto|text|ahead|far|plain|plain-even|even|delay|same
 # An interrupted table goes on where it stopped. Two processes, one core each.
 set -e
 cd "$(dirname "$0")/.."
@@ -11,13 +11,14 @@ known-layers) args="--limit 100 --policies elastic --budgets 0.5,0.3,0.2,0.1 --m
 before) args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto) args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 --metrics forced,exact" ;;
 text)   args="--data benchmarks/text_set/text.json --policies local,h2o,snapkv,elastic --budgets 0.2 --metrics forced,exact" ;;
-ahead)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv --budgets 0.2 --lookahead 16 --metrics forced,exact" ;;
+ahead)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv --budgets 0.2 --lookahead 16 --layers even -fa off --metrics forced,exact" ;;
 even)   args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --layers even --metrics forced,exact" ;;
-far)    args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 32 --metrics forced,exact" ;;
+far)    args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 32 --layers even -fa off --metrics forced,exact" ;;
 plain)  args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --metrics forced,exact" ;;
-delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --metrics forced" ;;
+plain-even) args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --layers even -fa off --metrics forced,exact" ;;
+delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --layers even -fa off --metrics forced" ;;
 same)   args="--split dev --limit 20 --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
-*)      echo "usage: $0 known|known-layers|before|pareto|text|ahead|far|plain|even|delay|same" >&2; exit 2 ;;
+*)      echo "usage: $0 known|known-layers|before|pareto|text|ahead|far|plain|plain-even|even|delay|same" >&2; exit 2 ;;
 esac
 run() { # shard, more arguments
     OMP_NUM_THREADS=1 "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" eval $args --parallel 10 --shard "$1" --out "$out" "${@:2}"

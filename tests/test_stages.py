@@ -373,6 +373,8 @@ class _Params(ctypes.Structure):
         ("max_cells", ctypes.c_int32),
         ("delay", ctypes.c_int32),
         ("lookahead", ctypes.c_int32),
+        ("layer_share", ctypes.POINTER(ctypes.c_float)),
+        ("n_layer_share", ctypes.c_int32),
         ("record", ctypes.c_bool),
         ("release_memory", ctypes.c_bool),
     ]
@@ -398,6 +400,16 @@ def test_c_interface(tiny_gqa: Path) -> None:
         kept = math.ceil(0.3 * n)
         assert lib.elastic_n_cells(ctx, 0) == kept - left_free(kept) + 3
         assert lib.elastic_attach(ctx, ctypes.byref(params)) == -3
+    with Engine(tiny_gqa) as e:
+        ctx = ctypes.cast(e.ctx, ctypes.c_void_p)
+        params.n_layer_share = 3
+        assert lib.elastic_attach(ctx, ctypes.byref(params)) == -1
+        assert b"NULL" in lib.elastic_last_error()
+        params.layer_share = (ctypes.c_float * 3)(0.5, 2.0, 0.5)
+        assert lib.elastic_attach(ctx, ctypes.byref(params)) == 0
+        feed(e)
+        assert lib.elastic_compress(ctx, 0) == lib.elastic_n_cells(ctx, 0)
+        assert lib.elastic_n_held(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         feed(e)
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)

@@ -123,7 +123,8 @@ void cell_store::reset() {
     for (auto & buf : bufs) {
         clear_lazily(buf.get());
     }
-    n_biased = 0;
+    n_biased    = 0;
+    some_absent = false;
 }
 
 void cell_store::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
@@ -223,6 +224,7 @@ void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
         }
         set_biased(strm, rows[i], any);
     }
+    some_absent |= std::find(state.bias.data.begin(), state.bias.data.end(), absent_bias) != state.bias.data.end();
     const auto [lo, hi] = std::minmax_element(rows.begin(), rows.end());
     upload_bias(strm, *lo, *hi + 1);
 }
@@ -292,6 +294,7 @@ void cell_store::make_absent(uint32_t strm, int32_t cell, int32_t il) {
         }
         set_bias(strm, cell, il, ih, absent_bias);
     }
+    some_absent = true;
 }
 
 void cell_store::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {

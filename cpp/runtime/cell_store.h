@@ -60,10 +60,11 @@ class cell_store {
 
     // one value of the bias, in the tensor too
     float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(index(il, ih))[cell]; }
-    // whether a layer does without the cell
+    // whether a layer does without the cell, and whether any did without one since the last reset
     bool  is_absent(uint32_t strm, int32_t cell, int32_t il) const {
-        return biased[strm][cell] && bias_at(strm, cell, il, 0) == absent_bias;
+        return some_absent && biased[strm][cell] && bias_at(strm, cell, il, 0) == absent_bias;
     }
+    bool any_absent() const { return some_absent; }
     void set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
 
     // a layer does without the cell from now on
@@ -103,7 +104,8 @@ class cell_store {
     std::vector<std::vector<cell_kind>> kinds;   // [n_stream][kv_size]
     std::vector<std::vector<float>>     totals;  // [n_stream][kv_size]
     std::vector<std::vector<uint8_t>>   biased;  // [n_stream][kv_size]
-    int64_t                             n_biased = 0;
+    int64_t                             n_biased    = 0;
+    bool                                some_absent = false;
 
     // the bias over its scale where the graphs read it, one tensor per layer: F32 [kv_size, n_head_kv, n_stream]
     std::vector<ggml_context_ptr>        ctxs;

@@ -614,7 +614,7 @@ std::vector<int32_t> elastic_cache::logical_cells(llama_seq_id seq_id) const {
 
 std::vector<int32_t> elastic_cache::held_rows(uint32_t strm, const std::vector<int32_t> & rows) const {
     std::vector<int32_t> res(shape.n_layer, (int32_t) rows.size());
-    for (int32_t il = 0; store->any_bias() && il < shape.n_layer; ++il) {
+    for (int32_t il = 0; store->any_absent() && il < shape.n_layer; ++il) {
         for (const int32_t row : rows) {
             res[il] -= store->is_absent(strm, row, il);
         }

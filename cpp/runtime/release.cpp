@@ -42,7 +42,7 @@ bool elastic_cache::frees_rows() const {
 
 // Rows that a layer does without. Of a transposed V they are no pages of their own.
 void elastic_cache::release_absent(uint32_t strm, const std::vector<int32_t> & rows) {
-    if (!releases() || !store->any_bias()) {
+    if (!releases() || !store->any_absent()) {
         return;
     }
     std::vector<int32_t> sorted(rows);
