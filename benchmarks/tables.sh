@@ -41,14 +41,14 @@ compare() { # folder; runs come as lines of a name and more arguments, the first
     done
     "${PYTHON:-.venv/bin/python}" benchmarks/compare_runs.py "$folder"
 }
-compare "$out" <<'RUNS'
+compare benchmarks/results/same <<'RUNS'
 base
 again
 threads -t 2
 ubatch -ub 64
 alone --parallel 1
 RUNS
-compare "$out-even" <<'RUNS'
+compare benchmarks/results/same-even <<'RUNS'
 base --layers even
 fa-off --layers even -fa off
 RUNS
