@@ -39,8 +39,8 @@ std::vector<open_run> find_runs(const plan_params & params, const cells & c) {
     return res;
 }
 
-// the run without the cells that a layer does without, of which n_free stay beside the protected ones
-open_run run_of_layer(const open_run & run, const cells & c, int32_t il, int32_t n_free) {
+// the run without the cells that a layer does without; so far its protected cells stay
+open_run run_of_layer(const open_run & run, const cells & c, int32_t il) {
     open_run res;
     res.image = run.image;
     res.first = run.first;
@@ -52,24 +52,25 @@ open_run run_of_layer(const open_run & run, const cells & c, int32_t il, int32_t
             res.n_protect += run.protect[k];
         }
     }
-    res.n_keep = res.n_protect + n_free;
+    res.n_keep = res.n_protect;
     return res;
 }
 
-// the run as each layer has it, with n_average unprotected cells on average, or fewer where there are not as many; in none more than
-// `most` times what is meant for the run  [n_layer]
-std::vector<open_run> share_run(const open_run & run, const cells & c, const std::vector<float> & share, int32_t n_average, double most) {
-    const auto limit = (int32_t) std::min((double) run.cells.size(), (run.n_keep - run.n_protect) * most);
+// the run as each layer has it, on average with what is meant for it and n_more cells, or fewer where there are not as many; in none
+// with more than `most` times what is meant for it, the protected cells aside  [n_layer]
+std::vector<open_run> share_run(const open_run & run, const cells & c, const std::vector<float> & share, int32_t n_more, double most) {
+    const int32_t n_free = run.n_keep - run.n_protect;
+    const auto    limit  = (int32_t) std::min((double) run.cells.size(), n_free * most);
 
     std::vector<open_run> res;
     std::vector<int32_t>  room;
     for (size_t il = 0; il < share.size(); ++il) {
-        res.push_back(run_of_layer(run, c, (int32_t) il, 0));
+        res.push_back(run_of_layer(run, c, (int32_t) il));
         room.push_back(std::min(limit, (int32_t) res.back().cells.size() - res.back().n_protect));
     }
-    const auto n_free = places_of_layers(n_average, share, room);
+    const auto places = places_of_layers(n_free + n_more, share, room);
     for (size_t il = 0; il < share.size(); ++il) {
-        res[il].n_keep += n_free[il];
+        res[il].n_keep += places[il];
     }
     return res;
 }
@@ -90,7 +91,7 @@ std::vector<std::vector<open_run>> share_runs(const plan_params & params, const 
 
     std::vector<std::vector<open_run>> res;
     for (const auto & run : runs) {
-        res.push_back(share_run(run, c, share, run.n_keep - run.n_protect, most));
+        res.push_back(share_run(run, c, share, 0, most));
         n_left -= n_held(res.back());
         for (const int32_t i : run.cells) {
             whole[i] = 0;
@@ -103,7 +104,7 @@ std::vector<std::vector<open_run>> share_runs(const plan_params & params, const 
     }
     for (size_t r = 0; r < runs.size() && !c.absent.empty() && n_left >= n_layer; ++r) {
         const int64_t before = n_held(res[r]);
-        res[r]               = share_run(runs[r], c, share, runs[r].n_keep - runs[r].n_protect + (int32_t) (n_left / n_layer), most);
+        res[r]               = share_run(runs[r], c, share, (int32_t) (n_left / n_layer), most);
         n_left -= n_held(res[r]) - before;
     }
     return res;

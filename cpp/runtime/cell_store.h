@@ -60,13 +60,13 @@ class cell_store {
 
     // one value of the bias, in the tensor too
     float bias_at(uint32_t strm, int32_t cell, int32_t il, int32_t ih) const { return bias[strm].row(index(il, ih))[cell]; }
+    void  set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
+
     // whether a layer does without the cell, and whether any did without one since the last reset
-    bool  is_absent(uint32_t strm, int32_t cell, int32_t il) const {
+    bool is_absent(uint32_t strm, int32_t cell, int32_t il) const {
         return some_absent && biased[strm][cell] && bias_at(strm, cell, il, 0) == absent_bias;
     }
     bool any_absent() const { return some_absent; }
-    void set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
-
     // a layer does without the cell from now on
     void make_absent(uint32_t strm, int32_t cell, int32_t il);
 

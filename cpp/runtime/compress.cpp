@@ -68,8 +68,9 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     }
     const int32_t n_all    = n_cells(seq_id);
     const auto    held     = held_rows(strm, rows);
-    const int32_t n_own    = n_held(strm, rows);
-    const int32_t n_shared = n_held(seq_id) - n_own;
+    const int32_t n_rows   = n_held(seq_id);
+    const int32_t n_own    = average(held);
+    const int32_t n_shared = n_rows - n_own;
     const bool    even     = level || cfg.max_cells > 0;  // places are short
 
     // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
@@ -117,7 +118,6 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         }
     }
     const int64_t n_bytes = kv_bytes(seq_id);
-    const int32_t n_rows  = n_held(seq_id);
 
     const head_map fading = store->gather_fading(strm, rows);
     const head_map window = store->gather_window(strm, rows);

@@ -626,14 +626,9 @@ std::vector<int32_t> elastic_cache::held_rows(llama_seq_id seq_id) const {
     return held_rows(kv.get_stream(seq_id), logical_cells(seq_id));
 }
 
-// on average over the layers
-static int32_t average(const std::vector<int32_t> & rows) {
-    const int64_t total = std::accumulate(rows.begin(), rows.end(), (int64_t) 0);
-    return (int32_t) ((total + (int64_t) rows.size() - 1) / (int64_t) rows.size());
-}
-
-int32_t elastic_cache::n_held(uint32_t strm, const std::vector<int32_t> & rows) const {
-    return average(held_rows(strm, rows));
+int32_t elastic_cache::average(const std::vector<int32_t> & held) {
+    const int64_t total = std::accumulate(held.begin(), held.end(), (int64_t) 0);
+    return (int32_t) ((total + (int64_t) held.size() - 1) / (int64_t) held.size());
 }
 
 int32_t elastic_cache::n_held(llama_seq_id seq_id) const {

@@ -194,7 +194,7 @@ class elastic_cache : public llama_elastic_i {
     bool    is_shared(uint32_t strm, int32_t cell) const;
 
     std::vector<int32_t> held_rows(uint32_t strm, const std::vector<int32_t> & rows) const;
-    int32_t              n_held(uint32_t strm, const std::vector<int32_t> & rows) const;
+    static int32_t       average(const std::vector<int32_t> & held);  // over the layers, rounded up
     void                 release_absent(uint32_t strm, const std::vector<int32_t> & rows);
     void                 release_refilled();
     void                 let_leave_one_layer(uint32_t strm, int32_t il, const std::vector<int32_t> & may_leave);

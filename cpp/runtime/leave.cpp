@@ -137,9 +137,6 @@ void elastic_cache::let_leave_per_head(llama_seq_id seq_id, const std::vector<in
     const auto [lo, hi]     = std::minmax_element(may_leave.begin(), may_leave.end());
     const int32_t      base = *lo;
     std::vector<float> others(*hi - base + 1, HUGE_VALF);
-    for (const int32_t row : may_leave) {
-        others[row - base] = 0.0f;
-    }
 
     const float   decay     = cfg.pol.decay();
     const int64_t n_queries = std::max<int64_t>(1, seqs[seq_id].n_tokens);

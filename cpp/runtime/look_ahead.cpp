@@ -62,7 +62,7 @@ int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
     if (std::any_of(all.begin(), all.end(), [&](int32_t cell) { return store->kind(strm, cell) == cell_kind::image; })) {
         return 0;
     }
-    const int32_t n_own    = n_held(strm, own_cells(seq_id));
+    const int32_t n_own    = average(held_rows(strm, own_cells(seq_id)));
     const int32_t n_shared = n_held(seq_id) - n_own;
     const int32_t n_gone   = n_own - std::max(1, target_cells(sequence(seq_id).n_tokens) - n_shared);
     if (n_gone <= 0) {
