@@ -88,7 +88,7 @@ def test_describe_compare_and_options(model, image):
 def test_same_seed_same_answer(model, image):
     args = ("describe", image, *model, "-p", QUESTION, "-n", 8, "--temp", "1")
     same = [run(*args, "-s", 7).stdout.split("KV cache")[0] for _ in range(2)]
-    assert same[0] == same[1]
+    assert same[0] == same[1] != ""
     assert same[0] != run(*args, "-s", 8).stdout.split("KV cache")[0]
 
 
@@ -99,9 +99,11 @@ def test_demo(model, image):
 
 
 def test_chat(model, image):
-    stdin = f"/image {image}\n{QUESTION}\nthe\n/stats\n/image no.png\n/bogus\n/clear\nthe\n/quit\n"
+    stdin = f"/image '{image}' \"{image}\"\n/clear\n/image {image}\n{QUESTION}\nthe\n/stats\n"
+    stdin += "/image no.png\n/bogus\n/clear\nthe\n/quit\n"
     done = run("chat", *model, "-n", 4, stdin=stdin)
     assert done.returncode == 0
+    assert "(2 images ready)" in done.stdout
     assert done.stdout.count("tokens/s)") == 3
     assert "compressions" in done.stdout
     assert "no.png" in done.stderr
@@ -145,6 +147,8 @@ def test_help(command):
         (["describe", "IMAGE", "--hf-repo", "a/b"], "--hf-file"),
         (["describe", "IMAGE", "-ctv", "q8_0", "-fa", "off"], "flash"),
         (["describe", "IMAGE", "-c", "0"], "ctx-size"),
+        (["describe", "IMAGE", "--seed", "-2"], "--seed"),
+        (["describe", "IMAGE", "--seed", "x"], "--seed"),
         (["describe", "IMAGE", "-c", "100", "--kv-budget", "5000"], "budget in cells"),
         (["describe", "IMAGE", "-c", "256", "-p", "the " * 300], "context is too small"),
     ],

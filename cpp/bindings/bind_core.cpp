@@ -38,7 +38,7 @@ static std::string rule_name(combine_rule r) {
     return names[(int) r];
 }
 static std::string rule_name(generate_rule r) {
-    static const char * names[] = { "keep", "distance", "lowest", "heavy", "per_head" };
+    static const char * names[] = { "keep", "distance", "lowest", "heavy", "per_head", "merge" };
     return names[(int) r];
 }
 

@@ -16,8 +16,8 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, const std::vector<float> & layer_share, bool record,
-            bool release_memory)
+            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, int32_t overdraft, int32_t checkpoints,
+            const std::vector<float> & layer_share, bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
@@ -32,6 +32,8 @@ class session {
         params.max_cells      = max_cells;
         params.delay          = delay;
         params.lookahead      = lookahead;
+        params.overdraft      = overdraft;
+        params.n_checkpoints  = checkpoints;
         params.layer_share    = layer_share.data();
         params.n_layer_share  = (int32_t) layer_share.size();
         params.record         = record;
@@ -69,8 +71,9 @@ class session {
     llama_context * ctx;
 };
 
-static py::dict stats_dict(const elastic_stats & s) {
-    return py::dict("compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
+static py::dict stats_dict(const elastic_cache & cache) {
+    const elastic_stats & s = cache.stats;
+    return py::dict("checkpoint_bytes"_a = cache.checkpoint_bytes(), "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
                     "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before, "bytes_after"_a = s.n_bytes_after,
                     "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us,
                     "merge_us"_a = s.t_merge_us, "tried"_a = s.n_tried, "look_us"_a = s.t_look_us);
@@ -99,18 +102,19 @@ void bind_session(py::module_ & m) {
           "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
                       const std::vector<float> &, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
-             py::arg("lookahead") = -1, py::arg("layer_share") = std::vector<float>(), py::arg("record") = false,
+             py::arg("lookahead") = -1, py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(), py::arg("record") = false,
              py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
 larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
 look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-have to leave at most). `layer_share`: cells of each layer of the cache in relation to the others',
+have to leave at most). `checkpoints`: states that are kept of each sequence so that what came later
+can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
 > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
@@ -151,6 +155,22 @@ Raises ValueError for a token that does not exist, a sequence given twice, or li
             "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
             py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
         .def(
+            "can_cut", [](const session & self, llama_pos p0, llama_seq_id seq_id) { return self.cache(seq_id).can_cut(seq_id, p0); },
+            py::arg("p0"), py::arg("seq_id") = 0,
+            "The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.")
+        .def(
+            "make_room", [](const session & self, int32_t n_new, llama_seq_id seq_id) { return self.cache(seq_id).free_cells(seq_id, n_new); },
+            py::arg("n_new"), py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+            "Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.")
+        .def(
+            "take_back", [](const session & self, llama_pos p0, llama_seq_id seq_id) { self.cache(seq_id).take_back(seq_id, p0); },
+            py::arg("p0"), py::arg("seq_id") = 0,
+            "Remove the end of a prompt that is not compressed yet; what its tokens looked at stays part of the importance.")
+        .def(
+            "restore_logits", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).restore_logits(seq_id); },
+            py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+            "Make the logits after a prompt's last token, which is the sequence's last, those of the context; False: not known.")
+        .def(
             "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); }, py::arg("seq_id") = 0,
             "Cells the sequence holds; with layer_share not every layer holds all of them.")
         .def(
@@ -169,7 +189,7 @@ Raises ValueError for a token that does not exist, a sequence given twice, or li
             "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
             py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
         .def(
-            "stats", [](const session & self) { return stats_dict(self.cache().stats); },
+            "stats", [](const session & self) { return stats_dict(self.cache()); },
             "Counters since the last reset; times in microseconds, sizes in bytes.")
         .def("reset_stats", [](const session & self) { self.cache().stats = {}; })
         .def(

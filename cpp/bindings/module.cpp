@@ -19,5 +19,6 @@ PYBIND11_MODULE(_core, m) {
 
     elastic::bind_build_info(m);
     elastic::bind_core(m);
+    elastic::bind_log(m);
     elastic::bind_session(m);
 }

@@ -12,7 +12,7 @@ static int32_t n_recent(generate_rule rule, int32_t n_cells) {
 
 std::vector<int32_t> leaving_candidates(generate_rule rule, const cells & c, int32_t n_sink, const std::vector<float> & total) {
     const auto n_generated = std::count(c.kind.begin(), c.kind.end(), cell_kind::generated);
-    const bool spares_text = rule == generate_rule::per_head && n_generated <= short_answer;
+    const bool spares_text = (rule == generate_rule::per_head || rule == generate_rule::merge) && n_generated <= short_answer;
 
     std::vector<int32_t> res;
     for (const bool whole_text : { false, true }) {

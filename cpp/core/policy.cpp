@@ -26,7 +26,7 @@ const std::vector<policy> & policies() {
         { "snapkv",        s::window,          k::window_top,   c::evict,        g::lowest,   "attention of the last queries, pooled, per KV head (SnapKV)" },
         { "elastic-paper", s::frequency_layer, k::top,          c::nearest_mean, g::distance, "anchors per layer, neighbours averaged into them (Elastic Cache, section 3)" },
         { "elastic-evict", s::by_kind,         k::image_first,  c::evict,        g::per_head, "text stays, image cells per KV head, the others are lost" },
-        { "elastic",       s::by_kind,         k::cover,        c::mass,         g::per_head, "text stays while it can, then cells per KV head; the others are merged and keep the attention they were to draw" },
+        { "elastic",       s::by_kind,         k::cover,        c::mass,         g::merge,    "text stays while it can, then cells per KV head; the others are merged and keep the attention they were to draw" },
         // clang-format on
     };
     return table;

@@ -40,6 +40,7 @@ enum class generate_rule : int32_t {
     lowest,    // lowest stored score among the prompt's cells, then the oldest generated token
     heavy,     // lowest score among all but the most recent half, scores updated at every step (H2O)
     per_head,  // in each head the lowest score, all attention and recent one, updated now and then, of all but the last tokens
+    merge,     // nothing leaves: the cache grows by an overdraft, and then is compressed as after a prompt
 };
 
 // queries of the recent score of score_rule::window, and the cells that select_rule::window_top keeps
@@ -56,6 +57,8 @@ constexpr int32_t per_head_recent = 16;
 constexpr int32_t short_answer    = 4;
 // and the tokens between two of which the attention is added to the scores, of all heads and cells: that costs time
 constexpr int32_t score_interval  = 4;
+// generate_rule::merge: cells beyond the budget that an answer may take before it is compressed
+constexpr int32_t merge_overdraft = 32;
 // combine_rule::mass: how far the key of an image's anchor moves to the mean of its group's
 constexpr float   key_weight      = 0.4f;
 // and the cells that it leaves for the answer, which then has to drop fewer while it is written
@@ -93,9 +96,11 @@ struct policy {
     bool    ranked() const { return generate == generate_rule::lowest; }
     bool    needs_rows() const { return select == select_rule::cover; }
     // whether scores go on while generating
-    bool    scores_generation() const { return generate == generate_rule::heavy || generate == generate_rule::per_head; }
+    bool    scores_generation() const { return generate >= generate_rule::heavy; }
     // at every how many tokens
-    int32_t generation_interval() const { return generate == generate_rule::per_head ? score_interval : 1; }
+    int32_t generation_interval() const { return generate == generate_rule::heavy ? 1 : score_interval; }
+    // cells that an answer may take beyond the budget
+    int32_t overdraft() const { return generate == generate_rule::merge ? merge_overdraft : 0; }
     // whether each head lets a cell of its own leave while generating
     bool    leaves_per_head() const { return scores_generation() && score != score_rule::frequency_model; }
 };

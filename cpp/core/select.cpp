@@ -17,6 +17,35 @@ split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image) {
     return res;
 }
 
+split split_with_past(int32_t n_keep, const cells & c) {
+    int32_t n_cells[2]   = { 0, 0 };  // text, image
+    int64_t n_tokens[2]  = { 0, 0 };
+    int64_t n_tokens_old = 0;
+    int32_t n_new        = 0;
+    int64_t n_held       = 0;  // of the image, in all layers
+    for (int32_t i = 0; i < c.size(); ++i) {
+        n_cells[c.is_image(i)]++;
+        n_tokens[c.is_image(i)] += c.n_tokens(i);
+        n_tokens_old += c.is_old(i) ? c.n_tokens(i) : 0;
+        n_new += !c.is_image(i) && !c.is_old(i);
+    }
+    const int64_t n_all   = n_tokens[0] + n_tokens[1];
+    const int32_t n_layer = c.absent.empty() ? 1 : (int32_t) (c.absent.size() / c.kind.size());
+    for (int32_t il = 0; il < n_layer; ++il) {
+        for (int32_t i = 0; i < c.size(); ++i) {
+            n_held += c.is_image(i) && !c.is_absent(il, i);
+        }
+    }
+    const int32_t n_old   = (int32_t) (n_keep * n_tokens_old / n_all);
+    const int32_t n_least = (int32_t) (n_keep * n_tokens[1] / (2 * n_all));
+
+    split res;
+    res.n_image = std::min({ n_keep - n_new - n_old, (int32_t) ((n_held + n_layer - 1) / n_layer), n_cells[1] });
+    res.n_image = std::max(res.n_image, std::max(std::min(n_least, n_cells[1]), n_keep - n_cells[0]));
+    res.n_text  = n_keep - res.n_image;
+    return res;
+}
+
 int32_t recent_cells(select_rule rule, const plan_params & params) {
     switch (rule) {
         case select_rule::heavy_recent:
@@ -30,6 +59,12 @@ int32_t recent_cells(select_rule rule, const plan_params & params) {
 
 int32_t sink_cells(select_rule rule, const plan_params & params) {
     return std::min(params.n_sink, params.n_keep - recent_cells(rule, params));
+}
+
+bool cells::has_past() const {
+    const bool any_old   = std::find(old.begin(), old.end(), 1) != old.end();
+    const bool any_image = std::find(kind.begin(), kind.end(), cell_kind::image) != kind.end();
+    return any_old && any_image;
 }
 
 std::vector<uint8_t> cells_apart(const plan_params & params, const cells & c) {
@@ -46,6 +81,15 @@ std::vector<uint8_t> cells_apart(const plan_params & params, const cells & c) {
         } else if (place++ < image_start && n_start < n_most) {
             res[i] = 1;
             n_start++;
+        }
+    }
+    if (c.has_past()) {  // the present question, half of all cells at most
+        int32_t n_left = params.n_keep / 2;
+        for (int32_t i = n - 1; i >= 0 && n_left > 0; --i) {
+            if (!c.is_image(i) && !c.is_old(i)) {
+                res[i] = 1;
+                n_left--;
+            }
         }
     }
     return res;
@@ -90,26 +134,50 @@ std::vector<segment> make_segments(bool split_kinds, const cells & c, const std:
         s.cells.push_back(i);
         s.protect.push_back(protect[i]);
         s.n_protect += protect[i];
+        s.n_tokens += protect[i] ? 0 : c.n_tokens(i);
     }
     return res;
 }
 
-// shares n_keep between segments: each its protected cells, then in proportion to the rest of their sizes,
+// shares n_keep between segments: each its protected cells, then in proportion to the tokens that the rest stands for,
 // rounded down, what is left over going to the earlier ones
 void share(std::vector<segment *> & segments, int32_t n_keep) {
-    int64_t n_free = 0;
-    int32_t n_left = n_keep;
+    int32_t                n_left = n_keep;
+    std::vector<segment *> open;
     for (auto * s : segments) {
         s->n_keep = s->n_protect;
         n_left -= s->n_protect;
-        n_free += (int64_t) s->cells.size() - s->n_protect;
+        open.push_back(s);
     }
-    const int32_t n_shared = n_left;
-    for (auto * s : segments) {
-        const int64_t size = (int64_t) s->cells.size() - s->n_protect;
-        const int32_t part = n_free > 0 ? (int32_t) (n_shared * size / n_free) : 0;
-        s->n_keep += part;
-        n_left -= part;
+    const auto room = [](const segment * s) {
+        return (int32_t) s->cells.size() - s->n_protect;
+    };
+    const auto part = [&](const segment * s) {
+        int64_t n_tokens = 0;
+        for (const auto * other : open) {
+            n_tokens += other->n_tokens;
+        }
+        return n_tokens > 0 ? (int32_t) (n_left * s->n_tokens / n_tokens) : 0;
+    };
+    // those that have fewer cells than their part keep all of them
+    for (auto it = open.begin(); it != open.end();) {
+        segment * s = *it;
+        if (room(s) > 0 && part(s) < room(s)) {
+            ++it;
+            continue;
+        }
+        s->n_keep += room(s);
+        n_left -= room(s);
+        open.erase(it);
+        it = open.begin();
+    }
+    std::vector<int32_t> parts;
+    for (const auto * s : open) {
+        parts.push_back(part(s));
+    }
+    for (size_t i = 0; i < open.size(); ++i) {
+        open[i]->n_keep += parts[i];
+        n_left -= parts[i];
     }
     for (auto * s : segments) {
         if (n_left > 0 && s->n_keep < (int32_t) s->cells.size()) {
@@ -120,7 +188,7 @@ void share(std::vector<segment *> & segments, int32_t n_keep) {
 }
 
 // the split by kind, corrected so that the protected cells of either kind fit
-void share_by_kind(std::vector<segment> & segments, int32_t n_keep) {
+void share_by_kind(std::vector<segment> & segments, const cells & c, int32_t n_keep) {
     std::vector<segment *> of[2];  // text, image
     int32_t                n[2]         = { 0, 0 };
     int32_t                n_protect[2] = { 0, 0 };
@@ -129,7 +197,7 @@ void share_by_kind(std::vector<segment> & segments, int32_t n_keep) {
         n[s.image] += (int32_t) s.cells.size();
         n_protect[s.image] += s.n_protect;
     }
-    const split   part   = split_budget(n_keep, n[0], n[1]);
+    const split   part   = c.has_past() ? split_with_past(n_keep, c) : split_budget(n_keep, n[0], n[1]);
     const int32_t n_text = std::min(std::max(part.n_text, n_protect[0]), n_keep - n_protect[1]);
     share(of[0], n_text);
     share(of[1], n_keep - n_text);
@@ -177,7 +245,7 @@ int32_t * select_head(const segment & s, bool ranked, const float * score, std::
 std::vector<segment> shared_segments(select_rule rule, const cells & c, const std::vector<uint8_t> & protect, int32_t n_keep) {
     std::vector<segment> res = make_segments(by_kind(rule), c, protect);
     if (by_kind(rule)) {
-        share_by_kind(res, n_keep);
+        share_by_kind(res, c, n_keep);
     } else {
         res[0].n_keep = n_keep;
     }

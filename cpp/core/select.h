@@ -12,6 +12,9 @@ struct split {
     int32_t n_image = 0;
 };
 split split_budget(int32_t n_keep, int32_t n_text, int32_t n_image);
+// and where there are earlier turns (cells::has_past): the image keeps the cells that it has, as far as the present question and the
+// older text's share, in proportion to the tokens it stands for, leave them; half of the image's own share at least
+split split_with_past(int32_t n_keep, const cells & c);
 
 // protected places at either end: first cells, and last cells (at least one)
 int32_t sink_cells(select_rule rule, const plan_params & params);
@@ -31,6 +34,7 @@ struct segment {
     bool                 image     = false;
     int32_t              n_protect = 0;
     int32_t              n_keep    = 0;
+    int64_t              n_tokens  = 0;  // that its unprotected cells stand for
 };
 // in logical order, which is the order of their ranks
 std::vector<segment> shared_segments(select_rule rule, const cells & c, const std::vector<uint8_t> & protect, int32_t n_keep);

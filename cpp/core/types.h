@@ -29,9 +29,17 @@ struct cells {
     std::vector<cell_kind> kind;    // [n_cells]
     std::vector<uint8_t>   pinned;  // [n_cells], 1: another sequence uses it too, it must stay as it is
     std::vector<uint8_t>   absent;  // [n_layer][n_cells], 1: the layer does without it; empty: every layer holds all
+    std::vector<uint8_t>   old;     // [n_cells], 1: text of an earlier turn, or an answer's that is not its newest; empty: none
+    std::vector<int32_t>   tokens;  // [n_cells], tokens it stands for, more than one after a compression; empty: one each
 
     int32_t size() const { return (int32_t) kind.size(); }
     bool    is_image(int32_t i) const { return kind[i] == cell_kind::image; }
+
+    bool    is_old(int32_t i) const { return !old.empty() && old[i]; }
+    int32_t n_tokens(int32_t i) const { return tokens.empty() ? 1 : tokens[i]; }
+
+    // earlier turns about an image: what is left of them, and it, compete for what the present question leaves
+    bool has_past() const;
 
     bool is_absent(int32_t il, int32_t i) const { return !absent.empty() && absent[(size_t) il * kind.size() + i]; }
 

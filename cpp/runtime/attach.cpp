@@ -91,6 +91,8 @@ elastic_params elastic_default_params(void) {
         /*.max_cells =*/0,
         /*.delay     =*/0,
         /*.lookahead =*/-1,
+        /*.overdraft =*/-1,
+        /*.n_checkpoints  =*/2,
         /*.layer_share    =*/nullptr,
         /*.n_layer_share  =*/0,
         /*.record    =*/false,
@@ -166,9 +168,29 @@ int64_t elastic_n_tokens(const llama_context * ctx, llama_seq_id seq_id) {
     return cache ? cache->sequence(seq_id).n_tokens : 0;
 }
 
+llama_pos elastic_can_cut(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
+    const auto * cache = attached(ctx);
+    return cache ? cache->can_cut(seq_id, p0) : p0;
+}
+
+int32_t elastic_restore_logits(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] {
+        need(ctx).check_seq_id(seq_id);
+        if (!need(ctx).restore_logits(seq_id)) {
+            throw error("[elastic_restore_logits] the last token of the sequence is not the last one of a prompt whose logits are kept");
+        }
+        return 0;
+    });
+}
+
 elastic_stats elastic_get_stats(const llama_context * ctx) {
     const auto * cache = attached(ctx);
-    return cache ? cache->stats : elastic_stats{};
+    if (!cache) {
+        return {};
+    }
+    elastic_stats res       = cache->stats;
+    res.n_bytes_checkpoints = cache->checkpoint_bytes();
+    return res;
 }
 
 void elastic_reset_stats(llama_context * ctx) {

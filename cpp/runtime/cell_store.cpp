@@ -229,6 +229,45 @@ void cell_store::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     upload_bias(strm, *lo, *hi + 1);
 }
 
+cell_scores cell_store::gather_scores(uint32_t strm, const std::vector<int32_t> & rows) const {
+    cell_scores res;
+    res.state    = gather(strm, rows);
+    res.fading   = gather_fading(strm, rows);
+    res.windowed = has_window() ? take(windowed, strm, rows) : head_map();
+    for (int32_t ago = 0; has_window() && ago < (int32_t) queries[strm].size(); ++ago) {
+        head_map m(shape.n_layer, shape.n_head_kv, (int32_t) rows.size());
+        for (int32_t r = 0; r < n_rows(); ++r) {
+            const float * src = queries[strm][query_index(strm, ago)].row(r);
+            std::transform(rows.begin(), rows.end(), m.data.begin() + (size_t) r * rows.size(), [&](int32_t row) { return src[row]; });
+        }
+        res.queries.push_back(std::move(m));
+    }
+    for (const int32_t row : rows) {
+        res.totals.push_back(total(strm, row));
+    }
+    return res;
+}
+
+void cell_store::scatter_scores(uint32_t strm, const std::vector<int32_t> & rows, const cell_scores & scores) {
+    scatter(strm, rows, scores.state);
+    set_totals(strm, rows, scores.totals);
+    put(fading, strm, rows, scores.fading);
+    put(windowed, strm, rows, scores.windowed);
+    for (int32_t ago = 0; ago < (int32_t) scores.queries.size(); ++ago) {
+        for (int32_t r = 0; r < n_rows(); ++r) {
+            const float * src = scores.queries[ago].data.data() + (size_t) r * rows.size();
+            float *       dst = queries[strm][query_index(strm, ago)].row(r);
+            for (size_t i = 0; i < rows.size(); ++i) {
+                dst[rows[i]] = src[i];
+            }
+        }
+    }
+    const auto & w = scores.windowed.data;
+    if (has_window() && std::any_of(w.begin(), w.end(), [](float x) { return x != 0.0f; })) {
+        has_loaded[strm] = 1;
+    }
+}
+
 void cell_store::set_totals(uint32_t strm, const std::vector<int32_t> & rows, const std::vector<float> & values) {
     for (size_t i = 0; i < rows.size(); ++i) {
         totals[strm][rows[i]] = values[i];
@@ -266,9 +305,13 @@ void cell_store::begin_query(uint32_t strm) {
     queries[strm][i].clear();
 }
 
-float * cell_store::query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih) {
+int32_t cell_store::query_index(uint32_t strm, int32_t ago) const {
     const int32_t n = (int32_t) queries[strm].size();
-    return queries[strm][(last_query[strm] + n - ago) % n].row(index(il, ih));
+    return (last_query[strm] + n - ago) % n;
+}
+
+float * cell_store::query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih) {
+    return queries[strm][query_index(strm, ago)].row(index(il, ih));
 }
 
 void cell_store::set_bias(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value) {

@@ -13,6 +13,15 @@
 
 namespace elastic {
 
+// everything that a cell_store remembers of some cells, in logical order
+struct cell_scores {
+    cell_state            state;
+    head_map              fading;    // no cells where none is kept, likewise the next two
+    head_map              windowed;
+    std::vector<head_map> queries;   // newest first
+    std::vector<float>    totals;    // [n_cells]
+};
+
 class cell_store {
   public:
     // maps that the policy does not need are not allocated
@@ -29,6 +38,10 @@ class cell_store {
     // state of the given cells in logical order, and back
     cell_state gather(uint32_t strm, const std::vector<int32_t> & rows) const;
     void       scatter(uint32_t strm, const std::vector<int32_t> & rows, const cell_state & state);
+
+    // all of it, and back exactly
+    cell_scores gather_scores(uint32_t strm, const std::vector<int32_t> & rows) const;
+    void        scatter_scores(uint32_t strm, const std::vector<int32_t> & rows, const cell_scores & scores);
 
     cell_kind kind(uint32_t strm, int32_t cell) const { return kinds[strm][cell]; }
     void      set_kind(uint32_t strm, int32_t cell, cell_kind kind) { kinds[strm][cell] = kind; }
@@ -73,6 +86,7 @@ class cell_store {
     // what head (il, ih) holds in `src` is now what it holds in `dst`
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
 
+    bool          has_scores() const { return has_mass() || has_fading() || has_window(); }
     bool          has_fading() const { return !fading.empty(); }
     bool          has_window() const { return !windowed.empty(); }
     bool          has_mass() const { return !mass.empty(); }
@@ -114,6 +128,7 @@ class cell_store {
 
     int32_t index(int32_t il, int32_t ih) const { return il * shape.n_head_kv + ih; }
     int32_t n_rows() const { return shape.n_layer * shape.n_head_kv; }
+    int32_t query_index(uint32_t strm, int32_t ago) const;  // in the ring
 
     // values plus `shift`
     head_map take(const std::vector<lazy_map> & from, uint32_t strm, const std::vector<int32_t> & rows, float shift = 0.0f) const;

@@ -35,7 +35,9 @@ static head_map of_ranks(const head_map & m, const plan & p, bool summed) {
 }
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
+    take_logits();
     const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens), true);
+    take_checkpoint(seq_id);
     if (releases()) {
         trim_heap();  // what planning took, megabytes
     }
@@ -47,6 +49,63 @@ int32_t elastic_cache::level(llama_seq_id seq_id) {
     const int32_t n       = compress_to(seq_id, n_held(seq_id), false, true);
     seqs[seq_id].pending  = pending;  // what has come since is still to be compressed
     return n;
+}
+
+int32_t elastic_cache::free_cells(llama_seq_id seq_id, int32_t n_new) {
+    const auto lacks = [&] {
+        return (int32_t) kv.get_cells(seq_id).get_used() + n_new > shape.kv_size;
+    };
+    if (lacks() && is_waiting(seq_id)) {
+        compress(seq_id);
+    }
+    if (lacks() && !sequence(seq_id).pending && cfg.pol.generate == generate_rule::merge) {
+        merge_overdraft_cells(seq_id, 0);
+    }
+    if (lacks() && n_cells(seq_id) > n_held(seq_id)) {
+        level(seq_id);
+    }
+    return n_cells(seq_id);
+}
+
+// an answer is compressed with all that came before it
+void elastic_cache::merge_overdraft_cells(llama_seq_id seq_id, int32_t n_new) {
+    int32_t n_target = target_cells(seqs[seq_id].n_tokens + n_new);
+    if (cfg.max_cells > 0) {
+        n_target = std::min(n_target, std::max(cfg.n_sink + 2, cfg.max_cells - cfg.n_overdraft()));
+    }
+    const bool pending = seqs[seq_id].pending;
+    compress_to(seq_id, n_target, false);
+    seqs[seq_id].pending = pending;
+    note_change(seq_id, kv.seq_pos_max(seq_id) + n_new, true);
+}
+
+// what a plan may know of cells of a sequence, in logical order
+elastic::cells elastic_cache::describe(llama_seq_id seq_id, const std::vector<int32_t> & rows) const {
+    const uint32_t strm  = kv.get_stream(seq_id);
+    const auto &   cells = kv.get_cells(seq_id);
+    const auto     st    = sequence(seq_id);
+
+    elastic::cells c;
+    llama_pos      last = rows.empty() ? 0 : cells.pos_get(rows.front()) - 1;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const cell_kind kind    = store->kind(strm, rows[i]);
+        const llama_pos pos     = cells.pos_get(rows[i]);
+        const bool      is_said = kind == cell_kind::generated && i + text_recent < rows.size();
+        c.kind.push_back(kind);
+        c.pinned.push_back(0);
+        c.old.push_back(kind != cell_kind::image && (pos < st.pos_turn || is_said));
+        c.tokens.push_back(std::max(1, pos - last));
+        last = pos;
+    }
+    const auto held = held_rows(strm, rows);
+    if (std::any_of(held.begin(), held.end(), [&](int32_t n) { return n < (int32_t) rows.size(); })) {
+        for (int32_t il = 0; il < shape.n_layer; ++il) {
+            for (const int32_t row : rows) {
+                c.absent.push_back(store->is_absent(strm, row, il));
+            }
+        }
+    }
+    return c;
 }
 
 // n_target: cells that the sequence may hold, shared ones included, on average over the layers
@@ -61,11 +120,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     // cells that another sequence uses too stay as they are, where they are
     const std::vector<int32_t> rows = own_cells(seq_id);
 
-    elastic::cells c;
-    for (const int32_t cell : rows) {
-        c.kind.push_back(store->kind(strm, cell));
-        c.pinned.push_back(0);
-    }
+    const elastic::cells c = describe(seq_id, rows);
     const int32_t n_all    = n_cells(seq_id);
     const auto    held     = held_rows(strm, rows);
     const int32_t n_rows   = n_held(seq_id);
@@ -82,6 +137,9 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         st.pending        = false;
         st.n_prompt_cells = n_all;
         store->rate_image_cells(strm, rows);
+        if (store->has_scores()) {
+            note_change(seq_id, kv.seq_pos_max(seq_id), false);
+        }
         return n_all;
     }
 
@@ -110,13 +168,6 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
         params.n_rank_max      = std::max(n_keep, n_places * 3 / 4);
     }
 
-    if (std::any_of(held.begin(), held.end(), [&](int32_t n) { return n < (int32_t) rows.size(); })) {
-        for (int32_t il = 0; il < shape.n_layer; ++il) {
-            for (const int32_t row : rows) {
-                c.absent.push_back(store->is_absent(strm, row, il));
-            }
-        }
-    }
     const int64_t n_bytes = kv_bytes(seq_id);
 
     const head_map fading = store->gather_fading(strm, rows);
@@ -126,6 +177,8 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     plan p = make_plan(cfg.pol, params, c, importance, &source, n_threads());
     validate(p, c, sink_cells(cfg.pol.select, params));
+
+    store_checkpoints(seq_id);
 
     const int64_t t_merge = ggml_time_us();
 
@@ -157,7 +210,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     const int64_t t_end = ggml_time_us();
 
     st.pending        = false;
-    st.pos_compressed = kv.seq_pos_max(seq_id);
+    note_change(seq_id, kv.seq_pos_max(seq_id), true);
     st.n_prompt_cells = n_cells(seq_id);
 
     stats.n_compressions++;

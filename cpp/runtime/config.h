@@ -19,11 +19,16 @@ struct config {
     int32_t max_cells = 0;
     int32_t delay     = 0;
     int32_t lookahead = -1;
+    int32_t overdraft = -1;
+    int32_t n_checkpoints = 2;
     bool    record    = false;
 
     std::vector<float> layer_share;
 
     bool release_memory = true;
+
+    // cells beyond the budget that an answer may take before it is compressed
+    int32_t n_overdraft() const { return overdraft >= 0 ? overdraft : pol.overdraft(); }
 
     // which scores are kept of every cell, see policy
     int32_t n_window() const { return record ? window_size : pol.n_window(); }

@@ -25,6 +25,11 @@ struct elastic_params {
                     // of the importance. A shorter answer's prompt is compressed when the next one begins. max_cells comes first
     int32_t lookahead;  // tokens of an answer that elastic_look_ahead tries; -1: what the policy is made for, and one for 24 cells that
                         // leave at most
+    int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
+                        // they are a part of those; -1: what the policy is made for
+    int32_t n_checkpoints;  // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
+                            // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
+                            // changed. 0: none, and a compressed sequence can only be removed as a whole
     const float * layer_share;     // cells of each layer in relation to the others', > 0, while the budget holds on average: a prompt
                                    // is compressed to more in some layers (policy "elastic", without max_cells); NULL: all the same
     int32_t       n_layer_share;   // their number, that of the layers of the cache, or 0
@@ -44,6 +49,7 @@ struct elastic_stats {
     int64_t t_score_us;        // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;
+    int64_t n_bytes_checkpoints;  // that checkpoints take now
     int64_t n_tried;    // steps of elastic_look_ahead
     int64_t t_look_us;  // and their time
 };
@@ -85,6 +91,16 @@ LLAMA_API int32_t elastic_look_ahead(struct llama_context * ctx, const llama_seq
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int32_t elastic_n_held(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// llama_memory_seq_rm(mem, seq_id, p0, -1) works, and what follows is as if the tokens from p0 on had never been decoded, where p0 is
+// what this returns: the largest such position that is not above the one given. 0: only the whole sequence can be removed, and its
+// history has to be decoded again. Without an elastic cache every position is such a one
+LLAMA_API llama_pos elastic_can_cut(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
+
+// After such a cut at the end of a prompt: the logits of its last token become those of the context (llama_get_logits_ith with 0 or
+// -1). To decode the token again would not give them, since it saw cells that are merged by now.
+//   returns 0, or -1: they are not known
+LLAMA_API int32_t elastic_restore_logits(struct llama_context * ctx, llama_seq_id seq_id);
 
 LLAMA_API struct elastic_stats elastic_get_stats(const struct llama_context * ctx);
 LLAMA_API void                 elastic_reset_stats(struct llama_context * ctx);

@@ -39,6 +39,9 @@ config make_config(const elastic_params & params) {
     cfg.delay     = at_least("delay", params.delay, 0);
     cfg.lookahead = at_least("lookahead", params.lookahead, -1);
     cfg.record    = params.record;
+
+    cfg.overdraft     = at_least("overdraft", params.overdraft, -1);
+    cfg.n_checkpoints = at_least("n_checkpoints", params.n_checkpoints, 0);
     if (at_least("n_layer_share", params.n_layer_share, 0) > 0 && !params.layer_share) {
         throw error("[elastic] layer_share: got NULL, expected " + std::to_string(params.n_layer_share) + " values");
     }
@@ -85,6 +88,9 @@ static llama_kv_cache & plain_kv_cache(llama_context & ctx) {
     };
     if (hparams.n_pos_per_embd() > 1) {
         refuse("M-RoPE positions");
+    }
+    if (!hparams.causal_attn) {
+        refuse("attention that is not causal (embedding models)");
     }
     if (llama_model_has_encoder(&model)) {
         refuse("an encoder");
@@ -290,6 +296,7 @@ void elastic_cache::set_sum_weights(float * dst, const llama_ubatch & ubatch, in
 //
 
 void elastic_cache::on_batch(const llama_batch & batch) {
+    take_logits();
     in_prompt.clear();
     score_step = false;
     if (!active()) {
@@ -324,6 +331,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         auto & st = seqs[seq_id];
         if (n_cells(seq_id) == 0) {
             st = {};
+            checkpoints.erase(seq_id);
         }
 
         // the first token after a prompt is alone in its batch, wants logits and has a new position
@@ -337,9 +345,18 @@ void elastic_cache::on_batch(const llama_batch & batch) {
             if (is_waiting(seq_id)) {
                 compress_pending(seq_id);
             }
+            if (!st.pending && st.n_tokens > 0) {  // another prompt begins
+                take_checkpoint(seq_id);
+                note_change(seq_id, s.pos_min, false);
+                st.pos_turn = s.pos_min;
+            }
             make_room_for_prompt(seq_id, s.n);
         }
+        if (!trying) {
+            prompt_ends.erase(seq_id);
+        }
     }
+    note_outputs(batch);
 }
 
 void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx) {
@@ -374,6 +391,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 }
 
 void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result * res) {
+    n_to_compute -= (int32_t) ubatch.n_tokens;
     if (res->t_attn_sums.empty() || !any_scored(ubatch)) {
         return;
     }
@@ -448,6 +466,13 @@ void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_
             seqs[ubatch.seq_id_unq[s]].n_unscored = 0;
         }
     }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            if (is_scored(ubatch.seq_id[i][j])) {
+                note_change(ubatch.seq_id[i][j], ubatch.pos[i], false);
+            }
+        }
+    }
     stats.t_score_us += ggml_time_us() - t_start;
 }
 
@@ -491,39 +516,59 @@ bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return true;
     }
 
-    std::vector<llama_seq_id> ids;
-    for (const auto & [id, _] : seqs) {
-        if (seq_id < 0 || id == seq_id) {
-            ids.push_back(id);
-        }
-    }
+    struct removal {
+        llama_seq_id id;
+        int64_t      n;
+        bool         all;
+        bool         to_checkpoint;
+    };
+    std::vector<removal> removals;
 
     // first look, then act: a refusal leaves every sequence as it was
-    std::map<llama_seq_id, int64_t> n_removed;
-    for (const llama_seq_id id : ids) {
-        const auto & all = kv.get_cells(id).seq_pos_get(id);
-        const auto   lo  = all.lower_bound({ p0, 0 });
-        const auto   hi  = all.lower_bound({ p1, 0 });
-        const auto   n   = std::distance(lo, hi);
-        if (n > 0 && n < (int64_t) all.size() && lo->first <= seqs[id].pos_compressed) {
-            LLAMA_LOG_WARN("%s: sequence %d is compressed up to position %d, cannot remove [%d, %d) from it; remove all of it\n", __func__,
-                           id, seqs[id].pos_compressed, p0, p1);
-            return false;
-        }
-        n_removed[id] = n;
-    }
-
-    for (const auto & [id, n] : n_removed) {
-        auto & st = seqs[id];
-        if (n == (int64_t) kv.get_cells(id).seq_pos_get(id).size()) {
-            st = {};
+    for (const auto & [id, st] : seqs) {
+        if (seq_id >= 0 && id != seq_id) {
             continue;
         }
-        st.n_tokens -= n;
-        if (p1 > st.pos_prompt) {
-            st.pos_prompt = std::min(st.pos_prompt, p0 - 1);
+        const auto & all     = kv.get_cells(id).seq_pos_get(id);
+        const auto   lo      = all.lower_bound({ p0, 0 });
+        const auto   hi      = all.lower_bound({ p1, 0 });
+        const auto   n       = (int64_t) std::distance(lo, hi);
+        if (n == 0) {
+            continue;
         }
-        st.n_prompt_cells = std::min<int32_t>(st.n_prompt_cells, n_cells(id) - (int32_t) n);
+        const bool whole   = n == (int64_t) all.size() && p0 <= kv.seq_pos_max(id) + 1 - st.n_tokens;
+        const bool to_end  = hi == all.end();
+        const bool in_past = p0 <= (to_end ? st.pos_changed : st.pos_moved);
+        const bool restores = !whole && in_past && !taking_back && to_end && find_checkpoint(id, p0);
+        if (!whole && in_past && !taking_back && !restores) {
+            LLAMA_LOG_DEBUG("%s: sequence %d cannot be cut at [%d, %d), but from %d on\n", __func__, id, p0, p1, can_cut(id, p0));
+            return false;
+        }
+        removals.push_back({ id, n, whole, restores });
+    }
+
+    for (const auto & r : removals) {
+        auto & st = seqs[r.id];
+        prompt_ends.erase(r.id);
+        if (r.all) {
+            st = {};
+            checkpoints.erase(r.id);
+            continue;
+        }
+        if (r.to_checkpoint) {
+            restore(r.id, p0);
+            continue;
+        }
+        auto & kept = checkpoints[r.id];  // those of the time before
+        kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const checkpoint & ck) { return ck.pos_end > p0; }), kept.end());
+
+        st.n_tokens -= r.n;
+        st.n_unscored = std::max(0, st.n_unscored - (int32_t) r.n);
+        if (p1 > st.pos_prompt && p0 <= st.pos_prompt) {
+            st.pos_prompt = p0 - 1;
+            st.pending    = true;  // what is left of the prompt was not compressed, and may be when its answer begins
+        }
+        st.n_prompt_cells = std::min<int32_t>(st.n_prompt_cells, n_cells(r.id) - (int32_t) r.n);
     }
     return true;
 }
@@ -535,6 +580,8 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
         return;
     }
     seqs[seq_id_dst] = seqs[seq_id_src];
+    checkpoints.erase(seq_id_dst);
+    prompt_ends.erase(seq_id_dst);
 
     const auto s0 = kv.get_stream(seq_id_src);
     const auto s1 = kv.get_stream(seq_id_dst);
@@ -551,7 +598,9 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
         return;
     }
     refilled[kv.get_stream(seq_id)] = 1;  // rotates all rows
-    for (llama_pos * pos : { &it->second.pos_prompt, &it->second.pos_compressed }) {
+    checkpoints.erase(seq_id);
+    prompt_ends.erase(seq_id);
+    for (llama_pos * pos : { &it->second.pos_prompt, &it->second.pos_moved, &it->second.pos_changed }) {
         if (*pos >= p0 && *pos < p1) {
             *pos += shift;
         }
@@ -560,6 +609,9 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
 
 void elastic_cache::on_clear() {
     seqs.clear();
+    checkpoints.clear();
+    prompt_ends.clear();
+    outputs.clear();
     store->reset();
     stride_v = min_stride();
     for (int32_t s = 0; s < shape.n_stream; ++s) {

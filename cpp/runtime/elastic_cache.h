@@ -5,6 +5,7 @@
 // generating. The only part of the library that touches llama.cpp's internals.
 
 #include "runtime/cell_store.h"
+#include "runtime/checkpoint.h"
 #include "runtime/elastic.h"
 
 #include "core/plan.h"
@@ -24,15 +25,6 @@ struct unsupported : std::runtime_error {
 };
 
 config make_config(const elastic_params & params);  // throws elastic::error
-
-struct sequence_state {
-    int64_t   n_tokens       = 0;      // decoded since the sequence was last empty
-    llama_pos pos_prompt     = -1;     // last position that came in as a prompt
-    llama_pos pos_compressed = -1;     // cells up to here may stand for several tokens
-    int32_t   n_prompt_cells = 0;      // held right after the last prompt (P)
-    bool      pending        = false;  // prompt tokens wait to be compressed
-    int32_t   n_unscored     = 0;      // generated tokens since the attention was last added to the scores
-};
 
 struct cell_info {
     int32_t   index;  // in its stream
@@ -109,8 +101,23 @@ class elastic_cache : public llama_elastic_i {
     // gives all layers of a sequence as many cells, on average as many as before, so that it takes no more places than those
     int32_t level(llama_seq_id seq_id);
 
+    // before n_new tokens are decoded that find no free cells: compresses what waits, what an answer holds beyond the budget, and
+    // levels, as far as that is needed; returns the cells that the sequence holds after
+    int32_t free_cells(llama_seq_id seq_id, int32_t n_new);
+
     // tries answers and takes them back, see elastic_look_ahead; returns the steps. throws elastic::error before anything is tried
     int32_t look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens);
+
+    // The largest position <= p0 from which on everything can be removed, so that what follows is as if it had never been
+    // decoded. 0: only all of it
+    llama_pos can_cut(llama_seq_id seq_id, llama_pos p0) const;
+    // the logits after the sequence's last token, which is the last one of a prompt, are those of the context again; false: not known
+    bool      restore_logits(llama_seq_id seq_id);
+    int64_t   checkpoint_bytes() const;
+
+    // Removes the end of a prompt that is not compressed yet, but what its tokens looked at stays part of the importance: they stood in
+    // for what is still to come. throws elastic::error
+    void take_back(llama_seq_id seq_id, llama_pos p0);
 
     int32_t        n_cells(llama_seq_id seq_id) const;
     int32_t        n_held(llama_seq_id seq_id) const;        // rows of a layer on average, rounded up: cells, where all layers hold all
@@ -140,6 +147,7 @@ class elastic_cache : public llama_elastic_i {
     std::unique_ptr<cell_store> store;
 
     bool hold    = false;
+    bool taking_back = false;
     bool trying  = false;     // an answer, see look_ahead
     bool on_host = false;     // all of K and V
     bool masks_heads;         // where they lie, the fused op takes a mask per head
@@ -150,6 +158,24 @@ class elastic_cache : public llama_elastic_i {
     std::map<llama_seq_id, sequence_state> seqs;
     std::map<llama_seq_id, bool>           in_prompt;  // stage of each sequence in the current batch
     plan                                   plan_last;
+
+    // in order of position, cfg.n_checkpoints at most; saving a state copies the rows of the newest
+    mutable std::map<llama_seq_id, std::vector<checkpoint>> checkpoints;
+
+    // logits of a prompt's last token: where the batch that has just been decoded holds them, and those that were taken from one
+    struct prompt_end {
+        llama_pos          pos_end;
+        std::vector<float> logits;
+    };
+    struct output_row {
+        llama_seq_id seq_id;
+        llama_pos    pos_end;
+        int32_t      index;  // in the batch
+    };
+    std::map<llama_seq_id, prompt_end> prompt_ends;
+    std::vector<output_row>            outputs;
+    int32_t                            n_to_compute = 0;  // tokens of the batch whose results are not there yet
+
     std::vector<int32_t>                   n_touched;    // [n_stream]: rows of K that may take memory
     std::vector<uint8_t>                   refilled;     // [n_stream]: rows that layers do without were written to
     std::vector<int32_t>                   n_touched_v;  // and of V, or the stride up to which V may
@@ -185,6 +211,8 @@ class elastic_cache : public llama_elastic_i {
     int32_t n_to_try(llama_seq_id seq_id, int32_t n_seqs) const;
     bool    waits(llama_seq_id seq_id, int32_t n_new) const;
     void    compress_pending(llama_seq_id seq_id);
+    void    merge_overdraft_cells(llama_seq_id seq_id, int32_t n_new);
+    elastic::cells describe(llama_seq_id seq_id, const std::vector<int32_t> & rows) const;
     void    let_leave(llama_seq_id seq_id);
     void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
                                const std::vector<float> & total);
@@ -192,6 +220,17 @@ class elastic_cache : public llama_elastic_i {
     void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
     void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
     bool    is_shared(uint32_t strm, int32_t cell) const;
+
+    void                 take_logits();
+    void                 note_outputs(const llama_batch & batch);
+    void                 take_checkpoint(llama_seq_id seq_id);
+    void                 store_checkpoints(llama_seq_id seq_id) const;  // before rows of the sequence change
+    void                 store_rows(llama_seq_id seq_id, checkpoint & ck) const;
+    const checkpoint *   find_checkpoint(llama_seq_id seq_id, llama_pos pos_end) const;
+    bool                 can_restore(llama_seq_id seq_id, const checkpoint & ck) const;
+    void                 restore(llama_seq_id seq_id, llama_pos pos_end);
+    std::vector<int32_t> place_rows(llama_seq_id seq_id, const checkpoint & ck) const;
+    void                 note_change(llama_seq_id seq_id, llama_pos pos, bool moved);
 
     std::vector<int32_t> held_rows(uint32_t strm, const std::vector<int32_t> & rows) const;
     static int32_t       average(const std::vector<int32_t> & held);  // over the layers, rounded up

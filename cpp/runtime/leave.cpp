@@ -57,12 +57,25 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     }
     const int32_t n_spare = n_cells(seq_id) - n_held(seq_id);  // of some layers
     int32_t       allowed = target_cells(st.n_tokens + 1);
+    if (cfg.pol.generate == generate_rule::merge && cfg.n_overdraft() > 0) {
+        const int32_t most = cfg.max_cells > 0 ? std::min(cfg.max_cells, allowed + cfg.n_overdraft()) : allowed + cfg.n_overdraft();
+        const bool    full = (int32_t) kv.get_cells(seq_id).get_used() + n_new > shape.kv_size;
+        if (n_held(seq_id) + 1 > most || full) {
+            or_log(seq_id, [&] { merge_overdraft_cells(seq_id, 1); });
+        }
+        if (n_held(seq_id) + 1 <= most && !full) {
+            return;
+        }
+        allowed = most;  // it could not be compressed
+    }
     if (cfg.max_cells == 0) {
         allowed += n_spare;
     } else if (n_spare > 0 && n_cells(seq_id) > allowed) {  // a state of a cache without the cap
         or_log(seq_id, [&] { compress_to(seq_id, allowed, false); });
     }
     for (int32_t n = n_cells(seq_id); n + 1 > allowed; --n) {
+        store_checkpoints(seq_id);
+        note_change(seq_id, kv.seq_pos_max(seq_id) + 1, true);
         let_leave(seq_id);
         if (n_cells(seq_id) == n) {
             break;

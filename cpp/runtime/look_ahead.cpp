@@ -74,6 +74,18 @@ int32_t elastic_cache::n_to_try(llama_seq_id seq_id, int32_t n_seqs) const {
     return std::max(0, std::min({ n_wanted, n_room, room_under_cap(seq_id) }));
 }
 
+void elastic_cache::take_back(llama_seq_id seq_id, llama_pos p0) {
+    auto & st = seqs[seq_id];
+    if (p0 <= st.pos_moved) {
+        throw error("[take_back] sequence " + std::to_string(seq_id) + ": got position " + std::to_string(p0) +
+                    ", expected one of a prompt that is not compressed yet");
+    }
+    taking_back = true;
+    kv.seq_rm(seq_id, p0, -1);
+    taking_back    = false;
+    st.pos_changed = p0 - 1;  // the scores are the prompt's as it is now
+}
+
 int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, const std::vector<llama_token> & tokens) {
     const llama_vocab * vocab   = llama_model_get_vocab(&ctx.get_model());
     const int32_t       n_vocab = llama_vocab_n_tokens(vocab);
@@ -103,14 +115,16 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
         return 0;
     }
 
+    take_logits();
+
     const int64_t t_start = ggml_time_us();
     const bool    held    = hold;
     int32_t       n_tried = 0;
     const at_end  restore = { [&] {
-        hold              = held;
-        trying            = false;
+        hold   = held;
+        trying = false;
         for (const auto & a : attempts) {
-            kv.seq_rm(a.seq_id, a.first, -1);
+            take_back(a.seq_id, a.first);
         }
         stats.n_tried += n_tried;
         stats.t_look_us += ggml_time_us() - t_start;

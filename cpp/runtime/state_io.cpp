@@ -10,7 +10,7 @@
 
 namespace elastic {
 
-static constexpr uint32_t STATE_MAGIC = 0x33534c45;  // "ELS3"
+static constexpr uint32_t STATE_MAGIC = 0x34534c45;  // "ELS4"
 
 struct state_header {
     uint32_t magic      = STATE_MAGIC;
@@ -29,10 +29,12 @@ struct state_sequence {
     int32_t  n_cells        = 0;
     int64_t  n_tokens       = 0;
     int32_t  pos_prompt     = -1;
-    int32_t  pos_compressed = -1;
+    int32_t  pos_turn       = 0;
+    int32_t  pos_moved      = -1;
     int32_t  n_prompt_cells = 0;
     uint32_t pending        = 0;
     int32_t  n_unscored     = 0;
+    int32_t  n_checkpoints  = 0;  // 1: the newest one follows
     int32_t  reserved       = 0;  // no padding that would be written as it is
 };
 
@@ -69,10 +71,19 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
         s.n_cells        = (int32_t) rows.size();
         s.n_tokens       = st.n_tokens;
         s.pos_prompt     = st.pos_prompt;
-        s.pos_compressed = st.pos_compressed;
+        s.pos_turn       = st.pos_turn;
+        s.pos_moved      = st.pos_moved;
         s.n_prompt_cells = st.n_prompt_cells;
         s.pending        = st.pending;
         s.n_unscored     = st.n_unscored;
+
+        // the one after the last prompt, so that its answer can be taken back after loading too
+        const auto   kept = checkpoints.find(id);
+        checkpoint * last = kept == checkpoints.end() || kept->second.empty() || st.pending ? nullptr : &kept->second.back();
+        if (last && can_restore(id, *last)) {
+            store_checkpoints(id);
+            s.n_checkpoints = 1;
+        }
         io.write(&s, sizeof(s));
 
         std::vector<uint8_t> kinds;
@@ -98,6 +109,10 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
             totals.push_back(store->total(strm, row));
         }
         io.write(totals.data(), totals.size() * sizeof(float));
+
+        if (s.n_checkpoints > 0) {
+            last->write(io);
+        }
     }
 }
 
@@ -140,6 +155,9 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
                 st.n_tokens       = n_cells(id);
                 st.n_prompt_cells = n_cells(id);
                 st.pos_prompt     = kv.seq_pos_max(id);
+                st.pos_changed    = st.pos_prompt;
+                checkpoints.erase(id);
+                prompt_ends.erase(id);
                 for (const int32_t row : logical_cells(id)) {
                     store->reset_cell(kv.get_stream(id), row, cell_kind::text);
                 }
@@ -162,6 +180,9 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         throw other_policy();
     }
 
+    const bool same_maps = h.has_mass == store->has_mass() && h.has_count == store->has_count() && h.has_bias == store->has_bias_map() &&
+                           h.has_fading == store->has_fading() && h.has_window == store->has_window();
+
     for (uint32_t i = 0; i < h.n_seqs; ++i) {
         state_sequence s;
         io.read(&s, sizeof(s));
@@ -171,7 +192,7 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             throw std::runtime_error("elastic state: the cells of a sequence do not match its saved description");
         }
 
-        if (s.pos_compressed >= 0 && !h.has_count && store->has_count()) {
+        if (s.pos_moved >= 0 && !h.has_count && store->has_count()) {
             throw other_policy();
         }
 
@@ -212,10 +233,21 @@ void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         auto & st         = seqs[id];
         st.n_tokens       = s.n_tokens;
         st.pos_prompt     = s.pos_prompt;
-        st.pos_compressed = s.pos_compressed;
+        st.pos_turn       = s.pos_turn;
+        st.pos_moved      = s.pos_moved;
+        st.pos_changed    = kv.seq_pos_max(id);  // the scores are of all that is there
         st.n_prompt_cells = s.n_prompt_cells;
         st.pending        = s.pending != 0;
         st.n_unscored     = s.n_unscored;
+
+        checkpoints.erase(id);
+        prompt_ends.erase(id);
+        if (s.n_checkpoints > 0) {
+            checkpoint ck = checkpoint::read(io, shape);
+            if (cfg.n_checkpoints > 0 && same_maps) {
+                checkpoints[id].push_back(std::move(ck));
+            }
+        }
     }
 }
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import numbers
+import os
+import re
+import reprlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from .config import ElasticConfig
+import llama_cpp
+import numpy as np
+
+from .config import ElasticConfig, whole
 from .errors import (
     ConfigError,
     ContextOverflowError,
@@ -16,12 +25,66 @@ from .errors import (
     ImageError,
     ModelFileError,
     StateError,
+    UnsupportedModelError,
     text,
 )
-from .kv_types import KV_TYPES, PLAIN_TYPES
+from .gguf_check import Header, read_header
+from .kv_types import KV_TYPES, PLAIN_TYPES, kv_type
+
+INT_MAX = 2**31 - 1
+MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS
+MAX_TEXT = 127  # bytes of a key or a text of kv_overrides, with a zero behind them
+
+OFF = "pass kv_budget=1 (--kv-budget 1)"
+
+# name -> least, most and whether None stands for a default of llama-cpp-python's
+_WHOLE = {
+    "n_gpu_layers": (-1, INT_MAX, False),
+    "main_gpu": (-1, INT_MAX, False),
+    "n_batch": (1, INT_MAX, False),
+    "n_ubatch": (1, INT_MAX, False),
+    "n_threads": (0, MAX_THREADS, True),
+    "n_threads_batch": (0, MAX_THREADS, True),
+    "seed": (-1, 2**32 - 1, True),
+    "yarn_orig_ctx": (0, INT_MAX, False),
+    "last_n_tokens_size": (0, 2**20, False),
+}
+# name -> the values of llama.cpp's enum
+_CHOICES = {
+    "split_mode": {0: "none", 1: "layer", 2: "row", 3: "tensor"},
+    "rope_scaling_type": {-1: "the model's", 0: "none", 1: "linear", 2: "yarn", 3: "longrope"},
+    "pooling_type": {-1: "the model's", 0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"},
+    "attention_type": {-1: "the model's", 0: "causal", 1: "non-causal"},
+    "numa": {0: "off", 1: "distribute", 2: "isolate", 3: "numactl", 4: "mirror"},
+}
+# name -> least
+_REAL = {
+    "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0,
+    "yarn_ext_factor": -math.inf,
+    "yarn_attn_factor": -math.inf,
+    "yarn_beta_fast": -math.inf,
+    "yarn_beta_slow": -math.inf,
+    "lora_scale": -math.inf,
+}
+_SWITCHES = (
+    "vocab_only",
+    "use_mmap",
+    "use_mlock",
+    "logits_all",
+    "embedding",
+    "offload_kqv",
+    "flash_attn",
+    "op_offload",
+    "swa_full",
+    "no_perf",
+    "spm_infill",
+)
 
 
 def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> ElasticConfig | None:
+    if elastic is not None and not isinstance(elastic, ElasticConfig):
+        raise ConfigError(text("config", "elastic", repr(elastic), "an ElasticConfig or None"))
     if budget is None:
         return elastic
     if elastic is None:
@@ -41,14 +104,119 @@ def with_flash(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> dict[st
 
 def check_arguments(
     elastic: ElasticConfig | None, n_ctx: int | None, kwargs: dict[str, Any]
-) -> None:
-    """Refuse what llama.cpp would abort on, or answer with a null pointer."""
-    if n_ctx is not None and (not isinstance(n_ctx, int) or not 0 <= n_ctx < 2**31):
-        raise ConfigError(text("config", "n_ctx", repr(n_ctx), "a whole number >= 0"))
-    for name in ("n_batch", "n_ubatch"):
-        value = kwargs.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(text("config", name, repr(value), "a whole number >= 1"))
+) -> tuple[int | None, dict[str, Any]]:
+    """n_ctx and the other arguments of `llama_cpp.Llama` as plain values.
+
+    Raises
+    ------
+    ConfigError
+        llama.cpp would abort on one of them, take it for another number, or answer with a null
+        pointer.
+    """
+    if n_ctx is not None:
+        n_ctx = whole("n_ctx", n_ctx, 0)
+    kwargs = {name: _checked(name, value) for name, value in kwargs.items()}
+    kwargs = with_flash(elastic, kwargs)
+    _check_together(elastic, kwargs)
+    return n_ctx, kwargs
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in _WHOLE:
+        least, most, optional = _WHOLE[name]
+        return None if value is None and optional else whole(name, value, least, most)
+    if name in _CHOICES:
+        return _choice(name, value)
+    if name in _REAL:
+        return _real(name, value, _REAL[name])
+    if name in _SWITCHES:
+        return _switch(name, value)
+    if name in ("type_k", "type_v"):
+        return kv_type(name, value)
+    if name == "tensor_split":
+        return _tensor_split(value)
+    if name == "kv_overrides":
+        return _overrides(value)
+    return value
+
+
+def _choice(name: str, value: Any) -> int | None:
+    known = _CHOICES[name]
+    if value is None and name == "rope_scaling_type":
+        return None
+    if isinstance(value, bool) and name == "numa":
+        value = int(value)
+    whole_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole_number or int(value) not in known:
+        expected = ", ".join(f"{number} ({what})" for number, what in known.items())
+        raise ConfigError(text("config", name, repr(value), f"one of {expected}"))
+    return int(value)
+
+
+def _real(name: str, value: Any, least: float = -math.inf) -> float:
+    """The value as a float that llama.cpp's 32 bits hold."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with np.errstate(over="ignore"), suppress(OverflowError):
+            if math.isfinite(np.float32(value)) and float(value) >= least:
+                return float(value)
+    at_least = "" if math.isinf(least) else f" >= {least:g}"
+    raise ConfigError(text("config", name, repr(value), f"a finite number{at_least}"))
+
+
+def _switch(name: str, value: Any) -> bool | None:
+    if value is None:
+        return None
+    if not isinstance(value, (bool, np.bool_, numbers.Integral)) or int(value) not in (0, 1):
+        raise ConfigError(text("config", name, repr(value), "True or False"))
+    return bool(value)
+
+
+def _tensor_split(value: Any) -> list[float] | None:
+    if value is None:
+        return None
+    most = int(llama_cpp.LLAMA_MAX_DEVICES)
+    if (
+        isinstance(value, (str, bytes, Mapping))
+        or not hasattr(value, "__len__")
+        or len(value) > most
+    ):
+        expected = f"at most {most} numbers >= 0, one for each GPU"
+        raise ConfigError(text("config", "tensor_split", reprlib.repr(value), expected))
+    return [_real("tensor_split", x, 0.0) for x in value]
+
+
+def _overrides(value: Any) -> dict[str, Any] | None:
+    """`kv_overrides`, whose texts llama.cpp reads up to a zero, in 128 bytes."""
+    if value is None:
+        return None
+    good = isinstance(value, Mapping) and all(
+        isinstance(key, str) and _fits(key) and _is_metadata(x) for key, x in value.items()
+    )
+    if not good:
+        raise ConfigError(
+            text(
+                "config",
+                "kv_overrides",
+                reprlib.repr(value),
+                f"a dict of bool, 64-bit int, float or str, texts of at most {MAX_TEXT} bytes",
+            )
+        )
+    return dict(value)
+
+
+def _is_metadata(value: Any) -> bool:
+    if isinstance(value, str):
+        return _fits(value)
+    if isinstance(value, int):  # bool too
+        return -(2**63) <= value < 2**63
+    return isinstance(value, float)
+
+
+def _fits(value: str) -> bool:
+    return len(value.encode()) <= MAX_TEXT
+
+
+def _check_together(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> None:
     type_v = kwargs.get("type_v")
     if type_v not in (None, *(KV_TYPES[name] for name in PLAIN_TYPES)) and not kwargs.get(
         "flash_attn"
@@ -61,10 +229,13 @@ def check_arguments(
                 do="pass flash_attn=True",
             )
         )
-    if elastic is not None and elastic.policy != "full" and kwargs.get("draft_model") is not None:
-        raise ConfigError(
-            text("config", "draft_model together with an elastic cache", do="pass elastic=None")
-        )
+    draft_model = kwargs.get("draft_model")
+    if draft_model is None:
+        return
+    if not callable(draft_model):
+        raise ConfigError(text("config", "draft_model", repr(draft_model), "a LlamaDraftModel"))
+    if elastic is not None and not elastic.is_off:
+        raise ConfigError(text("config", "draft_model together with an elastic cache", do=OFF))
 
 
 def size_cache(
@@ -87,6 +258,8 @@ def size_cache(
         )
     n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
     least = elastic.kv_cells + n_ubatch
+    if least > INT_MAX:
+        raise ConfigError(text("config", "kv_cells + n_ubatch", least, f"at most {INT_MAX}"))
     if n_ctx and n_ctx < least:
         raise ConfigError(
             text(
@@ -100,7 +273,94 @@ def size_cache(
     return n_ctx or least, {**kwargs, "n_ubatch": n_ubatch, "n_batch": n_ubatch}
 
 
-def load_error(path: str, error: ValueError) -> ElasticError:
+def check_lora(path: str, model: Header) -> None:
+    """Refuse a file that is no LoRA adapter of the model's architecture.
+
+    Raises
+    ------
+    ModelNotFoundError, ModelFileError
+    """
+    header = read_header(path, "lora")
+    found = (header.meta.get("general.type"), header.meta.get("adapter.type"), header.architecture)
+    if found != ("adapter", "lora", model.architecture):
+        kind, adapter, architecture = found
+        raise ModelFileError(
+            text(
+                "lora",
+                path,
+                f"a GGUF of type {adapter or kind or 'model'} for {architecture or '?'}",
+                f"a LoRA adapter for {model.architecture}",
+            )
+        )
+
+
+def add_lora(llm: Any, path: str, scale: float) -> None:
+    """What `llama_cpp.Llama` does with `lora_path`; it takes a null pointer for an adapter.
+
+    Raises
+    ------
+    ModelFileError
+        llama.cpp refuses the adapter.
+    """
+    adapter = llama_cpp.llama_adapter_lora_init(llm._model.model, os.fsencode(path))
+    if not adapter:
+        raise ModelFileError(
+            text("lora", path, "a file that llama.cpp refuses", "an adapter of this model")
+        )
+    llm.lora_path, llm._lora_adapter = path, adapter
+    llm._stack.callback(_free_lora, llm)
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    if llama_cpp.llama_set_adapters_lora(llm._ctx.ctx, adapters, 1, (ctypes.c_float * 1)(scale)):
+        raise ModelFileError(text("lora", path, "an adapter that llama.cpp cannot apply"))
+
+
+def _free_lora(llm: Any) -> None:
+    if llm._lora_adapter is not None:
+        llama_cpp.llama_adapter_lora_free(llm._lora_adapter)
+        llm._lora_adapter = None
+
+
+def check_memory(
+    elastic: ElasticConfig | None, ctx: Any, path: str, kwargs: dict[str, Any]
+) -> None:
+    """Refuse a context without memory, unless nothing is to be decoded or embeddings are asked for.
+
+    Parameters
+    ----------
+    ctx : llama_cpp._internals.LlamaContext
+        What would take a cell is refused from now on where there are none.
+    kwargs
+        Arguments of `llama_cpp.Llama`.
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    if ctx.memory is not None:
+        return
+    if kwargs.get("vocab_only"):
+        _refuse_cells(ctx, f"{path} was loaded with vocab_only", "load it without to decode tokens")
+        return
+    what = f"{path} has no KV cache: it makes embeddings, or whole texts at once"
+    if not kwargs.get("embedding"):
+        raise UnsupportedModelError(text("load", what, do="pass embedding=True and kv_budget=1"))
+    if elastic is not None and not elastic.is_off:
+        raise UnsupportedModelError(text("load", what, do=OFF))
+    _refuse_cells(ctx, what, "use embed or create_embedding")
+
+
+def _refuse_cells(ctx: Any, what: str, do: str) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError(text("decode", what, do=do))
+
+    ctx.kv_cache_seq_rm = refuse  # llama-cpp-python asserts; comes before anything is decoded
+
+
+def load_error(path: str, error: ValueError | MemoryError) -> ElasticError:
+    if isinstance(error, MemoryError):
+        return ConfigError(
+            text("load", path, str(error), "a context that fits memory", "lower n_ctx or n_batch")
+        )
     if "context" in str(error):
         return ConfigError(
             text(
@@ -116,15 +376,41 @@ def load_error(path: str, error: ValueError) -> ElasticError:
     )
 
 
-def decode_error(error: RuntimeError) -> ElasticError:
+def decode_error(error: RuntimeError, log: Sequence[str] = ()) -> ElasticError:
+    """`log`: what the native libraries said meanwhile."""
+    if isinstance(error, ElasticError):
+        return type(error)(*error.args)
     if str(error).endswith("returned 1"):
         return ContextOverflowError(text("decode", "no free cells", do="raise n_ctx"))
-    return StateError(text("decode", str(error)))
+    why = reason(log)
+    return StateError(text("decode", f"{error}: {why}" if why else str(error)))
+
+
+def reason(log: Sequence[str]) -> str:
+    """The last complaints of the native libraries in one line."""
+    return "; ".join(line.strip() for line in log[-3:])
+
+
+def _overflow(message: str, limit: int | None) -> ContextOverflowError:
+    asked = re.search(r"Requested tokens \((\d+)\) exceed context window", message)
+    if asked is None or limit is None:
+        found, expected = message, "a prompt that fits n_ctx"
+    else:
+        found, expected = f"{asked[1]} tokens", f"fewer than {limit}"
+    return ContextOverflowError(
+        text("prompt", "the context is too small", found, expected, "raise n_ctx or shorten it")
+    )
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
-    """llama-cpp-python's plain errors as ours, by their texts."""
+def translated_errors(limit: int | None = None) -> Iterator[None]:
+    """llama-cpp-python's plain errors as ours, by their texts.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Positions that a prompt and its answer may take; llama-cpp-python's text names cells.
+    """
     try:
         yield
     except ElasticError:
@@ -132,15 +418,7 @@ def translated_errors() -> Iterator[None]:
     except ValueError as e:
         message = str(e)
         if "exceed" in message or ("error code 1" in message and "evaluate" in message):
-            raise ContextOverflowError(
-                text(
-                    "prompt",
-                    "the context is too small",
-                    message,
-                    "a prompt that fits n_ctx",
-                    "raise n_ctx or shorten the prompt",
-                )
-            ) from e
+            raise _overflow(message, limit) from e
         if "bitmap" in message or "tokenize input" in message:
             raise ImageError(
                 text("image", message, do="pass one readable image per image_url")

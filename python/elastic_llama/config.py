@@ -46,6 +46,15 @@ class ElasticConfig:
         Tokens of an answer that are generated with all cells before its prompt is compressed, >= 0.
         What they attend to is part of the importance, and a short answer sees everything; its
         prompt is compressed when the next one begins. `kv_cells` comes first.
+    overdraft : int, optional
+        Cells beyond the budget that an answer may take before it is compressed with all that came
+        before it (policy "elastic"); under `kv_cells` they are a part of those. None: what the
+        policy is made for.
+    checkpoints : int
+        States that are kept of the sequence so that what came later can be taken back without
+        reading the prompt again: before the last prompt and after its compression. Each takes as
+        much memory as the sequence did then (`ElasticStats.checkpoint_bytes`). 0: none, and a
+        prompt that is asked again is read again.
     lookahead : int, optional
         Before a prompt of text is compressed, this many tokens of its answer are tried with all
         cells and taken back; what they attend to is part of the importance. None where an image is
@@ -77,6 +86,8 @@ class ElasticConfig:
     kv_cells: int | None = None
     delay: int = 0
     lookahead: int | None = None
+    overdraft: int | None = None
+    checkpoints: int = 2
     layers: str | tuple[float, ...] = "auto"
     release_memory: bool = True
 
@@ -84,11 +95,14 @@ class ElasticConfig:
         object.__setattr__(self, "budget", _budget(self.budget))
         leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0, "delay": 0}
         for name, least in leasts.items():
-            object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if self.overdraft is not None:
+            object.__setattr__(self, "overdraft", whole("overdraft", self.overdraft, 0))
+        object.__setattr__(self, "checkpoints", whole("checkpoints", self.checkpoints, 0))
         if self.lookahead is not None:
-            object.__setattr__(self, "lookahead", _whole("lookahead", self.lookahead, 0))
+            object.__setattr__(self, "lookahead", whole("lookahead", self.lookahead, 0))
         if self.kv_cells is not None:
-            cells = _whole("kv_cells", self.kv_cells, self.n_sink + 2)
+            cells = whole("kv_cells", self.kv_cells, self.n_sink + 2)
             object.__setattr__(self, "kv_cells", cells)
         if self.policy not in policy_names():
             raise ConfigError(
@@ -120,12 +134,12 @@ class ElasticConfig:
 
     @classmethod
     def off(cls) -> ElasticConfig:
-        """Keeps every cell: the same tokens as without an elastic cache."""
+        """Keeps every cell: nothing is attached, as with `elastic=None`, whatever the model is."""
         return cls(budget=1.0, policy="full")
 
     @property
     def is_off(self) -> bool:
-        """Whether every cell stays."""
+        """Whether every cell stays, so that `ElasticLlama` attaches nothing."""
         return self.policy == "full" or (self.budget == 1 and self.kv_cells is None)
 
     @property
@@ -188,11 +202,20 @@ def _layers(value: object) -> str | tuple[float, ...]:
     return shares
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
+    """The value as a plain int.
+
+    Raises
+    ------
+    ConfigError
+        It is no whole number from `least` to `most`.
+    """
     if (
         isinstance(value, bool)
         or not isinstance(value, numbers.Integral)
-        or not least <= int(value) < 2**31
+        or not least <= int(value) <= most
     ):
-        raise ConfigError(text("config", name, repr(value), f"a whole number >= {least}"))
+        raise ConfigError(
+            text("config", name, repr(value), f"a whole number from {least} to {most}")
+        )
     return int(value)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -19,10 +21,11 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from .chat import template_for, without_marker
-from .errors import ConfigError, ContextOverflowError, text
-from .images import ImageSource, load_image
+from .chat import clean_text, template_for, without_marker
+from .errors import ConfigError, ContextOverflowError, StateError, text
+from .images import as_images, load_image
 from .llama import ElasticLlama
+from .pieces import ImagePiece, Piece, TextPiece
 from .stats import TurnStats
 from .vision import MARKER, Chunk, Vision
 
@@ -31,13 +34,25 @@ __all__ = ["Conversation"]
 _N_ENCODED = 8  # images whose embeddings are kept, about 1 to 10 MiB each
 
 
+@dataclass
+class _Turn:
+    """A question that is being answered."""
+
+    answer: str = ""
+    tokens: list[int] = field(default_factory=list)  # of the answer, without the end of turn
+    is_open: bool = True
+
+
 class Conversation:
     """Turns of one conversation with a model that sees images.
+
+    A turn decodes what the cache does not hold already. Other calls may use `llm` between two
+    turns: what they removed is read again.
 
     Parameters
     ----------
     llm : ElasticLlama
-        Its sequence 0 is used and must not be used otherwise meanwhile.
+        Its sequence 0 is used.
     system : str, optional
         System prompt.
 
@@ -59,12 +74,13 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget all turns; encoded images are kept."""
-        self.llm.reset()
-        self.llm._ctx.kv_cache_clear()
         self._messages: list[dict[str, Any]] = []
+        self._images: list[Image.Image] = []  # of all turns
+        self._pieces: list[Piece] = []  # of the prompts and the answers
+        self._text = ""  # what the pieces say
+        self._turn = _Turn(is_open=False)
         if self._system:
-            self._messages.append({"role": "system", "content": self._system})
-        self._decoded = ""  # text of the prompt and the answers that is in the cache
+            self._messages.append(_message("system", self._system))
 
     def close(self) -> None:
         """Free the vision tower; the model stays."""
@@ -74,41 +90,56 @@ class Conversation:
     def ask(
         self,
         question: str,
-        images: list[ImageSource] | tuple[ImageSource, ...] = (),
+        images: Any = (),
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
         temperature: float = 0.0,
         top_p: float = 0.95,
         top_k: int = 40,
         repeat_penalty: float = 1.0,
+        seed: int | None = None,
     ) -> Iterator[str]:
         """The answer, piece by piece. `stats` is complete when the iterator is exhausted.
 
+        Questions come in the order in which their first pieces are asked for. The next one ends an
+        answer that was not read to its end.
+
+        Parameters
+        ----------
+        images : image or list of images
+            What `elastic_llama.images.load_image` takes.
+        max_tokens : int or None
+            Tokens of the answer at most; None or a number below 0: until it ends, or the context is
+            full; 0: the question is only read.
+        seed : int, optional
+            Of what is drawn where `temperature` is above 0; another one each time by default.
+
         Raises
         ------
-        ImageError, ContextOverflowError, ConfigError
+        ImageError, ConfigError
             Before anything of this turn is decoded; the conversation stays as it was.
+        ContextOverflowError
+            At the first piece, likewise.
+        StateError
+            The answer goes on after the next question, or another call, used the model.
         """
-        prompt, message, loaded = self._next_turn(question, images)
-        return self._turn(
-            prompt,
-            message,
-            loaded,
-            max_tokens,
-            {"temp": temperature, "top_p": top_p, "top_k": top_k, "repeat_penalty": repeat_penalty},
-        )
+        message, loaded = self._question(question, images)
+        self._extended(message, loaded)  # a template that refuses it does so now
+        sampling = {
+            "temp": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repeat_penalty": repeat_penalty,
+        }
+        limit = -1 if max_tokens is None else int(max_tokens)
+        return self._answer(message, loaded, limit, sampling, seed)
 
-    def prefill(
-        self, question: str, images: list[ImageSource] | tuple[ImageSource, ...] = ()
-    ) -> None:
+    def prefill(self, question: str, images: Any = ()) -> None:
         """Decode a question without answering it; `llm` is ready to sample or to be forced."""
-        prompt, message, loaded = self._next_turn(question, images)
-        self._decode_prompt(prompt, message, loaded)
+        self._read(*self._question(question, images))
 
-    def _next_turn(
-        self, question: str, images: list[ImageSource] | tuple[ImageSource, ...]
-    ) -> tuple[str, dict[str, Any], list[Image.Image]]:
-        loaded = [load_image(image) for image in images]
+    def _question(self, question: str, images: Any) -> tuple[dict[str, Any], list[Image.Image]]:
+        loaded = [load_image(image) for image in as_images(images)]
         if loaded and self.vision is None:
             raise ConfigError(
                 text(
@@ -119,55 +150,75 @@ class Conversation:
                     "pass mmproj_path",
                 )
             )
-        content = MARKER * len(loaded) + without_marker(question, MARKER)
-        message = {"role": "user", "content": content}
+        return _message("user", question, len(loaded)), loaded
+
+    def _extended(
+        self, message: dict[str, Any], images: list[Image.Image]
+    ) -> tuple[str, list[Piece], list[Image.Image]]:
+        """Text and pieces of the conversation with one more question, and the images in it."""
         prompt = self._render([*self._messages, message], generation=True)
-        if not prompt.startswith(self._decoded):
-            raise ConfigError(
-                text(
-                    "ask",
-                    "the chat template rewrites earlier turns",
-                    do="clear the conversation and ask again",
-                )
-            )
-        return prompt, message, loaded
+        images = [*self._images, *images]
+        if self._pieces and prompt.startswith(self._text):
+            n_old = sum(m["n_images"] for m in self._messages)
+            new = self._cut_up(prompt[len(self._text) :], images[n_old:], first=False)
+            return prompt, [*self._pieces, *new], images
+        return prompt, self._cut_up(prompt, images, first=True), images
 
-    def _decode_prompt(
-        self, prompt: str, message: dict[str, Any], images: list[Image.Image]
-    ) -> None:
+    def _read(self, message: dict[str, Any], images: list[Image.Image]) -> None:
+        """Decode what the cache lacks of the conversation with one more question."""
+        self._end_turn()
         self.stats = TurnStats()
-        n_past = self.llm.n_tokens
+        prompt, pieces, images = self._extended(message, images)
+        n_encode = self.stats.encode_ms
+        start = time.perf_counter()
         try:
-            self._prefill(prompt[len(self._decoded) :], images, first=not self._decoded)
-        except BaseException:  # Ctrl-C too
-            self._roll_back(n_past)
-            raise
+            n_new = self.llm.prefill(pieces)
+        except ContextOverflowError as e:
+            raise ContextOverflowError(f"{e}, or clear the conversation") from None
+        llama_cpp.llama_synchronize(self.llm._ctx.ctx)
+        elapsed = 1000 * (time.perf_counter() - start)
+        self.stats.prefill_ms = elapsed - (self.stats.encode_ms - n_encode)
+        self.stats.n_text = n_new - self.stats.n_image
         self._messages.append(message)
-        self._decoded = prompt
+        self._pieces, self._text, self._images = pieces, prompt, images
 
-    def _roll_back(self, n_past: int) -> None:
-        """Forget a prompt that was not decoded to its end."""
-        if n_past and self.llm._ctx.kv_cache_seq_rm(-1, n_past, -1):
-            self.llm.n_tokens = n_past
-        else:
-            self.clear()
-
-    def _turn(
+    def _answer(
         self,
-        prompt: str,
         message: dict[str, Any],
         images: list[Image.Image],
-        max_tokens: int,
+        limit: int,
         sampling: dict[str, Any],
+        seed: int | None,
     ) -> Iterator[str]:
-        self._decode_prompt(prompt, message, images)
-        answer = ""
+        self._read(message, images)
+        turn = self._turn = _Turn()
+        self.llm.set_seed(random.Random(self.llm._seed).randint(0, 2**32) if seed is None else seed)
         try:
-            for piece in self._generate(max_tokens, sampling):
-                answer += piece
+            for piece in self._generate(turn, limit, sampling):
+                turn.answer += piece
                 yield piece
+                if not turn.is_open:
+                    raise StateError(
+                        text(
+                            "ask",
+                            "the answer cannot go on, since another question was asked meanwhile",
+                            do="read an answer to its end before the next question",
+                        )
+                    )
         finally:
-            self._messages.append({"role": "assistant", "content": answer})
+            self._end_turn(turn)
+
+    def _end_turn(self, turn: _Turn | None = None) -> None:
+        """What was said so far becomes part of the conversation."""
+        turn = self._turn if turn is None else turn
+        if not turn.is_open:
+            return
+        turn.is_open = False
+        message = _message("assistant", turn.answer)
+        self._messages.append(message)
+        if message["content"] == turn.answer:  # else its tokens say something else
+            self._pieces.append(TextPiece(tuple(turn.tokens)))
+            self._text += turn.answer
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
         def refuse(reason: str) -> None:
@@ -184,48 +235,40 @@ class Conversation:
         except jinja2.TemplateError as e:
             raise ConfigError(text("chat template", "the model's template failed", str(e))) from e
 
-    def _prefill(self, delta: str, images: list[Image.Image], first: bool) -> None:
+    def _cut_up(self, prompt: str, images: list[Image.Image], first: bool) -> list[Piece]:
+        """The pieces of a text in which `MARKER` stands for each image in turn."""
         if self.vision is None:
-            tokens = self.llm.tokenize(delta.encode(), add_bos=first, special=True)
-            self._eval_chunks([Chunk(tokens, None, len(tokens))], [])
-            return
-        with self.vision.chunks(delta, images, add_special=first) as chunks:
-            self._eval_chunks(chunks, images)
-
-    def _eval_chunks(self, chunks: list[Chunk], images: list[Image.Image]) -> None:
-        llm, stats = self.llm, self.stats
-        n_new = sum(c.n_tokens for c in chunks)
-        try:
-            llm.check_room(n_new + 1)  # and an answer
-        except ContextOverflowError as e:
-            raise ContextOverflowError(f"{e}, or clear the conversation") from None
-        waiting = iter(images)
-        with llm.prompt_phase():
+            return [TextPiece(tuple(self.llm.tokenize(prompt.encode(), first, special=True)))]
+        pieces: list[Piece] = []
+        keys = [_key(image) for image in images]
+        n_image = part = -1  # image, and which of its chunks
+        with self.vision.chunks(prompt, images, add_special=first) as chunks:
             for chunk in chunks:
-                if chunk.is_image:
-                    embeddings = self._encode(chunk, next(waiting, None))
-                    start = time.perf_counter()
-                    assert self.vision is not None
-                    llm.n_tokens = self.vision.decode(chunk, embeddings, llm.n_tokens)
-                    stats.n_image += chunk.n_tokens
-                else:
-                    start = time.perf_counter()
-                    llm.eval(chunk.tokens)
-                    stats.n_text += chunk.n_tokens
-                llama_cpp.llama_synchronize(llm._ctx.ctx)
-                stats.prefill_ms += 1000 * (time.perf_counter() - start)
+                if not chunk.is_image:
+                    pieces.append(TextPiece(tuple(chunk.tokens)))
+                    continue
+                same = chunk.bitmap_id is not None and chunk.bitmap_id == str(n_image)
+                n_image, part = (n_image, part + 1) if same else (n_image + 1, 0)
+                pieces.append(self._image_piece(images[n_image], keys[n_image], part, len(chunk)))
+        return pieces
 
-    def _encode(self, chunk: Chunk, image: Image.Image | None) -> np.ndarray:
+    def _image_piece(self, image: Image.Image, key: str, part: int, n: int) -> ImagePiece:
+        def decode(n_past: int) -> int:
+            assert self.vision is not None
+            with self.vision.chunks(MARKER, [image], add_special=False) as chunks:
+                chunk = [c for c in chunks if c.is_image][part]
+                n_past = self.vision.decode(chunk, self._encode(chunk, f"{key}-{part}"), n_past)
+            self.stats.n_image += n
+            return n_past
+
+        return ImagePiece(f"{key}-{part}", n, decode)
+
+    def _encode(self, chunk: Chunk, key: str) -> np.ndarray:
         assert self.vision is not None
-        if image is None:  # a tower that cuts one image into several chunks
-            out, ms = self.vision.encode(chunk)
-            self.stats.encode_ms += ms
-            return out
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        out_cached = self._encoded.get(key)
-        if out_cached is not None and len(out_cached) == chunk.n_tokens:
+        known = self._encoded.get(key)
+        if known is not None and len(known) == chunk.n_tokens:
             self._encoded.move_to_end(key)
-            return out_cached
+            return known
         out, ms = self.vision.encode(chunk)
         self.stats.encode_ms += ms
         self._encoded[key] = out
@@ -233,12 +276,13 @@ class Conversation:
             self._encoded.popitem(last=False)
         return out
 
-    def _generate(self, max_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
+    def _generate(self, turn: _Turn, limit: int, sampling: dict[str, Any]) -> Iterator[str]:
         llm, stats = self.llm, self.stats
         vocab = llm._model.vocab
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         stats.finish = "length"
-        waiting = ""  # text of the token that was sampled but is not in the cache yet
+        if limit == 0:
+            return
         start = time.perf_counter()
         for token in llm.generate([], reset=False, **sampling):
             # the pause that the consumer takes between pieces is no decoding
@@ -246,8 +290,7 @@ class Conversation:
             if stats.n_answer > 0:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
-                self._decoded += waiting
-            if stats.n_answer == (self.llm.elastic.delay if self.llm.elastic else 0):
+            if stats.n_answer == (llm.elastic.delay if llm.elastic else 0):
                 self._compress(token)
             elif stats.n_answer == 0:
                 self._note_cells()
@@ -255,11 +298,11 @@ class Conversation:
                 stats.finish = "stop"
                 break
             stats.n_answer += 1
+            turn.tokens.append(token)
             piece = decoder.decode(llm.detokenize([token], special=False))
-            waiting = piece
             if piece:
                 yield piece
-            if stats.n_answer >= max_tokens or not self._room():
+            if stats.n_answer == limit or not self._room():
                 break
             start = time.perf_counter()
         rest = decoder.decode(b"", final=True)
@@ -297,3 +340,13 @@ class Conversation:
         stats.look_ms = (after["look_us"] - before["look_us"]) / 1000
         if after["compressions"] > before["compressions"]:
             stats.bytes_prompt, stats.bytes_kept = after["bytes_before"], after["bytes_after"]
+
+
+def _message(role: str, content: str, n_images: int = 0) -> dict[str, Any]:
+    """A message in whose text the marker of an image stands for none but its own images."""
+    said = without_marker(clean_text(content), MARKER)
+    return {"role": role, "content": MARKER * n_images + said, "n_images": n_images}
+
+
+def _key(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

@@ -15,13 +15,17 @@ import numpy as np
 
 from . import _core, gguf_check
 from ._checks import (
+    OFF,
+    add_lora,
     check_arguments,
+    check_lora,
+    check_memory,
     decode_error,
     load_error,
+    reason,
     size_cache,
     translated_errors,
     with_budget,
-    with_flash,
 )
 from .config import ElasticConfig
 from .errors import (
@@ -33,7 +37,9 @@ from .errors import (
     text,
 )
 from .native_log import route
+from .pieces import ImagePiece, Piece, piece_ids
 from .retrieval import measured_shares
+from .rewind import Rewinder
 from .stats import ElasticStats
 
 __all__ = ["ElasticLlama"]
@@ -56,7 +62,7 @@ class ElasticLlama(llama_cpp.Llama):
     mmproj_path : path, optional
         GGUF of the vision tower and projector; makes a chat handler that reads images.
     elastic : ElasticConfig or None
-        None leaves llama.cpp's cache as it is.
+        None leaves llama.cpp's cache as it is, and so does one that keeps every cell.
     kv_budget : float or int, optional
         Short for `elastic` with this budget.
     chat_handler : optional
@@ -73,7 +79,8 @@ class ElasticLlama(llama_cpp.Llama):
     ConfigError
         A budget of more cells than the context has, or parameters that llama.cpp refuses.
     UnsupportedModelError
-        The model's memory is not a plain KV cache.
+        The model's memory is not a plain KV cache, and the elastic cache is on; or there is none,
+        and `embedding` is not set.
     """
 
     def __init__(
@@ -91,10 +98,13 @@ class ElasticLlama(llama_cpp.Llama):
         self._session: Any = None
         self._phase = _Phase.FREE
         self._in_chat = False
+        self._closed = False
+        self._n_calls = 0  # of what changes the cache, so that a stream notices another's
+        self._rewind = Rewinder(self)
         elastic = with_budget(elastic, kv_budget)
-        kwargs = with_flash(elastic, kwargs)
-        check_arguments(elastic, n_ctx, kwargs)
+        n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
+        lora_path = kwargs.pop("lora_path", None)
         if model_path is None:
             from .embedded import embedded_mmproj, embedded_model
 
@@ -102,6 +112,8 @@ class ElasticLlama(llama_cpp.Llama):
             if mmproj_path is None and chat_handler is None:
                 mmproj_path = embedded_mmproj()
         model = gguf_check.check_model(model_path)
+        if lora_path is not None:
+            check_lora(os.fspath(lora_path), model)
         if mmproj_path is not None:
             gguf_check.check_mmproj(mmproj_path, model)
             if chat_handler is None:
@@ -120,7 +132,8 @@ class ElasticLlama(llama_cpp.Llama):
                     chat_handler=chat_handler,
                     **kwargs,
                 )
-        except ValueError as e:
+        except (ValueError, MemoryError) as e:
+            self.close()
             raise load_error(str(model_path), e) from e
         # Positions go on where cells do not: with a compressed cache they may pass n_ctx.
         n_positions = max(self.n_ctx(), self._model.n_ctx_train())
@@ -128,13 +141,16 @@ class ElasticLlama(llama_cpp.Llama):
         if self._is_capped:
             self._n_ctx = n_positions  # completions are not limited by the cells
         self.reset()
-        if elastic is not None:
-            try:
+        try:
+            if lora_path is not None:
+                add_lora(self, os.fspath(lora_path), self.lora_scale)
+            check_memory(elastic, self._ctx, self.model_path, kwargs)
+            if elastic is not None and not elastic.is_off and self._ctx.memory is not None:
                 elastic.check_cells(self.n_ctx())
                 self._attach(elastic)
-            except ElasticError:
-                self.close()
-                raise
+        except ElasticError:
+            self.close()
+            raise
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = attach(self, self._ctx.ctx, elastic)
@@ -173,6 +189,7 @@ class ElasticLlama(llama_cpp.Llama):
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
             look_ms=s["look_us"] / 1000,
+            checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_held(0),
             tokens=self.n_tokens,
         )
@@ -206,22 +223,14 @@ class ElasticLlama(llama_cpp.Llama):
     def _look_ahead(self, token: int) -> None:
         """Before the prompt is compressed, try the answer that begins with `token`."""
         if self._session is not None and 0 <= token < self.n_vocab():
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as `eval` does
             if self._session.look_ahead([token]):
                 self._requires_eval = True  # the logits are not the prompt's any more
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
-        if used + n_new > self.n_ctx() and self._session is not None and self._session.is_waiting():
-            self._session.compress(0)  # sooner than it was to be
-            used = self._cells_used()
-        if (
-            used + n_new > self.n_ctx()
-            and self._session is not None
-            and self._session.n_held(0) + n_new <= self.n_ctx()
-        ):
-            self._session.level(0)  # what some layers hold beyond the average takes places
+        if used + n_new > self.n_ctx() and self._session is not None:
+            self._session.make_room(n_new)
             used = self._cells_used()
         if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
@@ -257,24 +266,31 @@ class ElasticLlama(llama_cpp.Llama):
     def reset(self) -> None:
         """As in llama-cpp-python.
 
-        Handlers leave the places of image tokens as they are; random negative ids there match no
-        other prompt, so that no image is ever taken for another.
+        Handlers that this package does not know leave the places of image tokens as they are;
+        random negative ids there match no other prompt, so that no image is taken for another.
         """
+        self._n_calls += 1
         super().reset()
         self.input_ids[:] = _placeholders(len(self.input_ids))
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Decode tokens; several at once are a prompt, whatever batches they are cut into.
 
+        Where `n_tokens` was set back by hand, what lies behind it is removed first; if a compressed
+        cache cannot be cut there, what comes before is decoded again as far as that takes.
+
         Raises
         ------
         ContextOverflowError
             They do not fit behind the `n_tokens` already decoded; nothing is decoded then.
         StateError
-            llama.cpp could not decode them.
+            llama.cpp could not decode them; or an image would have to be read again, and nothing
+            is decoded.
         """
-        tokens = list(tokens)
-        if any(token < 0 for token in tokens):
+        self._check_open("eval")
+        tokens = [int(token) for token in tokens]
+        bad = next((token for token in tokens if not 0 <= token < self.n_vocab()), 0)
+        if bad < 0:
             raise StateError(
                 text(
                     "eval",
@@ -282,29 +298,130 @@ class ElasticLlama(llama_cpp.Llama):
                     do="ask with create_chat_completion",
                 )
             )
+        if bad:
+            raise StateError(
+                text("eval", "a token that does not exist", bad, f"0 to {self.n_vocab() - 1}")
+            )
+        self._n_calls += 1
+        missing = self._rewind.sync()
+        if len(missing):
+            self.check_room(len(missing))
+            self._decode(missing.tolist(), in_prompt=True)
         self.check_room(len(tokens))
         phase = self._phase
         if phase is _Phase.FIRST:
             self._phase = _Phase.GENERATION
         in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
+        if not in_prompt and tokens:
+            self._look_ahead(tokens[0])
+        self._decode(tokens, in_prompt)
+
+    def _decode(self, tokens: list[int], in_prompt: bool) -> None:
+        """Decode tokens at `n_tokens`, where the cache ends."""
+        _core.take_log()
+        self._grow_scores(self.n_tokens + len(tokens))
         try:
-            if not in_prompt and tokens:
-                self._look_ahead(tokens[0])
             self._hold(in_prompt)
             super().eval(tokens)
         except RuntimeError as e:
-            raise decode_error(e) from e
+            raise decode_error(e, _core.take_log()) from e
         finally:
-            self._hold(phase is _Phase.PROMPT)
+            self._hold(self._phase is _Phase.PROMPT)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in llama-cpp-python. After the prompt, a single token is generation."""
+    def _grow_scores(self, n: int) -> None:
+        """Rows for `n` positions, which may be more than the cells (`logits_all`)."""
+        if self._logits_all and n > len(self.scores):
+            scores = np.empty((max(n, 2 * len(self.scores)), self.n_vocab()), np.single)
+            scores[: len(self.scores)] = self.scores
+            self.scores = scores
+
+    def prefill(self, pieces: Sequence[Piece]) -> int:
+        """Decode a prompt, or as much of it as the cache does not hold already.
+
+        Parameters
+        ----------
+        pieces : sequence of TextPiece and ImagePiece
+            The whole prompt from position 0 on.
+
+        Returns
+        -------
+        int
+            Positions that had to be decoded. `generate([], reset=False)` answers the prompt.
+
+        Raises
+        ------
+        ContextOverflowError
+            It does not fit; nothing is decoded.
+        """
+        self._check_open("prefill")
+        self._n_calls += 1
+        ids = piece_ids(pieces)
+        n_kept = self._rewind.keep_prefix(ids)
+        self.check_room(len(ids) - n_kept + 1)  # and an answer
+        first = 0
+        with self.prompt_phase():
+            for piece in pieces:
+                last = first + len(piece)
+                if last > n_kept and isinstance(piece, ImagePiece):
+                    self._decode_image(piece, ids[first:last])
+                elif last > n_kept:
+                    self.eval(piece.tokens[max(0, n_kept - first) :])
+                first = last
+        return len(ids) - n_kept
+
+    def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
+        self._grow_scores(self.n_tokens + len(ids))
+        n_past = piece.decode(self.n_tokens)
+        self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
+        self.n_tokens = n_past
+        self._requires_eval = False
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """As in llama-cpp-python. After the prompt, a single token is generation.
+
+        Of a prompt that the cache holds already, nothing is decoded again, and an answer that came
+        after it is taken back.
+
+        Raises
+        ------
+        StateError
+            The stream goes on after another call used the model, or after `close`.
+        """
+        self._check_open("generate")
+        tokens = [int(token) for token in tokens]
+        reset = args[6] if len(args) > 6 else kwargs.get("reset", True)
+        if reset and self._session is not None and self.n_tokens > 0:
+            self._rewind.keep_prefix(np.asarray(tokens, np.intc))
         self._enter(_Phase.FIRST)
+        stream = super().generate(tokens, *args, **kwargs)
+        sent = None
+        n_calls = -1
         try:
-            yield from super().generate(*args, **kwargs)
+            while True:
+                try:
+                    token = stream.send(sent)
+                except StopIteration:
+                    return
+                n_calls = self._n_calls
+                sent = yield token
+                self._check_open("generate")
+                if n_calls != self._n_calls:
+                    raise StateError(
+                        text(
+                            "generate",
+                            "the stream cannot go on, since another call used the model meanwhile",
+                            do="read a stream to its end before the next call",
+                        )
+                    )
         finally:
-            if self._phase is not _Phase.PROMPT:  # a stream left open may end inside a later call
+            stream.close()
+            # a stream left open may end inside a later call
+            if n_calls in (-1, self._n_calls) and self._phase is not _Phase.PROMPT:
                 self._enter(_Phase.FREE)
+
+    def _check_open(self, op: str) -> None:
+        if self._closed:
+            raise StateError(text(op, "the model is closed", do="load it again"))
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         with translated_errors():
@@ -329,27 +446,56 @@ class ElasticLlama(llama_cpp.Llama):
         finally:
             self._in_chat = False
 
+    def save_state(self) -> Any:
+        """As in llama-cpp-python; scores are saved only where they are kept (`logits_all`)."""
+        self._check_open("save_state")
+        return llama_cpp.LlamaState(
+            scores=self._scores.copy() if self._logits_all else self.scores[:1].copy(),
+            input_ids=self.input_ids[: self.n_tokens].copy(),
+            n_tokens=self.n_tokens,
+            llama_state=(data := native_state(self._ctx.ctx)),
+            llama_state_size=len(data),
+            seed=self._seed,
+        )
+
     def load_state(self, state: Any) -> None:
-        """As in llama-cpp-python; the KV cache is as before if it fails.
+        """As in llama-cpp-python; everything is as before if it fails.
 
         Raises
         ------
         StateError
             The state is of another model or was saved with another policy.
         """
-        before = self.save_state()
-        try:
-            super().load_state(state)
-        except (RuntimeError, ValueError) as e:
-            super().load_state(before)
+        self._check_open("load_state")
+        self._n_calls += 1
+        n = int(state.n_tokens)
+        if n > len(self.input_ids):
+            raise StateError(
+                text("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
+            )
+        before = native_state(self._ctx.ctx)
+        _core.take_log()
+        if not set_native_state(self._ctx.ctx, state.llama_state):
+            reasons = reason(_core.take_log()) or "another model, context or policy"
+            if not set_native_state(self._ctx.ctx, before):
+                self.reset()
+                self._ctx.kv_cache_clear()
             raise StateError(
                 text(
                     "load_state",
                     "llama.cpp refused the state",
-                    str(e),
-                    "one saved with this model, n_ctx, KV types and policy",
+                    reasons,
+                    "one saved with the same model, n_ctx, KV types, flash_attn and policy",
                 )
-            ) from e
+            )
+        self.input_ids[:] = _placeholders(len(self.input_ids))
+        self.input_ids[:n] = state.input_ids[:n]
+        if self._logits_all:
+            self._grow_scores(n)
+            self.scores[: min(n, len(state.scores))] = state.scores[:n]
+        self.n_tokens = n
+        self._seed = state.seed
+        self._requires_eval = True
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -359,6 +505,7 @@ class ElasticLlama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
+        self._closed = True
         session, self._session = getattr(self, "_session", None), None
         if session is not None:
             session.forget()
@@ -414,10 +561,12 @@ def _open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()
             delay=elastic.delay,
             lookahead=-1 if elastic.lookahead is None else elastic.lookahead,
             layer_share=shares if isinstance(elastic.layers, str) else elastic.layers,
+            overdraft=-1 if elastic.overdraft is None else elastic.overdraft,
+            checkpoints=elastic.checkpoints,
             release_memory=elastic.release_memory,
         )
     except NotImplementedError as e:
-        raise UnsupportedModelError(str(e)) from e
+        raise UnsupportedModelError(f"{e}: {OFF}") from e
     except ValueError as e:
         raise ConfigError(str(e)) from e
 
@@ -440,3 +589,17 @@ def _placeholders(n: int) -> np.ndarray:
     """Ids that no tokenizer and no earlier call has made, int32 [n], all < 0."""
     ids = np.frombuffer(os.urandom(4 * n), dtype=np.int32)
     return np.minimum(ids, ~ids) - (ids == 0)
+
+
+def native_state(ctx: Any) -> bytes:
+    """The state of a llama_context."""
+    size = llama_cpp.llama_state_get_size(ctx)
+    buffer = (ctypes.c_uint8 * size)()
+    n = llama_cpp.llama_state_get_data(ctx, buffer, size)
+    return bytes(memoryview(buffer)[:n])
+
+
+def set_native_state(ctx: Any, data: bytes) -> bool:
+    """Whether a llama_context took a state."""
+    buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    return bool(llama_cpp.llama_state_set_data(ctx, buffer, len(data)) == len(data))

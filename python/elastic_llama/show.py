@@ -146,7 +146,7 @@ def look(
         As from `Conversation.prefill`.
     """
     llm = chat.llm
-    session = llm.session
+    session = _session(llm)
     if session is None:
         raise ConfigError(text("show", "the model has no elastic cache", do="pass elastic"))
     loaded = [load_image(image) for image in images]
@@ -175,6 +175,15 @@ def look(
         title=_title(llm, n_cells, n_after),
         subtitle=f"share of {rows} that keep a cell; {_fate(llm, plan)}",
     )
+
+
+def _session(llm: ElasticLlama) -> Any:
+    """Of the model; one that keeps every cell is not there before somebody looks."""
+    if llm.session is None and llm.elastic is not None:
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        llm._attach(llm.elastic)
+    return llm.session
 
 
 def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:

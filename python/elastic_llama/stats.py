@@ -25,6 +25,7 @@ class ElasticStats:
     plan_ms: float = 0.0
     merge_ms: float = 0.0
     look_ms: float = 0.0  # trying answers (lookahead)
+    checkpoint_bytes: int = 0  # held outside of the cache, to take answers back (checkpoints)
     cells: int = 0  # held now
     tokens: int = 0  # seen by the sequence
 

@@ -28,6 +28,10 @@ class Chunk:
     tokens: list[int]
     native: Any
     n_tokens: int
+    bitmap_id: str | None = None  # which of the images it belongs to, a number from 0 on
+
+    def __len__(self) -> int:
+        return self.n_tokens
 
     @property
     def is_image(self) -> bool:
@@ -62,6 +66,11 @@ class Vision:
                 )
             )
 
+    @property
+    def n_embd(self) -> int:
+        """Floats of an embedding that the model reads: more than its width with deepstack."""
+        return int(llama_cpp.llama_model_n_embd_inp(self.llm.model))
+
     def close(self) -> None:
         if self.ctx is not None:
             mtmd_cpp.mtmd_free(self.ctx)
@@ -73,6 +82,8 @@ class Vision:
     ) -> Iterator[list[Chunk]]:
         """The chunks of a prompt in which `MARKER` stands for each image in turn."""
         bitmaps = [self._bitmap(image) for image in images]
+        for i, bitmap in enumerate(bitmaps):
+            mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(i).encode())
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         try:
             data = prompt.encode()
@@ -100,17 +111,27 @@ class Vision:
                 mtmd_cpp.mtmd_bitmap_free(bitmap)
 
     def encode(self, chunk: Chunk) -> tuple[np.ndarray, float]:
-        """Embeddings of an image [n_tokens, n_embd], and the milliseconds they took."""
+        """Embeddings of an image f32 [n_tokens, n_embd], and the milliseconds they took."""
         start = time.perf_counter()
         code = mtmd_cpp.mtmd_encode_chunk(self.ctx, chunk.native)
         if code:
             raise StateError(text("image", "libmtmd could not encode it", f"code {code}"))
-        shape = (chunk.n_tokens, self.llm.n_embd())
+        shape = (chunk.n_tokens, self.n_embd)
         out = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.ctx), shape).copy()
         return out, 1000 * (time.perf_counter() - start)
 
     def decode(self, chunk: Chunk, embeddings: np.ndarray, n_past: int) -> int:
         """Put an encoded image into the KV cache at `n_past`; returns the next position."""
+        if embeddings.shape != (chunk.n_tokens, self.n_embd):
+            raise StateError(
+                text(
+                    "image",
+                    "embeddings of another shape",
+                    embeddings.shape,
+                    f"{chunk.n_tokens} tokens of {self.n_embd} floats",
+                )
+            )
+        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         n_past_new = llama_cpp.llama_pos(0)
         code = mtmd_cpp.mtmd_helper_decode_image_chunk(
             self.ctx,
@@ -131,7 +152,7 @@ class Vision:
         return int(n_past_new.value)
 
     def _bitmap(self, image: Image.Image) -> Any:
-        pixels = image.tobytes()
+        pixels = image.convert("RGB").tobytes()  # libmtmd reads three bytes a pixel
         buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
         return mtmd_cpp.mtmd_bitmap_init(image.width, image.height, buffer)
 
@@ -139,7 +160,8 @@ class Vision:
         n = mtmd_cpp.mtmd_input_chunk_get_n_tokens(native)
         kind = mtmd_cpp.mtmd_input_chunk_get_type(native)
         if kind != mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            return Chunk([], native, n)
+            bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(native)
+            return Chunk([], native, n, None if bitmap_id is None else bitmap_id.decode())
         n_out = ctypes.c_size_t()
         tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(native, ctypes.byref(n_out))
         return Chunk([tokens[i] for i in range(n_out.value)], None, n)

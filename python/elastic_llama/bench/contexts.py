@@ -41,9 +41,8 @@ class Prompts:
         rng = np.random.default_rng(0)
         self.scenario = scenario
         self.tokens = rng.integers(10, llm.n_vocab(), scenario.n_text + scenario.n_gen).tolist()
-        self.images = [
-            rng.normal(0, 0.02, (n, llm.n_embd())).astype(np.float32) for n in scenario.images
-        ]
+        n_embd = llama_cpp.llama_model_n_embd_inp(llm.model)  # with deepstack, above the width
+        self.images = [rng.normal(0, 0.02, (n, n_embd)).astype(np.float32) for n in scenario.images]
 
     def parts(self) -> list[list[int] | np.ndarray]:
         half = self.scenario.n_text // 2
@@ -63,7 +62,8 @@ class Context:
         n_cells: int,
         elastic: ElasticConfig | None = None,
     ) -> None:
-        self.n_vocab, self.n_embd = llm.n_vocab(), llm.n_embd()
+        self.n_vocab = llm.n_vocab()
+        self.n_embd = int(llama_cpp.llama_model_n_embd_inp(llm.model))
         self.n_seqs = n_seqs
         self.session: Any = None
         params = llama_cpp.llama_context_default_params()

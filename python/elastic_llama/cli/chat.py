@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from typing import Any
 
+from ..errors import ConfigError, text
 from . import options
 
-_HELP = """/image FILE   show the next question this image (several are possible)
+_HELP = """/image FILE   show the next question this image; several are possible, "as this.png" too
 /clear        forget the conversation
 /stats        what the cache holds
 /quit         leave (or Ctrl-D)"""
@@ -47,9 +50,11 @@ def run(args: argparse.Namespace) -> None:
             if line is None or line in ("/quit", "/exit"):
                 return
             try:
-                if line.startswith("/image"):
-                    waiting.append(load_image(line[len("/image") :].strip()))
-                    print("(image ready)")
+                command, rest = [*line.split(maxsplit=1), "", ""][:2]
+                if command == "/image":
+                    images = [load_image(name) for name in image_names(rest)]
+                    waiting += images
+                    print("(image ready)" if len(images) == 1 else f"({len(images)} images ready)")
                 elif line == "/clear":
                     chat.clear()
                     waiting = []
@@ -68,6 +73,27 @@ def run(args: argparse.Namespace) -> None:
         llm.close()
 
 
+def image_names(line: str) -> list[str]:
+    """Files that a line names as a shell takes it, or the one file that all of it names.
+
+    Raises
+    ------
+    ConfigError
+        It names none.
+    """
+    line = line.strip()
+    whole = os.path.expanduser(line)
+    if os.path.exists(whole):
+        return [whole]
+    try:
+        names = shlex.split(line)
+    except ValueError:  # a quote that stays open
+        names = [line]
+    if not any(names):
+        raise ConfigError(text("chat", "/image without a file", do="name one"))
+    return [os.path.expanduser(name) for name in names]
+
+
 def _read() -> str | None:
     try:
         return input("\n> ").strip()
@@ -78,7 +104,7 @@ def _read() -> str | None:
 
 def _turn(chat: Any, line: str, images: list[Any], args: argparse.Namespace) -> None:
     try:
-        for piece in chat.ask(line, images, max_tokens=args.predict, temperature=args.temp):
+        for piece in chat.ask(line, images, **options.ask_options(args)):
             print(piece, end="", flush=True)
         print()
     except KeyboardInterrupt:

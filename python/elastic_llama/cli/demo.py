@@ -12,10 +12,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("demo", help="full cache against elastic, on the embedded image")
     options.add_model_options(parser)
     options.add_elastic_options(parser)
-    options.add_sampling_options(parser)
+    options.add_sampling_options(parser, predict=48)
     parser.add_argument("--image", metavar="FILE", help="another image")
     parser.add_argument("-p", "--prompt", default="Describe the image row by row.")
-    parser.set_defaults(run=run, predict=48)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

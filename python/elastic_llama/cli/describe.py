@@ -53,7 +53,7 @@ def answer(args: argparse.Namespace, config: Any, images: list[Any], prompt: str
     try:
         chat = Conversation(llm)
         try:
-            for piece in chat.ask(prompt, images, max_tokens=args.predict, temperature=args.temp):
+            for piece in chat.ask(prompt, images, **options.ask_options(args)):
                 print(piece, end="", flush=True)
             print("\n")
             sys.stdout.flush()

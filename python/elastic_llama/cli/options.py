@@ -9,6 +9,8 @@ from ..config import ElasticConfig
 from ..errors import ConfigError, text
 from ..kv_types import KV_TYPES, PLAIN_TYPES
 
+RANDOM_SEED = -1
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (the embedded one if none is given)")
@@ -112,13 +114,46 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, predict: int = 256) -> None:
+    """How an answer is sampled, and how many tokens it has at most."""
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "-n", "--predict", type=int, default=256, metavar="N", help="most tokens of an answer (256)"
+        "-n",
+        "--predict",
+        type=int,
+        default=predict,
+        metavar="N",
+        help="most tokens of an answer; -1: no limit but its end and a full context; 0: none "
+        f"({predict})",
     )
     group.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (0)")
-    group.add_argument("-s", "--seed", type=int, default=0)
+    group.add_argument(
+        "-s",
+        "--seed",
+        type=seed_option,
+        default=RANDOM_SEED,
+        metavar="N",
+        help="what is drawn at a temperature above 0; -1: something else each time (-1)",
+    )
+
+
+def seed_option(value: str) -> int:
+    """The argument of --seed."""
+    try:
+        seed = int(value)
+    except ValueError:
+        seed = RANDOM_SEED - 1
+    if not RANDOM_SEED <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{value!r}, expected -1, or 0 to {2**32 - 1}")
+    return seed
+
+
+def ask_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `Conversation.ask` is told of an answer."""
+    out: dict[str, Any] = {"max_tokens": args.predict, "temperature": args.temp}
+    if args.seed != RANDOM_SEED:
+        out["seed"] = args.seed
+    return out
 
 
 def elastic_config(args: argparse.Namespace) -> ElasticConfig:
@@ -182,6 +217,6 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         flash_attn=flash,
         type_k=KV_TYPES[args.cache_type_k],
         type_v=KV_TYPES[args.cache_type_v],
-        seed=args.seed,
+        seed=args.seed % 2**32,  # llama.cpp's random seed is its largest
         verbose=args.verbose,
     )

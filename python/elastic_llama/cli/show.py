@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_model_options(parser)
     options.add_elastic_options(parser)
-    parser.set_defaults(run=run, seed=0)
+    parser.set_defaults(run=run, seed=options.RANDOM_SEED)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -89,9 +89,7 @@ class Lanes:
     def _reopen(self, i: int, prompt: Prompt) -> None:
         """Take the proxy question back and compress what is left."""
         last = prompt.n_tokens - prompt.n_drop
-        memory = llama_cpp.llama_get_memory(self.streams.ctx)
-        if not llama_cpp.llama_memory_seq_rm(memory, i, last, -1):
-            raise StateError(text("eval", "the proxy question could not be taken back"))
+        self.streams.session.take_back(last, i)
         self.streams.session.compress(i)
 
     def _feed(self, i: int, prompt: Prompt) -> np.ndarray:

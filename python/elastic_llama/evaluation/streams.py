@@ -11,7 +11,7 @@ from llama_cpp import _internals
 
 from .. import _core
 from ..config import ElasticConfig
-from ..errors import ConfigError, text
+from ..errors import ConfigError, UnsupportedModelError, text
 from ..llama import ElasticLlama
 
 
@@ -50,10 +50,18 @@ class Streams:
         return self.llm.session
 
     def record(self) -> None:
-        """Empty the cache; from now on every cell and every score is kept."""
+        """Empty the cache; from now on every cell and every score is kept.
+
+        Raises
+        ------
+        UnsupportedModelError
+        """
         self._detach()
         address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
-        self.llm._session = _core.Session(address, policy="full", budget=1.0, record=True)
+        try:
+            self.llm._session = _core.Session(address, policy="full", budget=1.0, record=True)
+        except NotImplementedError as e:
+            raise UnsupportedModelError(str(e)) from e
 
     def attach(self, config: ElasticConfig) -> None:
         """Empty the cache; from now on the policy of `config` holds."""

@@ -14,6 +14,7 @@ True
 
 from __future__ import annotations
 
+from .conversations import Turn, draw_conversation
 from .dataset import write_dataset
 from .layout import COLORS, EMPTY, GRIDS, SHAPES, SPLITS, Cell, Scene, make_scene
 from .questions import CAPTION_PROMPT, KINDS, Question, caption, question, questions
@@ -33,7 +34,9 @@ __all__ = [
     "Cell",
     "Question",
     "Scene",
+    "Turn",
     "caption",
+    "draw_conversation",
     "exact",
     "make_scene",
     "parse_caption",

@@ -1,0 +1,82 @@
+"""A prompt as pieces of text and images, and the ids by which the KV cache recognises them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ImagePiece", "Piece", "TextPiece", "common_prefix", "image_start", "piece_ids"]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Tokens of text, each of them >= 0."""
+
+    tokens: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ImagePiece:
+    """One run of image embeddings.
+
+    Attributes
+    ----------
+    key : str
+        Tells its content apart from every other one's, such as a hash of the pixels.
+    n_tokens : int
+        Positions that it takes.
+    decode : callable
+        ``decode(n_past) -> int`` puts it into the cache at position `n_past` and returns the next
+        position. Called only if the cache does not hold it already.
+    """
+
+    key: str
+    n_tokens: int
+    decode: Callable[[int], int]
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+
+Piece = Any  # TextPiece or ImagePiece
+
+
+def image_ids(key: str, n: int) -> np.ndarray:
+    """Ids [n], int32, < 0: the places of an image in a list of tokens.
+
+    They are a hash of the image and the place, so that an image equals itself and no other one.
+    """
+    stream = hashlib.shake_256(key.encode()).digest(4 * n)
+    return -1 - (np.frombuffer(stream, np.uint32) & 0x3FFFFFFF).astype(np.intc)
+
+
+def piece_ids(pieces: Sequence[Piece]) -> np.ndarray:
+    """Ids of all positions of a prompt, int32."""
+    parts = [
+        image_ids(p.key, len(p)) if isinstance(p, ImagePiece) else np.asarray(p.tokens, np.intc)
+        for p in pieces
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, np.intc)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def image_start(ids: np.ndarray, n: int) -> int:
+    """`n`, or where the run of image ids begins that a cut at `n` would go through."""
+    if not 0 < n < len(ids) or ids[n] >= 0:
+        return n
+    while n > 0 and ids[n - 1] < 0:
+        n -= 1
+    return n
