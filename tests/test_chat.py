@@ -284,19 +284,31 @@ def test_conversation_goes_past_n_ctx(vlm):
         talk.close()
 
 
+def first_answer(vlm, question, images):
+    with vlm(kv_budget=0.5, n_ctx=256) as llm:
+        return "".join(el.Conversation(llm).ask(question, images, max_tokens=4))
+
+
 def test_a_refused_turn_leaves_the_conversation(vlm):
     with vlm(kv_budget=0.5, n_ctx=256) as llm:
         talk = el.Conversation(llm)
         list(talk.ask("the", [picture("red")], max_tokens=4))
-        before = (llm.n_tokens, llm.session.n_cells())
         with pytest.raises(el.ContextOverflowError, match="clear the conversation"):
             list(talk.ask("the " * 300))
         with pytest.raises(el.ImageError):
             talk.ask("the", ["no.png"])
-        assert (llm.n_tokens, llm.session.n_cells()) == before
-        list(talk.ask("the", max_tokens=4))
+        answer = "".join(talk.ask("the heat", max_tokens=4))
+        assert talk.stats.n_image == 0  # is still there
+        ids = llm.input_ids[: llm.n_tokens].copy()
         talk.clear()
-        assert llm.n_tokens == 0
+        assert "".join(talk.ask("the", max_tokens=4)) == first_answer(vlm, "the", [])
+        assert not (llm.input_ids[: llm.n_tokens] < 0).any()
+        talk.close()
+    with vlm(kv_budget=0.5, n_ctx=256) as llm:  # as if nothing had been refused
+        talk = el.Conversation(llm)
+        list(talk.ask("the", [picture("red")], max_tokens=4))
+        assert "".join(talk.ask("the heat", max_tokens=4)) == answer
+        np.testing.assert_array_equal(llm.input_ids[: llm.n_tokens], ids)
         talk.close()
 
 

@@ -37,7 +37,8 @@ def tried_by_hand(e: Engine, first: int, n: int, n_tries: int, seq: int = 0) -> 
         if llama_cpp.llama_vocab_is_eog(vocab, tokens[-1]):
             break
     e.session.hold(False)
-    assert e.seq_rm(seq, n, -1)
+    assert e.session.can_cut(n, seq) < n  # a removal would have to undo what they looked at
+    e.session.take_back(n, seq)
     return tokens[:-1]
 
 

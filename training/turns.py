@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from elastic_llama.scenes import draw_conversation
 from export_mmproj import export, load_tower
-from lm import END, LanguageModel, _unpermute  # noqa: F401
+from lm import END, LanguageModel
 from losses import Heads
 from targets import PatchLabels, patch_labels
 from torch import Tensor, nn
-from tower import Tower, normalise
+from tower import Tower
 from train import learning_rate, make_optimizers
 
 FIRST = 30_000_000  # index of the first conversation; its scenes are at twice that
@@ -111,7 +111,10 @@ class Data(torch.utils.data.Dataset):
         pixels = torch.from_numpy(np.stack([np.asarray(s.render()) for s in scenes]))
         labels = patch_labels(scenes, self.config.side)
         n = max(len(row["ids"]) for row in rows)
-        pad = lambda key, fill: [row[key] + [fill] * (n - len(row[key])) for row in rows]  # noqa: E731
+
+        def pad(key: str, fill: float) -> list[list]:
+            return [row[key] + [fill] * (n - len(row[key])) for row in rows]
+
         return {
             "pixels": pixels,
             "labels": labels,
@@ -255,10 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     steps = args.steps
     rows: list[dict] = []
     for step, batch in enumerate(loader):
-        if step == 200 and time.time() - start < args.seconds:  # the rest of the time is known now
-            per_step = (time.time() - start) / 200
-            steps = min(steps, int(args.seconds / per_step))
-            print("steps", steps, "at", round(per_step, 3), flush=True)
+        if step == 200:  # what the rest of the time is enough for
+            steps = min(steps, int(args.seconds / (time.time() - start) * 200))
         if step >= steps or time.time() - start > args.seconds * 1.05:
             break
         rate = learning_rate(step, steps, args.lr, args.warmup)

@@ -114,8 +114,13 @@ struct array_rows : row_source {
 static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
                              const f32_array & importance, const std::optional<f32_array> & recent, const std::optional<f32_array> & keys,
                              const std::optional<f32_array> & values, int32_t n_threads, const std::vector<float> & layer_share,
-                             const std::optional<u8_array> & absent) {
-    cells c = make_cells(kind, pinned);
+                             const std::optional<u8_array> & absent, const std::optional<u8_array> & old,
+                             const std::vector<int32_t> & tokens) {
+    cells c  = make_cells(kind, pinned);
+    c.tokens = tokens;
+    if (old) {
+        c.old.assign(old->data(), old->data() + old->size());
+    }
     if (absent) {
         c.absent.assign(absent->data(), absent->data() + absent->size());
     }
@@ -263,9 +268,28 @@ void bind_core(py::module_ & m) {
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
              py::arg("importance"), py::arg("recent") = py::none(), py::arg("keys") = py::none(), py::arg("values") = py::none(),
              py::arg("n_threads") = 1, py::arg("layer_share") = std::vector<float>(), py::arg("absent") = py::none(),
+             py::arg("old") = py::none(), py::arg("tokens") = std::vector<int32_t>(),
              "Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and "
              "rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does "
-             "without already.");
+             "without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each).");
+    core.def(
+        "split_with_past",
+        [](int32_t n_keep, const u8_array & kind, const u8_array & old, const std::vector<int32_t> & tokens,
+           const std::optional<u8_array> & absent) {
+            cells c;
+            for (py::ssize_t i = 0; i < kind.size(); ++i) {
+                c.kind.push_back((cell_kind) kind.data()[i]);
+            }
+            c.old.assign(old.data(), old.data() + old.size());
+            c.tokens = tokens;
+            if (absent) {
+                c.absent.assign(absent->data(), absent->data() + absent->size());
+            }
+            const auto s = split_with_past(n_keep, c);
+            return py::make_tuple(s.n_text, s.n_image);
+        },
+        py::arg("n_keep"), py::arg("kind"), py::arg("old"), py::arg("tokens"), py::arg("absent") = py::none(),
+        "Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], absent [L, T].");
     core.def(
         "split_budget",
         [](int32_t n_keep, int32_t n_text, int32_t n_image) {

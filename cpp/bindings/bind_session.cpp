@@ -73,10 +73,10 @@ class session {
 
 static py::dict stats_dict(const elastic_cache & cache) {
     const elastic_stats & s = cache.stats;
-    return py::dict("checkpoint_bytes"_a = cache.checkpoint_bytes(), "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions, "cells_before"_a = s.n_cells_before,
-                    "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before, "bytes_after"_a = s.n_bytes_after,
-                    "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us,
-                    "merge_us"_a = s.t_merge_us, "tried"_a = s.n_tried, "look_us"_a = s.t_look_us);
+    return py::dict("checkpoint_bytes"_a = cache.checkpoint_bytes(), "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions,
+                    "cells_before"_a = s.n_cells_before, "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before,
+                    "bytes_after"_a = s.n_bytes_after, "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us,
+                    "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us, "tried"_a = s.n_tried, "look_us"_a = s.t_look_us);
 }
 
 static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
@@ -102,12 +102,13 @@ void bind_session(py::module_ & m) {
           "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      const std::vector<float> &, bool, bool>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
+                      int32_t, const std::vector<float> &, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
-             py::arg("lookahead") = -1, py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(), py::arg("record") = false,
-             py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
+             py::arg("lookahead") = -1, py::arg("overdraft") = -1, py::arg("checkpoints") = 2,
+             py::arg("layer_share") = std::vector<float>(), py::arg("record") = false, py::arg("release_memory") = true,
+             py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -152,6 +153,9 @@ decode steps it took; the logits of the context are other ones then.
 
 Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.)pbdoc")
         .def(
+            "is_pending", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).pending; },
+            py::arg("seq_id") = 0, "Whether there is a prompt that is still to be compressed.")
+        .def(
             "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
             py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
         .def(
@@ -159,7 +163,8 @@ Raises ValueError for a token that does not exist, a sequence given twice, or li
             py::arg("p0"), py::arg("seq_id") = 0,
             "The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.")
         .def(
-            "make_room", [](const session & self, int32_t n_new, llama_seq_id seq_id) { return self.cache(seq_id).free_cells(seq_id, n_new); },
+            "make_room",
+            [](const session & self, int32_t n_new, llama_seq_id seq_id) { return self.cache(seq_id).free_cells(seq_id, n_new); },
             py::arg("n_new"), py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.")
         .def(

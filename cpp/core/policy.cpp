@@ -79,6 +79,10 @@ static void check(const policy & pol, const plan_params & params, const cells & 
     if (!c.absent.empty() && (int64_t) c.absent.size() != (int64_t) sum.n_layer * n) {
         refuse("absent: got " + std::to_string(c.absent.size()) + " entries, expected n_layer * n_cells");
     }
+    if ((!c.old.empty() && (int32_t) c.old.size() != n) || (!c.tokens.empty() && (int32_t) c.tokens.size() != n)) {
+        refuse("old, tokens: got " + std::to_string(c.old.size()) + " and " + std::to_string(c.tokens.size()) +
+               " entries, expected one for each cell or none");
+    }
     if (params.n_sink < 0) {
         refuse("n_sink: got " + std::to_string(params.n_sink) + ", expected >= 0");
     }
@@ -104,6 +108,15 @@ int32_t cells_for_answer(const policy & pol, const cells & c, int32_t n_keep) {
     return pol.combine == combine_rule::mass && !c.ends_with_image() ? std::min(answer_reserve, n_keep / 8) : 0;
 }
 
+// What an image is asked later is not known, so the attention that the present question pays its cells says less of their shares.
+static void weaken_images(const cells & c, head_map & weight) {
+    for (size_t i = 0; i < weight.data.size(); ++i) {
+        if (c.is_image((int32_t) (i % c.size()))) {
+            weight.data[i] = std::pow(weight.data[i], image_weight_power);
+        }
+    }
+}
+
 plan make_plan(const policy & pol, const plan_params & params, const cells & c, const importance_map & importance, const row_source * rows,
                int32_t n_threads) {
     check(pol, params, c, importance, rows);
@@ -127,6 +140,7 @@ plan make_plan(const policy & pol, const plan_params & params, const cells & c, 
             p.key_weight.push_back(kind == cell_kind::image ? key_weight : 0.0f);
         }
         p.weight = std::move(score);
+        weaken_images(c, p.weight);
     }
 
     return p;

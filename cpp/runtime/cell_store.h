@@ -16,10 +16,10 @@ namespace elastic {
 // everything that a cell_store remembers of some cells, in logical order
 struct cell_scores {
     cell_state            state;
-    head_map              fading;    // no cells where none is kept, likewise the next two
+    head_map              fading;  // no cells where none is kept, likewise the next two
     head_map              windowed;
-    std::vector<head_map> queries;   // newest first
-    std::vector<float>    totals;    // [n_cells]
+    std::vector<head_map> queries;  // newest first
+    std::vector<float>    totals;   // [n_cells]
 };
 
 class cell_store {

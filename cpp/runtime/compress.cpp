@@ -120,13 +120,13 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     // cells that another sequence uses too stay as they are, where they are
     const std::vector<int32_t> rows = own_cells(seq_id);
 
-    const elastic::cells c = describe(seq_id, rows);
-    const int32_t n_all    = n_cells(seq_id);
-    const auto    held     = held_rows(strm, rows);
-    const int32_t n_rows   = n_held(seq_id);
-    const int32_t n_own    = average(held);
-    const int32_t n_shared = n_rows - n_own;
-    const bool    even     = level || cfg.max_cells > 0;  // places are short
+    const elastic::cells c        = describe(seq_id, rows);
+    const int32_t        n_all    = n_cells(seq_id);
+    const auto           held     = held_rows(strm, rows);
+    const int32_t        n_rows   = n_held(seq_id);
+    const int32_t        n_own    = average(held);
+    const int32_t        n_shared = n_rows - n_own;
+    const bool           even     = level || cfg.max_cells > 0;  // places are short
 
     // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
     const int32_t n_floor = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
@@ -209,7 +209,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
 
     const int64_t t_end = ggml_time_us();
 
-    st.pending        = false;
+    st.pending = false;
     note_change(seq_id, kv.seq_pos_max(seq_id), true);
     st.n_prompt_cells = n_cells(seq_id);
 

@@ -12,16 +12,16 @@ namespace elastic {
 struct config {
     policy  pol;
     budget  keep;
-    int32_t n_sink    = 1;
-    int32_t offset    = 25;
-    int32_t min_cells = 64;
-    int32_t n_threads = 0;
-    int32_t max_cells = 0;
-    int32_t delay     = 0;
-    int32_t lookahead = -1;
-    int32_t overdraft = -1;
+    int32_t n_sink        = 1;
+    int32_t offset        = 25;
+    int32_t min_cells     = 64;
+    int32_t n_threads     = 0;
+    int32_t max_cells     = 0;
+    int32_t delay         = 0;
+    int32_t lookahead     = -1;
+    int32_t overdraft     = -1;
     int32_t n_checkpoints = 2;
-    bool    record    = false;
+    bool    record        = false;
 
     std::vector<float> layer_share;
 

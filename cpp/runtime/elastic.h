@@ -27,11 +27,11 @@ struct elastic_params {
                         // leave at most
     int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
                         // they are a part of those; -1: what the policy is made for
-    int32_t n_checkpoints;  // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
-                            // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
-                            // changed. 0: none, and a compressed sequence can only be removed as a whole
-    const float * layer_share;     // cells of each layer in relation to the others', > 0, while the budget holds on average: a prompt
-                                   // is compressed to more in some layers (policy "elastic", without max_cells); NULL: all the same
+    int32_t n_checkpoints;      // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
+                                // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
+                                // changed. 0: none, and a compressed sequence can only be removed as a whole
+    const float * layer_share;  // cells of each layer in relation to the others', > 0, while the budget holds on average: a prompt
+                                // is compressed to more in some layers (policy "elastic", without max_cells); NULL: all the same
     int32_t       n_layer_share;   // their number, that of the layers of the cache, or 0
     bool          record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
     bool          release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
@@ -50,8 +50,8 @@ struct elastic_stats {
     int64_t t_plan_us;
     int64_t t_merge_us;
     int64_t n_bytes_checkpoints;  // that checkpoints take now
-    int64_t n_tried;    // steps of elastic_look_ahead
-    int64_t t_look_us;  // and their time
+    int64_t n_tried;              // steps of elastic_look_ahead
+    int64_t t_look_us;            // and their time
 };
 
 LLAMA_API struct elastic_params elastic_default_params(void);

@@ -172,6 +172,13 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
     }
+    for (const auto & [name, type, size] :
+         { std::make_tuple("K", kv.type_k(), shape.n_embd_head_k), std::make_tuple("V", kv.type_v(), shape.n_embd_head_v) }) {
+        if (size % ggml_blck_size(type) != 0) {
+            throw unsupported("[elastic_attach] heads of " + std::to_string(size) + " elements with a " + name + " cache of type " +
+                              ggml_type_name(type) + ", whose blocks have " + std::to_string(ggml_blck_size(type)) + ", are not supported");
+        }
+    }
     check_layers(cfg);
     store = std::make_unique<cell_store>(kv, shape, cfg, bias_scale_of(ctx, shape));
     n_touched.assign(shape.n_stream, 0);
@@ -529,16 +536,16 @@ bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (seq_id >= 0 && id != seq_id) {
             continue;
         }
-        const auto & all     = kv.get_cells(id).seq_pos_get(id);
-        const auto   lo      = all.lower_bound({ p0, 0 });
-        const auto   hi      = all.lower_bound({ p1, 0 });
-        const auto   n       = (int64_t) std::distance(lo, hi);
+        const auto & all = kv.get_cells(id).seq_pos_get(id);
+        const auto   lo  = all.lower_bound({ p0, 0 });
+        const auto   hi  = all.lower_bound({ p1, 0 });
+        const auto   n   = (int64_t) std::distance(lo, hi);
         if (n == 0) {
             continue;
         }
-        const bool whole   = n == (int64_t) all.size() && p0 <= kv.seq_pos_max(id) + 1 - st.n_tokens;
-        const bool to_end  = hi == all.end();
-        const bool in_past = p0 <= (to_end ? st.pos_changed : st.pos_moved);
+        const bool whole    = n == (int64_t) all.size() && p0 <= kv.seq_pos_max(id) + 1 - st.n_tokens;
+        const bool to_end   = hi == all.end();
+        const bool in_past  = p0 <= (to_end ? st.pos_changed : st.pos_moved);
         const bool restores = !whole && in_past && !taking_back && to_end && find_checkpoint(id, p0);
         if (!whole && in_past && !taking_back && !restores) {
             LLAMA_LOG_DEBUG("%s: sequence %d cannot be cut at [%d, %d), but from %d on\n", __func__, id, p0, p1, can_cut(id, p0));

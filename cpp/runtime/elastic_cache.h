@@ -146,12 +146,12 @@ class elastic_cache : public llama_elastic_i {
     kv_shape                    shape;
     std::unique_ptr<cell_store> store;
 
-    bool hold    = false;
+    bool hold        = false;
     bool taking_back = false;
-    bool trying  = false;     // an answer, see look_ahead
-    bool on_host = false;     // all of K and V
-    bool masks_heads;         // where they lie, the fused op takes a mask per head
-    bool score_step = false;  // the current batch generates, and its attention is added to the scores
+    bool trying      = false;  // an answer, see look_ahead
+    bool on_host     = false;  // all of K and V
+    bool masks_heads;          // where they lie, the fused op takes a mask per head
+    bool score_step = false;   // the current batch generates, and its attention is added to the scores
 
     mutable std::map<float, attention_scales> attn_scales;  // by that of the logits
 
@@ -176,50 +176,50 @@ class elastic_cache : public llama_elastic_i {
     std::vector<output_row>            outputs;
     int32_t                            n_to_compute = 0;  // tokens of the batch whose results are not there yet
 
-    std::vector<int32_t>                   n_touched;    // [n_stream]: rows of K that may take memory
-    std::vector<uint8_t>                   refilled;     // [n_stream]: rows that layers do without were written to
-    std::vector<int32_t>                   n_touched_v;  // and of V, or the stride up to which V may
+    std::vector<int32_t> n_touched;    // [n_stream]: rows of K that may take memory
+    std::vector<uint8_t> refilled;     // [n_stream]: rows that layers do without were written to
+    std::vector<int32_t> n_touched_v;  // and of V, or the stride up to which V may
 
     bool    moves_v  = false;  // V is transposed, and its stride follows the cells in use
     int32_t stride_v = 0;
     bool    spare_v  = false;  // the stride is larger than it needs to be
 
-    bool    active() const;
-    bool    releases() const { return cfg.release_memory && active(); }
-    int32_t target_cells(int64_t n_tokens) const;
-    bool    is_prompt(llama_seq_id seq_id) const;
-    bool    is_scored(llama_seq_id seq_id) const;
-    bool    any_scored(const llama_ubatch & ubatch) const;
-    bool    fades(const llama_ubatch & ubatch) const;
-    int32_t query_count(llama_seq_id seq_id) const;
-    void    make_room(llama_seq_id seq_id, int32_t n_new);
-    int32_t room_under_cap(llama_seq_id seq_id) const;
-    void    make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
-    int32_t compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level = false);
-    int32_t n_threads() const;
-    int32_t n_used_max() const;  // of the streams
-    int32_t stride_for(int32_t n_cells) const;
-    int32_t min_stride() const;
-    void    set_v_stride(int32_t to);
-    void    grow_v(bool in_prompt);
-    void    shrink_v();
-    void    note_touched(uint32_t strm, int32_t n_rows);
-    int32_t n_used(uint32_t strm) const;
-    void    release_rows(uint32_t strm, int32_t n_used);
-    void    release_v(uint32_t strm, int32_t n_used);
-    int32_t n_generated(llama_seq_id seq_id) const;
-    int32_t n_to_try(llama_seq_id seq_id, int32_t n_seqs) const;
-    bool    waits(llama_seq_id seq_id, int32_t n_new) const;
-    void    compress_pending(llama_seq_id seq_id);
-    void    merge_overdraft_cells(llama_seq_id seq_id, int32_t n_new);
+    bool           active() const;
+    bool           releases() const { return cfg.release_memory && active(); }
+    int32_t        target_cells(int64_t n_tokens) const;
+    bool           is_prompt(llama_seq_id seq_id) const;
+    bool           is_scored(llama_seq_id seq_id) const;
+    bool           any_scored(const llama_ubatch & ubatch) const;
+    bool           fades(const llama_ubatch & ubatch) const;
+    int32_t        query_count(llama_seq_id seq_id) const;
+    void           make_room(llama_seq_id seq_id, int32_t n_new);
+    int32_t        room_under_cap(llama_seq_id seq_id) const;
+    void           make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
+    int32_t        compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level = false);
+    int32_t        n_threads() const;
+    int32_t        n_used_max() const;  // of the streams
+    int32_t        stride_for(int32_t n_cells) const;
+    int32_t        min_stride() const;
+    void           set_v_stride(int32_t to);
+    void           grow_v(bool in_prompt);
+    void           shrink_v();
+    void           note_touched(uint32_t strm, int32_t n_rows);
+    int32_t        n_used(uint32_t strm) const;
+    void           release_rows(uint32_t strm, int32_t n_used);
+    void           release_v(uint32_t strm, int32_t n_used);
+    int32_t        n_generated(llama_seq_id seq_id) const;
+    int32_t        n_to_try(llama_seq_id seq_id, int32_t n_seqs) const;
+    bool           waits(llama_seq_id seq_id, int32_t n_new) const;
+    void           compress_pending(llama_seq_id seq_id);
+    void           merge_overdraft_cells(llama_seq_id seq_id, int32_t n_new);
     elastic::cells describe(llama_seq_id seq_id, const std::vector<int32_t> & rows) const;
-    void    let_leave(llama_seq_id seq_id);
-    void    let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
-                               const std::vector<float> & total);
-    void    move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
-    void    fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
-    void    commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
-    bool    is_shared(uint32_t strm, int32_t cell) const;
+    void           let_leave(llama_seq_id seq_id);
+    void           let_leave_per_head(llama_seq_id seq_id, const std::vector<int32_t> & rows, const elastic::cells & c,
+                                      const std::vector<float> & total);
+    void           move_rows(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
+    void           fade_recent(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n);
+    void           commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst);
+    bool           is_shared(uint32_t strm, int32_t cell) const;
 
     void                 take_logits();
     void                 note_outputs(const llama_batch & batch);

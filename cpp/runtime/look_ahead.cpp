@@ -121,8 +121,8 @@ int32_t elastic_cache::look_ahead(const std::vector<llama_seq_id> & seq_ids, con
     const bool    held    = hold;
     int32_t       n_tried = 0;
     const at_end  restore = { [&] {
-        hold   = held;
-        trying = false;
+        hold              = held;
+        trying            = false;
         for (const auto & a : attempts) {
             take_back(a.seq_id, a.first);
         }

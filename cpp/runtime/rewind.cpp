@@ -69,6 +69,18 @@ void write_bytes(const kv_rows & t, const std::vector<int32_t> & rows, const std
     }
 }
 
+// row j of a stored checkpoint's layer is what lies in the cache
+bool equals(const kv_rows & t, int32_t row, const std::vector<uint8_t> & stored, size_t j, size_t n_rows) {
+    const size_t n   = head_bytes(t);
+    const auto   now = read_bytes(t, { row });
+    for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
+        if (!std::equal(now.begin() + ih * n, now.begin() + (ih + 1) * n, stored.begin() + (ih * n_rows + j) * n)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 void elastic_cache::note_change(llama_seq_id seq_id, llama_pos pos, bool moved) {
@@ -178,6 +190,11 @@ void elastic_cache::take_checkpoint(llama_seq_id seq_id) {
     }
 
     auto & kept = checkpoints[seq_id];
+    for (auto & old : kept) {  // of the same place, and its logits may be known
+        if (old.pos_end == ck.pos_end && ck.logits.empty()) {
+            ck.logits = std::move(old.logits);
+        }
+    }
     kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const checkpoint & old) { return old.pos_end >= ck.pos_end; }), kept.end());
     kept.push_back(std::move(ck));
     if ((int32_t) kept.size() > cfg.n_checkpoints) {
@@ -292,9 +309,40 @@ void elastic_cache::restore(llama_seq_id seq_id, llama_pos pos_end) {
     kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const checkpoint & ck) { return ck.pos_end > pos_end; }), kept.end());
     auto & ck = kept.back();
 
-    const uint32_t          strm  = kv.get_stream(seq_id);
-    auto &                  cells = kv.get_cells_mut(strm);
-    const std::set<int32_t> stays = ck.is_stored() ? std::set<int32_t>() : std::set<int32_t>(ck.rows.begin(), ck.rows.end());
+    const uint32_t    strm  = kv.get_stream(seq_id);
+    auto &            cells = kv.get_cells_mut(strm);
+    std::set<int32_t> stays(ck.rows.begin(), ck.rows.end());
+    if (ck.is_stored()) {
+        // what another sequence uses too, if it still is what it was
+        for (size_t i = 0; i < ck.rows.size(); ++i) {
+            const int32_t row = ck.rows[i];
+            if (row >= shape.kv_size || !is_shared(strm, row) || !cells.seq_has(row, seq_id) || cells.pos_get(row) != ck.pos[i]) {
+                stays.erase(row);
+            }
+        }
+        for (int32_t il = 0; il < shape.n_layer && !stays.empty(); ++il) {
+            kv_layer_access layer(kv, shape, il, strm);
+            layer.load_k();
+            layer.load_v();
+            const auto        rows = rows_of_layer(ck, il);
+            std::set<int32_t> held;  // by the layer, now
+            for (const int32_t row : stays) {
+                if (!store->is_absent(strm, row, il)) {
+                    held.insert(row);
+                }
+            }
+            for (size_t j = 0; j < rows.size(); ++j) {
+                const bool same = held.erase(rows[j]) > 0 && equals(layer.k, rows[j], ck.k[il], j, rows.size()) &&
+                                  equals(layer.v, rows[j], ck.v[il], j, rows.size());
+                if (!same) {
+                    stays.erase(rows[j]);
+                }
+            }
+            for (const int32_t row : held) {  // and not then
+                stays.erase(row);
+            }
+        }
+    }
     for (const int32_t cell : logical_cells(seq_id)) {
         if (!stays.count(cell) && cells.seq_rm(cell, seq_id)) {
             store->reset_cell(strm, cell, cell_kind::text);
@@ -302,8 +350,13 @@ void elastic_cache::restore(llama_seq_id seq_id, llama_pos pos_end) {
     }
 
     if (ck.is_stored()) {
-        ck.rows = place_rows(seq_id, ck);
+        const auto before = ck.rows;
+        ck.rows           = place_rows(seq_id, ck);
         for (size_t i = 0; i < ck.rows.size(); ++i) {
+            if (stays.count(before[i])) {
+                ck.rows[i] = before[i];
+                continue;
+            }
             cells.pos_set(ck.rows[i], ck.pos[i]);
             cells.ext_set(ck.rows[i], ck.ext[i]);
             cells.seq_add(ck.rows[i], seq_id);

@@ -10,7 +10,6 @@ import codecs
 import hashlib
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +20,18 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from .chat import clean_text, template_for, without_marker
+from .chat import template_for, without_marker
 from .errors import ConfigError, ContextOverflowError, StateError, text
 from .images import as_images, load_image
+from .kv_types import stock_bytes
 from .llama import ElasticLlama
+from .messages import clean_text
 from .pieces import ImagePiece, Piece, TextPiece
+from .prompt_reader import EncodedImages, n_positions
 from .stats import TurnStats
 from .vision import MARKER, Chunk, Vision
 
 __all__ = ["Conversation"]
-
-_N_ENCODED = 8  # images whose embeddings are kept, about 1 to 10 MiB each
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Conversation:
         self.vision = Vision(llm.mmproj_path, llm) if llm.mmproj_path else None
         self.stats = TurnStats()  # of the last turn
         self._system = system
-        self._encoded: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._encoded = EncodedImages()
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._template = env.from_string(template_for(llm.metadata.get("tokenizer.chat_template")))
         self.clear()
@@ -156,6 +156,7 @@ class Conversation:
         self, message: dict[str, Any], images: list[Image.Image]
     ) -> tuple[str, list[Piece], list[Image.Image]]:
         """Text and pieces of the conversation with one more question, and the images in it."""
+        self.llm._check_open("ask")
         prompt = self._render([*self._messages, message], generation=True)
         images = [*self._images, *images]
         if self._pieces and prompt.startswith(self._text):
@@ -249,31 +250,28 @@ class Conversation:
                     continue
                 same = chunk.bitmap_id is not None and chunk.bitmap_id == str(n_image)
                 n_image, part = (n_image, part + 1) if same else (n_image + 1, 0)
-                pieces.append(self._image_piece(images[n_image], keys[n_image], part, len(chunk)))
+                n = n_positions(chunk.native)
+                pieces.append(self._image_piece(images[n_image], keys[n_image], part, n))
         return pieces
 
     def _image_piece(self, image: Image.Image, key: str, part: int, n: int) -> ImagePiece:
+        key = f"{key}-{part}"
+
         def decode(n_past: int) -> int:
             assert self.vision is not None
             with self.vision.chunks(MARKER, [image], add_special=False) as chunks:
                 chunk = [c for c in chunks if c.is_image][part]
-                n_past = self.vision.decode(chunk, self._encode(chunk, f"{key}-{part}"), n_past)
+                embeddings = self._encoded.get(key, lambda: self._encode(chunk))
+                n_past = self.vision.decode(chunk, embeddings, n_past)
             self.stats.n_image += n
             return n_past
 
-        return ImagePiece(f"{key}-{part}", n, decode)
+        return ImagePiece(key, n, decode)
 
-    def _encode(self, chunk: Chunk, key: str) -> np.ndarray:
+    def _encode(self, chunk: Chunk) -> np.ndarray:
         assert self.vision is not None
-        known = self._encoded.get(key)
-        if known is not None and len(known) == chunk.n_tokens:
-            self._encoded.move_to_end(key)
-            return known
         out, ms = self.vision.encode(chunk)
         self.stats.encode_ms += ms
-        self._encoded[key] = out
-        while len(self._encoded) > _N_ENCODED:
-            self._encoded.popitem(last=False)
         return out
 
     def _generate(self, turn: _Turn, limit: int, sampling: dict[str, Any]) -> Iterator[str]:
@@ -319,10 +317,12 @@ class Conversation:
     def _note_cells(self) -> None:
         """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
-        n_cells = self.llm.n_tokens if session is None else session.n_held(0)
+        if session is None:
+            n_cells, n_bytes = self.llm.n_tokens, stock_bytes(self.llm._ctx.ctx)
+        else:
+            n_cells, n_bytes = session.n_held(0), session.kv_bytes(0)
         stats.cells_prompt = stats.cells_kept = n_cells
-        if session is not None:
-            stats.bytes_prompt = stats.bytes_kept = session.kv_bytes(0)
+        stats.bytes_prompt = stats.bytes_kept = n_bytes
 
     def _compress(self, token: int) -> None:
         """The prompt's compression, when the token that it is due for is about to be decoded."""

@@ -27,6 +27,8 @@ from ._checks import (
     translated_errors,
     with_budget,
 )
+from .callbacks import Guard
+from .closed import closed_error, take_apart
 from .config import ElasticConfig
 from .errors import (
     ConfigError,
@@ -36,7 +38,9 @@ from .errors import (
     UnsupportedModelError,
     text,
 )
+from .messages import clean, text_messages
 from .native_log import route
+from .native_log import take as take_log
 from .pieces import ImagePiece, Piece, piece_ids
 from .retrieval import measured_shares
 from .rewind import Rewinder
@@ -83,6 +87,12 @@ class ElasticLlama(llama_cpp.Llama):
         and `embedding` is not set.
     """
 
+    # of llama_cpp.Llama, which says nothing of their types
+    n_tokens: int
+    input_ids: np.ndarray
+    scores: np.ndarray
+    _seed: int
+
     def __init__(
         self,
         model_path: str | os.PathLike[str] | None = None,
@@ -101,6 +111,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._closed = False
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
         self._rewind = Rewinder(self)
+        self._guard = Guard()
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -222,9 +233,29 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _look_ahead(self, token: int) -> None:
         """Before the prompt is compressed, try the answer that begins with `token`."""
-        if self._session is not None and 0 <= token < self.n_vocab():
-            if self._session.look_ahead([token]):
-                self._requires_eval = True  # the logits are not the prompt's any more
+        if self._session is None or not 0 <= token < self.n_vocab():
+            return
+        if self.elastic is not None and self.elastic.reread and self._session.is_pending():
+            self._reread()
+        if self._session.look_ahead([token]):
+            self._requires_eval = True  # the logits are not the prompt's any more
+
+    def _reread(self) -> None:
+        """Decode the text of the prompt a second time behind it, and take that back.
+
+        What the second pass looks at stays in the importance, as in KVzip (Kim et al., 2025): it
+        stands in for questions that are still to come. Without free cells for it, or where an
+        image is in the prompt, nothing is done.
+        """
+        n = int(self.n_tokens)
+        ids = self.input_ids[:n].tolist()
+        fits = self._cells_used() + n <= self.n_ctx() and 2 * n <= len(self.input_ids)
+        if not fits or min(ids) < 0:
+            return
+        self._decode(ids, in_prompt=True)
+        self._session.take_back(n)
+        self.n_tokens = n
+        self._requires_eval = True  # the logits are not the prompt's any more
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
@@ -269,6 +300,7 @@ class ElasticLlama(llama_cpp.Llama):
         Handlers that this package does not know leave the places of image tokens as they are;
         random negative ids there match no other prompt, so that no image is taken for another.
         """
+        self._check_open("reset")
         self._n_calls += 1
         super().reset()
         self.input_ids[:] = _placeholders(len(self.input_ids))
@@ -318,13 +350,13 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _decode(self, tokens: list[int], in_prompt: bool) -> None:
         """Decode tokens at `n_tokens`, where the cache ends."""
-        _core.take_log()
+        take_log()
         self._grow_scores(self.n_tokens + len(tokens))
         try:
             self._hold(in_prompt)
             super().eval(tokens)
         except RuntimeError as e:
-            raise decode_error(e, _core.take_log()) from e
+            raise decode_error(e, take_log()) from e
         finally:
             self._hold(self._phase is _Phase.PROMPT)
 
@@ -371,7 +403,12 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
-        n_past = piece.decode(self.n_tokens)
+        take_log()
+        try:
+            n_past = piece.decode(self.n_tokens)
+        except StateError as e:
+            why = reason(take_log())
+            raise StateError(f"{e}: {why}" if why else str(e)) from e
         self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
         self.n_tokens = n_past
         self._requires_eval = False
@@ -419,32 +456,75 @@ class ElasticLlama(llama_cpp.Llama):
             if n_calls in (-1, self._n_calls) and self._phase is not _Phase.PROMPT:
                 self._enter(_Phase.FREE)
 
-    def _check_open(self, op: str) -> None:
-        if self._closed:
-            raise StateError(text(op, "the model is closed", do="load it again"))
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        processors = kwargs.pop("logits_processor", None)
+        if processors is not None:
+            kwargs["logits_processor"] = self._guard.around(processors)
+        return super()._init_sampler(*args, **kwargs)
 
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        with translated_errors():
-            yield from super()._create_completion(*args, **kwargs)
-
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """As in llama-cpp-python; images are compressed with the rest of the prompt.
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in llama-cpp-python.
 
         Raises
         ------
-        ImageError, ContextOverflowError, ModelFileError
-            The next call starts from an empty cache.
+        StateError
+            Nothing was decoded since the cache was emptied, loaded or cut.
         """
+        self._check_open("sample")
+        stale = self.n_tokens == 0 or self._requires_eval
+        if stale or not llama_cpp.llama_get_logits_ith(self._ctx.ctx, -1):
+            raise StateError(text("sample", "there are no logits", do="decode a token first"))
+        token = int(super().sample(*args, **kwargs))
+        self._guard.raise_lost()
+        return token
+
+    def _check_open(self, op: str) -> None:
+        if self._closed:
+            raise closed_error(op)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self._check_open("create_completion")
+        for name in ("prompt", "suffix", "stop"):
+            if name == "stop" or isinstance(kwargs.get(name), str):  # else tokens
+                kwargs[name] = clean(kwargs.get(name))
+        with translated_errors(self._n_ctx):
+            yield from super()._create_completion(*args, **kwargs)
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in llama-cpp-python; images are compressed with the rest of the prompt.
+
+        With the handler that `mmproj_path` makes, what the cache holds of a prompt is neither
+        encoded nor decoded again: earlier turns, and images by their content.
+
+        Raises
+        ------
+        ConfigError
+            The messages cannot be understood, or have images that the model cannot see.
+        ImageError, ContextOverflowError, ModelFileError
+            Nothing is decoded.
+        StateError
+            llama.cpp could not decode it; the next call starts from an empty cache.
+        """
+        self._check_open("create_chat_completion")
+        if self.chat_handler is None:
+            messages = clean(text_messages(messages))
+            for name in ("functions", "function_call", "tools", "tool_choice"):
+                if name in kwargs:
+                    kwargs[name] = clean(kwargs[name])
         self._in_chat = True
         try:
-            with translated_errors(), self.prompt_phase():
-                return super().create_chat_completion(*args, **kwargs)
-        except ElasticError:
+            with translated_errors(self._n_ctx), self.prompt_phase():
+                return super().create_chat_completion(messages, *args, **kwargs)
+        except StateError:
             self.reset()
             self._ctx.kv_cache_clear()
             raise
         finally:
             self._in_chat = False
+
+    def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_open("embed")
+        return super().embed(clean(input), *args, **kwargs)
 
     def save_state(self) -> Any:
         """As in llama-cpp-python; scores are saved only where they are kept (`logits_all`)."""
@@ -474,9 +554,9 @@ class ElasticLlama(llama_cpp.Llama):
                 text("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
             )
         before = native_state(self._ctx.ctx)
-        _core.take_log()
+        take_log()
         if not set_native_state(self._ctx.ctx, state.llama_state):
-            reasons = reason(_core.take_log()) or "another model, context or policy"
+            reasons = reason(take_log()) or "another model, context or policy"
             if not set_native_state(self._ctx.ctx, before):
                 self.reset()
                 self._ctx.kv_cache_clear()
@@ -511,6 +591,7 @@ class ElasticLlama(llama_cpp.Llama):
             session.forget()
         if hasattr(self, "_stack"):  # not where __init__ refused its arguments
             super().close()
+            take_apart(self)
 
     def __enter__(self) -> ElasticLlama:
         return self

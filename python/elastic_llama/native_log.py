@@ -24,6 +24,11 @@ def route(verbose: bool) -> None:
     _logger.logger.setLevel(logging.DEBUG if verbose else logging.ERROR)
 
 
+def take() -> list[str]:
+    """The latest warnings and errors, each in one line; forgotten after this."""
+    return [" ".join(said.split()) for said in _core.take_log()]
+
+
 def silence() -> None:
     """Not even errors, for a command line that reports them itself."""
     global _silent

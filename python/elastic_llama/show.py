@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from .errors import ConfigError, StateError, text
 from .gguf_check import Header, read_header
-from .images import ImageSource, load_image
+from .images import ImageSource, as_images, load_image
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -149,7 +149,7 @@ def look(
     session = _session(llm)
     if session is None:
         raise ConfigError(text("show", "the model has no elastic cache", do="pass elastic"))
-    loaded = [load_image(image) for image in images]
+    loaded = [load_image(image) for image in as_images(images)]
     n_layer, n_head = (int(n) for n in session.mass().shape[:2])
     if layer is not None:
         check_layer(layer, n_layer)

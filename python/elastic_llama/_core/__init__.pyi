@@ -9,7 +9,7 @@ import numpy.typing
 import typing
 from . import core
 
-__all__ = ["Session", "build_info", "core", "lazy_buffers"]
+__all__ = ["Session", "build_info", "core", "lazy_buffers", "route_log", "take_log"]
 
 class Session:
     """
@@ -30,6 +30,8 @@ class Session:
         max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
         delay: typing.SupportsInt | typing.SupportsIndex = 0,
         lookahead: typing.SupportsInt | typing.SupportsIndex = -1,
+        overdraft: typing.SupportsInt | typing.SupportsIndex = -1,
+        checkpoints: typing.SupportsInt | typing.SupportsIndex = 2,
         layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
         record: bool = False,
         release_memory: bool = True,
@@ -40,7 +42,8 @@ class Session:
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
         larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
         look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-        have to leave at most). `layer_share`: cells of each layer of the cache in relation to the others',
+        have to leave at most). `checkpoints`: states that are kept of each sequence so that what came later
+        can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
         > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
@@ -53,6 +56,14 @@ class Session:
     ) -> numpy.typing.NDArray[numpy.float32]:
         """
         Attention bias, f32 [n_layer, n_head_kv, n_cells].
+        """
+    def can_cut(
+        self,
+        p0: typing.SupportsInt | typing.SupportsIndex,
+        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.
         """
     def cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
         """
@@ -90,6 +101,10 @@ class Session:
         """
         While held, one-token batches belong to the prompt, which is compressed for max_cells only; an earlier one that still waits is compressed first.
         """
+    def is_pending(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
+        """
+        Whether there is a prompt that is still to be compressed.
+        """
     def is_waiting(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
         """
         Whether an answer has begun whose prompt is still to be compressed (delay).
@@ -125,6 +140,14 @@ class Session:
 
         Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.
         """
+    def make_room(
+        self,
+        n_new: typing.SupportsInt | typing.SupportsIndex,
+        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
+        """
     def mass(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> numpy.typing.NDArray[numpy.float32]:
@@ -158,9 +181,21 @@ class Session:
         Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
         """
     def reset_stats(self) -> None: ...
+    def restore_logits(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
+        """
+        Make the logits after a prompt's last token, which is the sequence's last, those of the context; False: not known.
+        """
     def stats(self) -> dict:
         """
         Counters since the last reset; times in microseconds, sizes in bytes.
+        """
+    def take_back(
+        self,
+        p0: typing.SupportsInt | typing.SupportsIndex,
+        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        Remove the end of a prompt that is not compressed yet; what its tokens looked at stays part of the importance.
         """
     @property
     def is_attached(self) -> bool: ...
@@ -173,4 +208,14 @@ def build_info() -> dict:
 def lazy_buffers(value: bool) -> None:
     """
     Whether the K and V buffers of contexts made from now on are left untouched until they are used.
+    """
+
+def route_log(level: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Send llama.cpp's log of this level and above to stderr (1 debug, 2 info, 3 warning, 4 error, 5 nothing). Returns the address of the ggml_log_callback, for other libraries.
+    """
+
+def take_log() -> list[str]:
+    """
+    The latest warnings and errors of the native libraries, oldest first; forgotten after this.
     """

@@ -18,6 +18,7 @@ __all__ = [
     "policies",
     "quantize_rows",
     "split_budget",
+    "split_with_past",
 ]
 
 def budget_cells(
@@ -74,9 +75,11 @@ def make_plan(
     n_threads: typing.SupportsInt | typing.SupportsIndex = 1,
     layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
     absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
+    old: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
+    tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
 ) -> dict:
     """
-    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already.
+    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each).
     """
 
 def merge_layer(
@@ -121,4 +124,15 @@ def split_budget(
 ) -> tuple[int, int]:
     """
     Text and image cells that stay of n_keep.
+    """
+
+def split_with_past(
+    n_keep: typing.SupportsInt | typing.SupportsIndex,
+    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    old: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
+) -> tuple[int, int]:
+    """
+    Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], absent [L, T].
     """

@@ -1,0 +1,146 @@
+"""A prompt of a chat handler, read over the cells that are there already.
+
+llama-cpp-python's handler clears the cache and decodes a prompt chunk by chunk. Ours does so to a
+`PromptReader`, which finds out what of it the cache lacks.
+"""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llama_cpp import mtmd_cpp
+
+from .pieces import ImagePiece, Piece, TextPiece, piece_ids
+from .vision import Vision
+
+if TYPE_CHECKING:
+    from .llama import ElasticLlama
+
+_N_ENCODED = 8  # images whose embeddings are kept, about 1 to 10 MiB each
+
+
+class EncodedImages:
+    """Embeddings of the images that were asked for last, f32 [n_tokens, n_embd] each."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def get(self, key: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
+        """Those of an image with this content; `encode` is called if they are not known."""
+        if key not in self._known:
+            self._known[key] = encode()
+        self._known.move_to_end(key)
+        while len(self._known) > _N_ENCODED:
+            self._known.popitem(last=False)
+        return self._known[key]
+
+
+def n_positions(native: Any) -> int:
+    """Positions that a chunk takes: fewer than its tokens with M-RoPE."""
+    return int(mtmd_cpp.mtmd_input_chunk_get_n_pos(native))
+
+
+class Pieces:
+    """The pieces of a prompt, noted in place of being decoded."""
+
+    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
+        self._llm, self._known = llm, known
+        self._bitmap: bytes | None = None  # whose chunk came last
+        self._part = 0  # which of its chunks that was
+        self.all: list[Piece] = []
+
+    def add_text(self, tokens: Sequence[int]) -> None:
+        self.all.append(TextPiece(tuple(tokens)))
+
+    def add_image(self, ctx: Any, native: Any) -> int:
+        """Note an image chunk of the mtmd context `ctx`; returns the positions that it takes."""
+        bitmap = mtmd_cpp.mtmd_input_chunk_get_id(native)
+        is_next = bitmap is not None and bitmap == self._bitmap
+        self._bitmap, self._part = bitmap, self._part + 1 if is_next else 0
+        content = secrets.token_hex() if bitmap is None else bitmap.decode().partition("/")[0]
+        key, n = f"{content}-{self._part}", n_positions(native)
+        self.all.append(ImagePiece(key, n, self._decoder(key, ctx, native)))
+        return n
+
+    def _decoder(self, key: str, ctx: Any, native: Any) -> Callable[[int], int]:
+        tower, own, known = _Tower(ctx, self._llm), _OwnChunk(native), self._known
+
+        def decode(n_past: int) -> int:
+            chunk = tower._chunk(own.native)
+            return tower.decode(chunk, known.get(key, lambda: tower.encode(chunk)[0]), n_past)
+
+        return decode
+
+
+class PromptReader:
+    """Stands for an `ElasticLlama` while a chat handler goes through the chunks of a prompt.
+
+    The handler resets it, has each chunk decoded, asks for the ids of all of them, and for a
+    completion. What the cache lacks is decoded when the ids are asked for.
+    """
+
+    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
+        self._llm = llm
+        self._pieces = Pieces(llm, known)
+        self._ctx = SimpleNamespace(ctx=self._pieces, kv_cache_clear=lambda: None)
+        self.n_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def reset(self) -> None:
+        """Nothing: the cache is kept."""
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        self._pieces.add_text(tokens)
+        self.n_tokens += len(tokens)
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """Ids of the prompt, which the cache holds then."""
+        self._llm.prefill(self._pieces.all)
+        return piece_ids(self._pieces.all)
+
+    def create_completion(self, *, stream: bool = False, **kwargs: Any) -> Any:
+        out = self._llm.create_completion(stream=stream, **kwargs)
+        return self._streamed(out) if stream else out
+
+    def _streamed(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        self._llm.prefill(self._pieces.all)  # another call may have come before the first piece
+        yield from chunks
+
+
+class Mtmd:
+    """libmtmd, where the chunks of a `PromptReader` are noted and those of a model decoded."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mtmd_cpp, name)
+
+    def mtmd_helper_eval_chunk_single(
+        self, ctx: Any, lctx: Any, chunk: Any, n_past: Any, *args: Any
+    ) -> int:
+        if not isinstance(lctx, Pieces):
+            return int(mtmd_cpp.mtmd_helper_eval_chunk_single(ctx, lctx, chunk, n_past, *args))
+        args[-1]._obj.value = n_past.value + lctx.add_image(ctx, chunk)
+        return 0
+
+
+class _Tower(Vision):
+    """The vision tower of a chat handler, which frees it."""
+
+    def __init__(self, ctx: Any, llm: Any) -> None:
+        self.ctx, self.llm = ctx, llm
+
+
+class _OwnChunk:
+    """A copy of a chunk, which lives as long as this."""
+
+    def __init__(self, native: Any) -> None:
+        self.native = mtmd_cpp.mtmd_input_chunk_copy(native)
+        weakref.finalize(self, mtmd_cpp.mtmd_input_chunk_free, self.native).atexit = False
