@@ -7,15 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Setting
+from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting
 from elastic_llama.bench.measure import measure, n_steps
 from elastic_llama.bench.report import COLUMNS, markdown, ratios, table
 from elastic_llama.bench.scenarios import Scenario, find_scenarios
 from elastic_llama.cli import main
 from elastic_llama.errors import ConfigError
 
+from tests.support.engine import held_after
 from tests.support.oracle_plan import left_free
 
 ONE = Scenario("one", "", 40, (100,), n_gen=20, n_parts=2)
@@ -30,10 +32,13 @@ def llm(tiny_gqa: Path) -> Any:
 
 
 @pytest.mark.parametrize("scenario", [ONE, TWO, CAPPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("overdraft", [None, 0, 5])
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
+def test_runs(
+    llm: ElasticLlama, scenario: Scenario, flash_attn: bool, overdraft: int | None
+) -> None:
     ticks: list[str] = []
-    config = ElasticConfig(budget=0.5, min_cells=8)
+    config = ElasticConfig(budget=0.5, min_cells=8, overdraft=overdraft)
     setting = Setting("f16", flash_attn, n_ubatch=64)
     runs = {r.kind: r for r in measure(llm, scenario, setting, [config], 2, ticks.append)}
     assert list(runs) == ["stock", "elastic", "ideal"]
@@ -42,7 +47,12 @@ def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
     n = scenario.n_prompt
     kept = min(math.ceil(0.5 * n), scenario.kv_cells or n)
     kept -= left_free(kept)
-    end = min(math.ceil(0.5 * (n + 18)), scenario.kv_cells or n)  # 2 + 8 + 8 tokens generated
+    end = kept
+    for i in range(18):  # 2 + 8 + 8 tokens generated
+        promised = min(math.ceil(0.5 * (n + i + 1)), scenario.kv_cells or n)
+        end = held_after(end, promised, 32 if overdraft is None else overdraft, scenario.kv_cells)
+    if overdraft == 0:
+        assert end == min(math.ceil(0.5 * (n + 18)), scenario.kv_cells or n)
     assert (runs["stock"].cells_kept, runs["stock"].cells_end) == (n, n + 18)
     assert (runs["elastic"].cells_kept, runs["elastic"].cells_end) == (kept, end)
     assert (runs["ideal"].cells_kept, runs["ideal"].cells_end) == (kept, end)
@@ -56,6 +66,43 @@ def test_runs(llm: ElasticLlama, scenario: Scenario, flash_attn: bool) -> None:
     bias = 3 * 2 * 4  # bytes of a cell, beside K and V
     per_cell = runs["stock"].kv_bytes // (n * scenario.n_seqs)
     assert runs["elastic"].kv_bytes == (per_cell + bias) * kept * scenario.n_seqs
+
+
+@pytest.mark.parametrize("overdraft", [None, 0, 5])
+@pytest.mark.parametrize("kv_cells", [None, 60, 24])
+@pytest.mark.parametrize("budget", [0.2, 50])
+def test_ideal_holds_what_elastic_does_at_every_token(
+    llm: ElasticLlama, budget: float, kv_cells: int | None, overdraft: int | None
+) -> None:
+    """120 tokens: more than one overdraft, under a cap too, and one that is all of the cap."""
+    scenario = Scenario("x", "", 150, n_gen=120)
+    config = ElasticConfig(
+        budget=budget, min_cells=8, overdraft=overdraft, kv_cells=kv_cells, n_sink=4
+    )
+    setting = Setting(n_ubatch=64)
+    elastic = Context(llm, setting, 1, 256, config)
+    stock = Context(llm, setting, 1, 256)
+    try:
+        prompts = Prompts(llm, scenario)
+        elastic.prefill(prompts.parts(), 0)
+        elastic.session.compress(0)
+        held = elastic.n_cells()
+        stock.prefill([prompts.tokens[:held]], 0)
+        ideal = Ideal(stock, config, 150, held)
+        found, expected = [], []
+        for i, token in enumerate(prompts.tokens[150:]):
+            elastic.step(token, 150 + i)
+            ideal.step(token)
+            found.append(elastic.n_cells())
+            expected.append(ideal.n_held)
+        assert found == expected
+        assert max(found) <= (kv_cells or 1000)
+        memory = stock.memory
+        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == ideal.n_held
+        assert llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0
+    finally:
+        elastic.close()
+        stock.close()
 
 
 def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ core = _core.core
 
 RULES = ("keep", "distance", "lowest", "heavy")
 GENERATED = 2
+MERGE = "merge"
 
 
 @st.composite
@@ -56,18 +57,21 @@ def test_leaving_cell_equals_oracle(problem):
     assert core.leaving_cell(**problem) == oracle.leaving_cell(**problem)
 
 
-@settings(deadline=None, max_examples=300)
-@given(problems(rules=("heavy", "per_head")))
-def test_candidates_equal_oracle(problem):
+@pytest.mark.parametrize("rule", ["heavy", "per_head", MERGE])
+@settings(deadline=None, max_examples=200)
+@given(problem=problems())
+def test_candidates_equal_oracle(rule, problem):
     for name in ("n_prompt", "offset"):
         del problem[name]
+    problem["rule"] = rule
     assert core.leaving_candidates(**problem) == oracle.leaving_candidates(**problem)
 
 
-def test_per_head_spares_new_tokens_and_in_short_answers_whole_text():
+@pytest.mark.parametrize("rule", ["per_head", MERGE])
+def test_newest_tokens_and_in_short_answers_whole_text_are_spared(rule):
     kind = np.array([0, 1, 1, 0, 1] + [0] * 12 + [2] * 4, np.uint8)
     total = np.full(21, INF, np.float32)
-    args = {"rule": "per_head", "pinned": np.zeros(21, np.uint8), "n_sink": 1, "total": total}
+    args = {"rule": rule, "pinned": np.zeros(21, np.uint8), "n_sink": 1, "total": total}
     assert core.leaving_candidates(kind=kind, **args) == [1, 2, 4]
     total[3] = 1.0  # text of which some had to go: the rest may follow
     assert core.leaving_candidates(kind=kind, **args) == [1, 2, 3, 4]

@@ -28,6 +28,22 @@ def kinds(draw, n_cells):
 
 
 @st.composite
+def pasts(draw, kind):
+    """Text of earlier turns, and tokens that cells stand for; mostly neither."""
+    n_cells = len(kind)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    said = draw(st.sampled_from(["none", "none", "before", "here and there"]))
+    old = None
+    if said != "none":
+        first = rng.integers(0, n_cells + 1)
+        is_old = np.arange(n_cells) < first if said == "before" else rng.random(n_cells) < 0.5
+        old = (is_old & (kind != oracle.IMAGE)).astype(np.uint8)
+    most = draw(st.sampled_from([0, 0, 1, 4, 300]))
+    tokens = rng.integers(1, most + 1, n_cells).tolist() if most else []
+    return {"old": old, "tokens": tokens}
+
+
+@st.composite
 def problems(draw, policies=tuple(POLICIES)):
     n_cells = draw(st.one_of(*[st.integers(1, 60)] * 7, st.integers(61, 100)))
     n_layer, n_head = draw(st.integers(1, 3)), draw(st.integers(1, 4))
@@ -56,6 +72,7 @@ def problems(draw, policies=tuple(POLICIES)):
         "recent": recent,
         "keys": keys,
         "values": values,
+        **draw(pasts(kind)),
     }
 
 
@@ -89,12 +106,13 @@ def oracle_kept(problem, score=None):
         oracle_score(problem) if score is None else score,
         problem["n_keep"],
         problem["n_sink"],
+        problem["old"],
+        problem["tokens"],
     )
 
 
-@settings(deadline=None, max_examples=500)
-@given(problems())
-def test_plan_equals_oracle(problem):
+def check_plan(problem):
+    """The plan, or the refusal, is the oracle's."""
     score = oracle_score(problem)
     kept = oracle_kept(problem, score)
     if kept is None:
@@ -105,7 +123,7 @@ def test_plan_equals_oracle(problem):
     rules = POLICIES[problem["policy"]]
     found = np.full(score.shape, -1)
     if rules["select"] == "cover":
-        names = ("kind", "pinned", "keys", "values", "n_sink")
+        names = ("kind", "pinned", "keys", "values", "n_sink", "old")
         own = {name: problem[name] for name in names}
         kept, found = oracle.cover(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
@@ -114,13 +132,20 @@ def test_plan_equals_oracle(problem):
     if rules["combine"] == "mass":
         keys = np.where(problem["kind"] == oracle.IMAGE, np.float32(0.4), 0)
         np.testing.assert_array_equal(plan["key_weight"], keys)
-        np.testing.assert_allclose(plan["weight"], score, rtol=1e-6)
+        weights = oracle.merge_weights(problem["kind"], score)
+        np.testing.assert_allclose(plan["weight"], weights, rtol=1e-6)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
     if rules["select"] != "all":  # nothing leaves there
-        ranks = oracle.rank_scores(
-            rules["select"], problem["kind"], problem["pinned"], score, kept, problem["n_sink"]
-        )
+        names = ("kind", "pinned", "n_sink", "old", "tokens")
+        own = {name: problem[name] for name in names}
+        ranks = oracle.rank_scores(rules["select"], score=score, kept=kept, **own)
         np.testing.assert_allclose(plan["rank_score"], ranks, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=500)
+@given(problems())
+def test_plan_equals_oracle(problem):
+    check_plan(problem)
 
 
 @settings(deadline=None, max_examples=150)
@@ -196,6 +221,10 @@ def test_bad_importance_is_refused(policy, bad):
             "importance: its shape",
         ),
         ({"kind": np.full(10, 3, np.uint8)}, "kind: got 3"),
+        ({"old": np.zeros(9, np.uint8)}, "old, tokens: got 9 and 0 entries"),
+        ({"old": np.zeros(11, np.uint8)}, "old, tokens: got 11 and 0 entries"),
+        ({"tokens": [1] * 9}, "old, tokens: got 0 and 9 entries"),
+        ({"old": np.zeros(10, np.uint8), "tokens": [1] * 11}, "old, tokens: got 10 and 11 entries"),
     ],
 )
 def test_bad_arguments_are_refused(policy, changes, message):

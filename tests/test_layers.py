@@ -14,7 +14,7 @@ from elastic_llama import ElasticConfig, ElasticLlama, _core
 from elastic_llama.errors import ConfigError
 
 from tests.support import oracle_plan as oracle
-from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, held_after, nmse, random_tokens
 from tests.test_core_plan import make_problem
 from tests.test_oracles import N_VOCAB, feed
 
@@ -22,6 +22,8 @@ core = _core.core
 SHARE = [0.5, 2.0, 0.5]  # of the tiny model's layers
 ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.2, "min_cells": 8}
 UNEVEN = {**ELASTIC, "layer_share": SHARE}
+OVERDRAFT = 32  # what the policy is made for
+overdrafts = pytest.mark.parametrize("overdraft", [0, OVERDRAFT])
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux") or N_GPU_LAYERS > 0, reason="gives pages back"
 )
@@ -188,10 +190,17 @@ def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
     np.testing.assert_allclose(out_v[[2, 4]], [v[:3, 0].mean(0), v[3:, 0].mean(0)], rtol=1e-5)
 
 
+def with_overdraft(config: dict[str, Any], overdraft: int) -> dict[str, Any]:
+    """The policy's own number by default, not by its value."""
+    return {**config, "overdraft": -1 if overdraft == OVERDRAFT else overdraft}
+
+
+@overdrafts
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool) -> None:
+def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool, overdraft: int) -> None:
     """After the prompt, while generating, and after another prompt; in proportion to the shares."""
-    with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=flash_attn) as e:
+    config = with_overdraft(UNEVEN, overdraft)
+    with Engine(tiny_gqa, elastic=config, flash_attn=flash_attn) as e:
         n = feed(e, 300)
         e.session.compress(0)
         held = e.session.held_rows(0)
@@ -203,10 +212,19 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool) -> None:
         bias = 4 * 3 * 2
         rows = held.sum() if flash_attn else 3 * held[1]  # a transposed V gives nothing back
         assert e.session.kv_bytes(0) == rows * (size - bias) // 3 + bias * held[1]
+        found, expected, promised = [e.session.n_held(0)], [e.session.n_held(0)], []
         for i in range(60):
             e.token(20, n + i)
-            assert e.session.n_held(0) <= -(-2 * (n + i + 1) // 10)
-        assert e.session.n_held(0) == -(-2 * (n + 60) // 10)
+            promised.append(-(-2 * (n + i + 1) // 10))
+            found.append(e.session.n_held(0))
+            expected.append(held_after(expected[-1], promised[-1], overdraft))
+            assert found[-1] <= promised[-1] + overdraft
+        assert found == expected
+        if overdraft:
+            assert min(np.diff(found)) == 83 - 114  # 82 for 407 tokens; of 114 one more is added
+            assert found[-1] == 83 + 13
+        else:
+            assert found[-1] == -(-2 * (n + 60) // 10)
         before = e.session.n_cells(0) - e.session.held_rows(0)
         e.prompt(random_tokens(100, N_VOCAB, 5), n + 60)
         np.testing.assert_array_equal(e.session.n_cells(0) - e.session.held_rows(0), before)
@@ -216,21 +234,54 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, flash_attn: bool) -> None:
         assert 3 * total - 3 <= e.session.held_rows(0).sum() <= 3 * total
 
 
+def absent_rows(e: Engine) -> list[set[int]]:
+    """Rows of the cache that each layer does without."""
+    index = e.session.cells(0)["index"]
+    return [set(index[row]) for row in np.isneginf(e.session.bias(0)[:, 0])]
+
+
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_what_leaves_leaves_every_layer(tiny_gqa: Path, flash_attn: bool) -> None:
     """Each token that comes takes a row in all layers; none goes where a layer has given it up."""
+    config = {**UNEVEN, "overdraft": 0}
+    with Engine(tiny_gqa, elastic=config, flash_attn=flash_attn) as e:
+        n = feed(e, 300)
+        e.session.compress(0)
+        first = absent_rows(e)
+        for i in range(40):
+            e.token(20, n + i)
+        assert absent_rows(e) == first
+        assert e.session.stats()["evictions"] > 0
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path, flash_attn: bool) -> None:
+    """Until it is used up rows are as above; the merge shares them out anew among the layers."""
     with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=flash_attn) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        gone = np.isneginf(e.session.bias(0)[:, 0])
-        index = e.session.cells(0)["index"]
-        first = [set(index[row]) for row in gone]
-        for i in range(40):
+        merges = []
+        before, gone = e.session.held_rows(0), absent_rows(e)
+        for i in range(120):
             e.token(20, n + i)
-        gone = np.isneginf(e.session.bias(0)[:, 0])
-        index = e.session.cells(0)["index"]
-        assert [set(index[row]) for row in gone] == first
-        assert e.session.stats()["evictions"] > 0
+            rows = e.session.held_rows(0)
+            index = e.session.cells(0)["index"]
+            absent = absent_rows(e)
+            assert not any(index[-1] in layer for layer in absent)  # the token itself
+            if rows[1] > before[1]:
+                assert absent == gone
+                assert (rows - before == 1).all()
+            else:
+                merges.append(i)
+                promised = -(-2 * (n + i + 1) // 10)
+                assert 3 * promised - 3 <= rows.sum() - 3 <= 3 * promised
+                assert max(rows[0], rows[2]) < promised < rows[1]
+                assert index.max() == len(index) - 1  # the first rows again
+                assert not set.intersection(*absent)
+            before, gone = rows, absent
+        assert merges == [46, 86]  # 68 cells at first, then 83: of 82 + 32, and of 90 + 32
+        assert e.session.stats()["compressions"] == 3
+        assert e.session.stats()["evictions"] == 0
 
 
 def test_a_layer_alone_hears_nothing_of_what_it_does_without(tiny_gqa: Path) -> None:
@@ -358,19 +409,44 @@ def test_what_a_run_lacks_goes_to_another() -> None:
     assert held[:, 0].sum() == 2 * 100
 
 
-def test_ranks_are_limited_by_the_places_of_the_context(tiny_gqa: Path) -> None:
+@pytest.mark.parametrize(("overdraft", "n_answer"), [(0, 10), (0, 40), (32, 10), (32, 40)])
+def test_ranks_are_limited_by_the_places_of_the_context(
+    tiny_gqa: Path, overdraft: int, n_answer: int
+) -> None:
     """Turn after turn under a number of cells that nearly fills the context."""
-    config = {**UNEVEN, "budget": 300}
+    config = with_overdraft({**UNEVEN, "budget": 300}, overdraft)
     with Engine(tiny_gqa, elastic=config, flash_attn=True, n_ctx=512) as e:
-        n = 0
+        n = held = 0
         for _ in range(12):
             e.prompt(random_tokens(100, N_VOCAB, n), n)
-            n += 100
-            e.forced(random_tokens(10, N_VOCAB, n), n)
-            n += 10
-            assert e.session.n_held(0) <= 300
-            assert e.session.n_cells(0) <= 384 + 10
+            n, held = n + 100, held + 100
+            assert e.session.n_held(0) == held
+            if held > 300:
+                held = 300 - oracle.left_free(300)
+            for token in random_tokens(n_answer, N_VOCAB, n):
+                e.token(token, n)
+                n, held = n + 1, held_after(held, 300, overdraft)
+                assert e.session.n_held(0) == held
+            assert e.session.n_held(0) <= 300 + min(overdraft, n_answer - 4)
+            assert e.session.n_cells(0) <= 384 + min(n_answer, max(10, overdraft))
         assert e.session.n_held(0) < e.session.n_cells(0)
+
+
+def test_an_answer_that_fills_the_context_is_merged(tiny_gqa: Path) -> None:
+    """Before its overdraft is used up, and where layers have to be made alike for it."""
+    config = {**UNEVEN, "budget": 300, "overdraft": 300}
+    with Engine(tiny_gqa, elastic=config, flash_attn=True, n_ctx=512) as e:
+        e.prompt(random_tokens(450, N_VOCAB, 1))
+        held, merges = 0, []
+        for i in range(400):
+            assert np.isfinite(e.token(20 + i % 300, 450 + i)).all()
+            assert e.session.n_held(0) <= e.session.n_cells(0) <= 512
+            if e.session.n_held(0) < held:
+                merges.append((held, e.session.n_held(0)))
+            held = e.session.n_held(0)
+        assert len(merges) > 1
+        assert all(after == 301 for _, after in merges)
+        assert e.session.stats()["evictions"] == 0
 
 
 def test_level(tiny_gqa: Path) -> None:
@@ -401,17 +477,21 @@ def test_levelled_before_a_context_overflows(embedded_model: Path) -> None:
         assert llm.session.n_cells(0) <= 300 + 190
 
 
+@overdrafts
 @pytest.mark.parametrize("budget", [32, 40])
-def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int) -> None:
+def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> None:
     """Even where no row that may leave is held by all layers, and the budget holds."""
     config = {**ELASTIC, "budget": budget, "layer_share": [0.1, 1.0, 1.9]}
-    with Engine(tiny_gqa, elastic=config, flash_attn=True) as e:
+    with Engine(tiny_gqa, elastic=with_overdraft(config, overdraft), flash_attn=True) as e:
         n = feed(e, 300)
+        held = budget - oracle.left_free(budget)
         for i in range(60):
             e.token(20, n + i)
             gone = np.isneginf(e.session.bias(0))
             assert (gone == gone[:, :1]).all()
-            assert e.session.n_held(0) <= budget
+            held = held_after(held, budget, overdraft)
+            assert e.session.n_held(0) == held <= budget + overdraft
+        assert e.session.stats()["compressions"] == (2 if overdraft else 1)
 
 
 def test_behind_a_shared_prefix(tiny_gqa: Path) -> None:
@@ -425,18 +505,37 @@ def test_behind_a_shared_prefix(tiny_gqa: Path) -> None:
         assert 100 - 4 - 2 <= e.session.n_held(1) <= 100
 
 
-def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path) -> None:
+@pytest.mark.parametrize("overdraft", [0, 5, OVERDRAFT])
+@pytest.mark.parametrize("cap", [70, 100, 120])
+def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overdraft: int) -> None:
+    """A cap is one of places, so the rows that any layer holds count; the budget is an average.
+
+    Without an overdraft rows are made as few as the budget at once.
+    """
     with Engine(tiny_gqa, elastic=UNEVEN, flash_attn=True) as e:
         n = feed(e, 300)
         e.session.compress(0)
         data = e.save(0)
         held = e.session.n_held(0)
-    with Engine(tiny_gqa, elastic={**ELASTIC, "max_cells": 70}, flash_attn=True) as e:
+        rows = e.session.n_cells(0)
+    assert held < 70 < 100 < rows
+    config = with_overdraft({**ELASTIC, "max_cells": cap}, overdraft)
+    with Engine(tiny_gqa, elastic=config, flash_attn=True) as e:
         assert e.load(data, 0) == len(data)
-        for i in range(20):
+        found, expected = [], []
+        for i in range(60):
+            promised = min(-(-2 * (n + i + 1) // 10), cap)
+            fits = rows < cap and e.session.n_held(0) < promised + overdraft
             assert np.isfinite(e.token(20, n + i)).all()
-            assert e.session.n_cells(0) <= 70
-        assert held / 2 < e.session.n_held(0)
+            found.append(e.session.n_cells(0))
+            if overdraft == 0:
+                rows = held_after(rows, promised, 0, cap)
+            else:
+                rows = rows + 1 if fits else held_after(cap, promised, overdraft, cap)
+            expected.append(rows)
+            assert held / 2 < e.session.n_held(0) <= found[-1]
+        assert found == expected
+        assert max(found) <= cap
 
 
 @linux

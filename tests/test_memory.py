@@ -17,7 +17,7 @@ from elastic_llama.errors import ConfigError
 from elastic_llama.images import to_data_uri
 from PIL import Image
 
-from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, held_after, random_tokens
 from tests.support.oracle_plan import left_free
 from tests.test_oracles import N_VOCAB, feed, image_rows
 
@@ -173,12 +173,45 @@ def test_a_cap_that_is_not_reached_changes_nothing(tiny_gqa: Path) -> None:
 
 def test_a_cap_limits_a_budget(tiny_gqa: Path) -> None:
     """The smaller of both counts after the prompt and while generating."""
-    with Engine(tiny_gqa, elastic={**ELASTIC, "budget": 0.5, "max_cells": 100}) as e:
+    config = {**ELASTIC, "budget": 0.5, "max_cells": 100, "overdraft": 0}
+    with Engine(tiny_gqa, elastic=config) as e:
         n = feed(e)
         assert math.ceil(0.5 * n) > 100
         assert e.session.compress(0) == 100 - left_free(100)
         e.forced([20, 21, 22, 23, 24, 25], n)
         assert e.session.n_cells(0) == 100
+
+
+@pytest.mark.parametrize("overdraft", [-1, 9])
+@pytest.mark.parametrize(
+    ("budget", "cap"),
+    [(0.5, 100), (0.2, 60), (0.2, 80), (0.2, 200), (70, 90), (0.5, 20)],
+    ids=["smaller", "above", "within", "far", "cells", "all"],  # the cap and budget + overdraft
+)
+def test_an_overdraft_is_a_part_of_a_cap(
+    tiny_gqa: Path, budget: float, cap: int, overdraft: int
+) -> None:
+    """It grows to the cap at most, and then falls to what leaves the overdraft below it."""
+    n_more = 32 if overdraft < 0 else overdraft
+    config = {**ELASTIC, "budget": budget, "max_cells": cap, "overdraft": overdraft}
+    with Engine(tiny_gqa, elastic=config) as e:
+        n = feed(e)
+        promised = [
+            min(budget if budget > 1 else math.ceil(budget * (n + i)), cap) for i in range(121)
+        ]
+        held = e.session.compress(0)
+        assert held == promised[0] - left_free(promised[0])
+        found = []
+        expected = []
+        for i in range(120):
+            assert np.isfinite(e.token(20 + i, n + i)).all()
+            found.append(e.session.n_cells(0))
+            held = held_after(held, promised[i + 1], n_more, cap)
+            expected.append(held)
+        assert found == expected
+        assert max(found) <= cap
+        assert e.session.stats()["compressions"] > 2
+        assert e.session.stats()["evictions"] == 0
 
 
 @pytest.mark.parametrize(

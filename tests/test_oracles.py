@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from elastic_llama import _core
 
 from tests.support.capture import Capture
 from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
-from tests.support.oracle_generate import leaving_candidates
+from tests.support.oracle_generate import GENERATED, NEWEST, leaving_candidates
 
 N_VOCAB = 384
 LAYOUTS = [  # flash attention, K, V
@@ -140,7 +141,7 @@ def test_every_fourth_generated_token_counts_for_four(tiny_gqa: Path, fa: bool) 
 @pytest.mark.parametrize("policy", ["h2o", "elastic", "elastic-evict"])
 def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa: bool) -> None:
     """Step by step, the rows of a head are those of before but for the lost one, and the new."""
-    elastic = {"policy": policy, "budget": 60.0, "min_cells": 8, "n_sink": 4}
+    elastic = {"policy": policy, "budget": 60.0, "min_cells": 8, "n_sink": 4, "overdraft": 0}
     rule = "heavy" if policy == "h2o" else "per_head"
     with Engine(tiny_gqa, elastic=elastic, flash_attn=fa, type_k="f32", type_v="f32") as e:
         n = feed(e, 150)
@@ -175,6 +176,85 @@ def test_each_head_loses_its_least_attended_cell(tiny_gqa: Path, policy: str, fa
                 )
                 moved += lost != free[-1]
         assert moved > 0  # heads did not all lose the same cell
+
+
+@pytest.mark.parametrize("overdraft", [-1, 7])
+@pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
+def test_an_overdraft_loses_nothing_until_it_is_merged(
+    tiny_gqa: Path, fa: bool, overdraft: int
+) -> None:
+    """Step by step, rows stay as they are and one is added; the merge is that of the plan.
+
+    It is made of all cells, as after a prompt, but to the whole budget: there is no answer left to
+    leave cells for.
+    """
+    n_most = 60 + (32 if overdraft < 0 else overdraft)
+    elastic = {
+        "policy": "elastic",
+        "budget": 60.0,
+        "min_cells": 8,
+        "n_sink": 4,
+        "overdraft": overdraft,
+    }
+    with Engine(tiny_gqa, elastic=elastic, flash_attn=fa, type_k="f32", type_v="f32") as e:
+        n = feed(e, 150)
+        e.session.compress(0)
+        assert e.session.n_cells(0) == 56
+        merges = []
+        for i, t in enumerate(random_tokens(80, N_VOCAB, 3)):
+            cells, mass, bias = e.session.cells(0), e.session.mass(0), e.session.bias(0)
+            recent = e.session.recent(0)[0]
+            before = [e.session.read_kv(0, il) for il in range(len(mass))]
+            held = len(cells["pos"])
+            e.token(t, n + i)
+            after = [e.session.read_kv(0, il) for il in range(len(mass))]
+            assert e.session.cells(0)["pos"][-1] == n + i
+            assert e.session.cells(0)["kind"][-1] == GENERATED
+            assert (e.session.bias(0)[..., -1] == 0).all()
+            if held < n_most:
+                for x, y in zip(before, after):
+                    np.testing.assert_array_equal(x[0], y[0][:-1])
+                    np.testing.assert_array_equal(x[1], y[1][:-1])
+                np.testing.assert_array_equal(bias, e.session.bias(0)[..., :-1])
+                continue
+            merges.append(i)
+            assert held == n_most
+            assert e.session.n_cells(0) == 61
+            said = (cells["kind"] == GENERATED) & (np.arange(held) + NEWEST < held)
+            expected = _core.core.make_plan(
+                policy="elastic",
+                n_keep=60,
+                n_sink=4,
+                kind=cells["kind"],
+                pinned=np.zeros(held, np.uint8),
+                importance=mass,
+                recent=recent,
+                keys=np.stack([k.swapaxes(0, 1) for k, _ in before]),
+                values=np.stack([v.swapaxes(0, 1) for _, v in before]),
+                old=said.astype(np.uint8),
+                tokens=np.maximum(1, np.diff(cells["pos"], prepend=-1)).tolist(),
+            )
+            plan = e.session.last_plan()
+            np.testing.assert_array_equal(plan["kept"], expected["kept"])
+            np.testing.assert_array_equal(plan["bucket"], expected["bucket"])
+            np.testing.assert_array_equal(
+                e.session.cells(0)["pos"][:-1], cells["pos"][expected["positions"]]
+            )
+            # what no other joins stays as it is
+            for il, ih in np.ndindex(*mass.shape[:2]):
+                bucket = plan["bucket"][il, ih]
+                alone = np.flatnonzero(np.bincount(bucket[bucket >= 0], minlength=60) == 1)
+                assert len(alone) > 20
+                source = plan["kept"][il, ih, alone]
+                for x, y in zip(before[il], after[il]):
+                    np.testing.assert_array_equal(x[source, ih], y[alone, ih])
+                np.testing.assert_array_equal(
+                    bias[il, ih, source], e.session.bias(0)[il, ih, alone]
+                )
+        period = n_most - 60
+        assert merges == list(range(n_most - 56, 80, period))
+        assert e.session.stats()["compressions"] == 1 + len(merges)
+        assert e.session.stats()["evictions"] == 0
 
 
 def attention(capture: Capture, il: int, k: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -276,8 +278,15 @@ void bind_core(py::module_ & m) {
         "split_with_past",
         [](int32_t n_keep, const u8_array & kind, const u8_array & old, const std::vector<int32_t> & tokens,
            const std::optional<u8_array> & absent) {
+            const size_t n      = (size_t) kind.size();
+            const bool   agrees = n > 0 && ((size_t) old.size() == n || old.size() == 0) && (tokens.empty() || tokens.size() == n) &&
+                                (!absent || (size_t) absent->size() % n == 0);
+            if (!agrees || n_keep < 0 || n_keep > (int32_t) n || (!tokens.empty() && *std::min_element(tokens.begin(), tokens.end()) < 1)) {
+                throw error("[split_with_past] kind, old, tokens: expected one entry for each cell, tokens >= 1 and 0 <= n_keep <= " +
+                            std::to_string(n));
+            }
             cells c;
-            for (py::ssize_t i = 0; i < kind.size(); ++i) {
+            for (size_t i = 0; i < n; ++i) {
                 c.kind.push_back((cell_kind) kind.data()[i]);
             }
             c.old.assign(old.data(), old.data() + old.size());
@@ -305,7 +314,7 @@ void bind_core(py::module_ & m) {
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
                 throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
             }
-            return leaving_cell(rule_from<generate_rule>(rule, 5), c, n_prompt, offset, n_sink, total);
+            return leaving_cell(rule_from<generate_rule>(rule, 6), c, n_prompt, offset, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
         "Logical index of the cell that leaves, -1 for none.");
@@ -316,7 +325,7 @@ void bind_core(py::module_ & m) {
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
                 throw error("[leaving_candidates] kind, pinned and total must have one entry per cell");
             }
-            return leaving_candidates(rule_from<generate_rule>(rule, 5), c, n_sink, total);
+            return leaving_candidates(rule_from<generate_rule>(rule, 6), c, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
         "Logical indices of the cells among which each head loses one of its own.");

@@ -83,6 +83,11 @@ static void check(const policy & pol, const plan_params & params, const cells & 
         refuse("old, tokens: got " + std::to_string(c.old.size()) + " and " + std::to_string(c.tokens.size()) +
                " entries, expected one for each cell or none");
     }
+    for (const int32_t x : c.tokens) {
+        if (x < 1) {
+            refuse("tokens: got " + std::to_string(x) + ", expected at least 1 for each cell");
+        }
+    }
     if (params.n_sink < 0) {
         refuse("n_sink: got " + std::to_string(params.n_sink) + ", expected >= 0");
     }

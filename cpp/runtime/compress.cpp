@@ -36,7 +36,11 @@ static head_map of_ranks(const head_map & m, const plan & p, bool summed) {
 
 int32_t elastic_cache::compress(llama_seq_id seq_id) {
     take_logits();
-    const int32_t n = compress_to(seq_id, target_cells(seqs[seq_id].n_tokens), true);
+    const int32_t n_target = target_cells(seqs[seq_id].n_tokens);
+    if (!seqs[seq_id].pending && n_held(seq_id) <= n_target) {
+        return n_cells(seq_id);  // has been, and what the answer goes by stays as it is
+    }
+    const int32_t n = compress_to(seq_id, n_target, true);
     take_checkpoint(seq_id);
     if (releases()) {
         trim_heap();  // what planning took, megabytes

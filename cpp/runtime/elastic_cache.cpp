@@ -555,8 +555,11 @@ bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     }
 
     for (const auto & r : removals) {
-        auto & st = seqs[r.id];
-        prompt_ends.erase(r.id);
+        auto &     st = seqs[r.id];
+        const auto it = prompt_ends.find(r.id);
+        if (it != prompt_ends.end() && (r.all || it->second.pos_end > p0)) {
+            prompt_ends.erase(it);
+        }
         if (r.all) {
             st = {};
             checkpoints.erase(r.id);

@@ -195,6 +195,7 @@ class elastic_cache : public llama_elastic_i {
     void           make_room(llama_seq_id seq_id, int32_t n_new);
     int32_t        room_under_cap(llama_seq_id seq_id) const;
     void           make_room_for_prompt(llama_seq_id seq_id, int32_t n_new);
+    void           make_room_by_merging(llama_seq_id seq_id, int32_t allowed, int32_t n_new);
     int32_t        compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level = false);
     int32_t        n_threads() const;
     int32_t        n_used_max() const;  // of the streams

@@ -58,15 +58,7 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     const int32_t n_spare = n_cells(seq_id) - n_held(seq_id);  // of some layers
     int32_t       allowed = target_cells(st.n_tokens + 1);
     if (cfg.pol.generate == generate_rule::merge && cfg.n_overdraft() > 0) {
-        const int32_t most = cfg.max_cells > 0 ? std::min(cfg.max_cells, allowed + cfg.n_overdraft()) : allowed + cfg.n_overdraft();
-        const bool    full = (int32_t) kv.get_cells(seq_id).get_used() + n_new > shape.kv_size;
-        if (n_held(seq_id) + 1 > most || full) {
-            or_log(seq_id, [&] { merge_overdraft_cells(seq_id, 1); });
-        }
-        if (n_held(seq_id) + 1 <= most && !full) {
-            return;
-        }
-        allowed = most;  // it could not be compressed
+        return make_room_by_merging(seq_id, allowed, n_new);
     }
     if (cfg.max_cells == 0) {
         allowed += n_spare;
@@ -80,6 +72,29 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
         if (n_cells(seq_id) == n) {
             break;
         }
+    }
+}
+
+// allowed: cells by the budget; n_new: tokens of the batch
+void elastic_cache::make_room_by_merging(llama_seq_id seq_id, int32_t allowed, int32_t n_new) {
+    // the cap is one of places in the context, the budget one of what layers hold on average
+    const auto over = [&] {
+        const bool full    = (int32_t) kv.get_cells(seq_id).get_used() + n_new > shape.kv_size;
+        const bool capped  = cfg.max_cells > 0 && n_cells(seq_id) + 1 > cfg.max_cells;
+        const bool is_over = n_held(seq_id) + 1 > allowed + cfg.n_overdraft();
+        return full || capped || is_over;
+    };
+    if (over()) {
+        or_log(seq_id, [&] { merge_overdraft_cells(seq_id, 1); });
+    }
+    if (over() && n_cells(seq_id) > n_held(seq_id)) {
+        or_log(seq_id, [&] { level(seq_id); });
+        note_change(seq_id, kv.seq_pos_max(seq_id) + 1, true);
+    }
+    if (over()) {  // nothing could be merged
+        store_checkpoints(seq_id);
+        note_change(seq_id, kv.seq_pos_max(seq_id) + 1, true);
+        let_leave(seq_id);
     }
 }
 

@@ -22,6 +22,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <string>
 
 using namespace elastic;
 
@@ -198,7 +199,8 @@ static void test_layers() {
 }
 
 static void test_generate() {
-    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::lowest, generate_rule::heavy }) {
+    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::lowest, generate_rule::heavy,
+                             generate_rule::per_head, generate_rule::merge }) {
         for (const int32_t n : { 0, 1, 2, 3, 40 }) {
             for (const int32_t n_sink : { -1, 0, 1, 50 }) {
                 for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
@@ -213,6 +215,35 @@ static void test_generate() {
                 }
             }
         }
+    }
+}
+
+// what elastic lets leave where nothing can be merged is what elastic-evict does
+static void test_merging_answer() {
+    for (const int32_t n : { 0, 1, 2, 16, 17, 18, 40 }) {
+        for (const int32_t n_sink : { -1, 0, 1, 50 }) {
+            for (const int32_t n_said : { 0, short_answer, short_answer + 1 }) {
+                cells c = make_cells(n);
+                for (int32_t i = 0; i < std::min(n, n_said); ++i) {
+                    c.kind[n - 1 - i] = cell_kind::generated;
+                }
+                std::vector<float> total(n);
+                for (int32_t i = 0; i < n; i += 2) {
+                    total[i] = HUGE_VALF;
+                }
+                const auto found = leaving_candidates(generate_rule::merge, c, n_sink, total);
+                CHECK(found == leaving_candidates(generate_rule::per_head, c, n_sink, total));
+                CHECK(found.empty() == (n - per_head_recent <= std::max(n_sink, 0)));
+                CHECK(found.empty() || (found.front() >= n_sink && found.back() < n - per_head_recent));
+                c.pinned.assign(n, 1);
+                CHECK(leaving_candidates(generate_rule::merge, c, n_sink, total).empty());
+            }
+        }
+    }
+    for (const auto & pol : policies()) {
+        CHECK(pol.overdraft() == (std::string(pol.name) == "elastic" ? merge_overdraft : 0));
+        CHECK((pol.overdraft() > 0) == (pol.generate == generate_rule::merge));
+        CHECK(pol.overdraft() == 0 || (pol.leaves_per_head() && pol.generation_interval() == score_interval));
     }
 }
 
@@ -619,6 +650,7 @@ int main(int argc, char ** argv) {
     test_plans();
     test_layers();
     test_generate();
+    test_merging_answer();
     test_merges();
     test_halves();
     test_bounds();

@@ -189,3 +189,20 @@ def random_tokens(n: int, n_vocab: int, seed: int) -> list[int]:
     """Ordinary tokens: the first few of a vocabulary are special."""
     rng = np.random.default_rng(seed)
     return [int(t) for t in rng.integers(10, n_vocab, n)]
+
+
+def held_after(
+    held: int, promised: int, overdraft: int, cap: int | None = None, n_sink: int = 1
+) -> int:
+    """Cells that `elastic` holds after one more token of an answer, by what is documented of it.
+
+    One more while they are no more than `overdraft` beyond the `promised` ones, and no more than
+    the cap. Then all are merged to the promised ones, under a cap to what leaves the overdraft
+    below it, and the token is added. Without an overdraft one leaves for it instead.
+    """
+    most = promised + overdraft if cap is None else min(promised + overdraft, cap)
+    if held < most:
+        return held + 1
+    if overdraft == 0:
+        return promised
+    return 1 + (promised if cap is None else min(promised, max(n_sink + 2, cap - overdraft)))

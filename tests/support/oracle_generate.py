@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 TEXT, GENERATED = 0, 2
-NEWEST, SHORT = 16, 4  # never leave under "per_head"; an answer that spares text
+NEWEST, SHORT = 16, 4  # tokens that never leave unless "heavy"; an answer that spares text
 
 
 def leaving_cell(

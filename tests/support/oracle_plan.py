@@ -2,9 +2,15 @@
 
 Nothing here knows the package under test. A plan is ``kept`` [L, H, N] (logical indices in rank
 order) and ``bucket`` [L, H, T] (rank of the anchor that a cell joins, -1: evicted).
+
+What came before is told by ``old`` [T] (1: text of an earlier turn) and ``tokens`` [T] (tokens that
+a cell stands for); without them all is of the present turn, and a cell stands for one token.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +19,7 @@ TEXT, IMAGE, GENERATED = 0, 1, 2
 
 WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
 FOLLOW = np.float64(np.float32(0.94))
+IMAGE_POWER = 0.5  # of a score, for what an image cell weighs among those it is merged with
 
 
 def scores(
@@ -93,16 +100,38 @@ def ends(rule: str, n_keep: int, n_sink: int) -> tuple[int, int]:
     return min(n_sink, n_keep - n_last), n_last
 
 
-def apart(kind: np.ndarray, n_keep: int) -> set[int]:
-    """Cells that `cover` keeps as they are: the newest text and the first cells of each image."""
+def has_past(kind: np.ndarray, old: Any) -> bool:
+    """Whether an earlier turn left text, and there is an image."""
+    return old is not None and any(old) and IMAGE in kind
+
+
+def tokens_of(cells: Any, tokens: Any) -> int:
+    """Tokens that the cells stand for."""
+    cells = list(cells)
+    return len(cells) if tokens is None or len(tokens) == 0 else sum(int(tokens[i]) for i in cells)
+
+
+def question(kind: np.ndarray, old: Any) -> list[int]:
+    """Text of the present turn, the newest first."""
+    return [i for i in reversed(range(len(kind))) if kind[i] != IMAGE and not old[i]]
+
+
+def apart(kind: np.ndarray, n_keep: int, old: Any = None) -> set[int]:
+    """Cells that `cover` keeps as they are.
+
+    The newest text, the first cells of each image, and in a later turn the present question.
+    """
     n_cells = len(kind)
     recent = range(max(0, n_cells - min(TEXT_RECENT, n_keep // 4)), n_cells)
     starts = [i for run in segments(kind) if kind[run[0]] == IMAGE for i in run[:IMAGE_START]]
-    return {i for i in recent if kind[i] != IMAGE} | set(starts[: n_keep // 4])
+    cells = {i for i in recent if kind[i] != IMAGE} | set(starts[: n_keep // 4])
+    if has_past(kind, old):
+        cells |= set(question(kind, old)[: n_keep // 2])
+    return cells
 
 
 def protected(
-    rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int
+    rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int, old: Any = None
 ) -> set[int]:
     """Cells that stay whatever their score: the first, last and pinned ones; with cover more."""
     n_cells = len(kind)
@@ -111,7 +140,7 @@ def protected(
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
     if rule == "cover":
-        free = sorted(apart(kind, n_keep) - cells, reverse=True)
+        free = sorted(apart(kind, n_keep, old) - cells, reverse=True)
         cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
 
@@ -132,6 +161,29 @@ def split(n_keep: int, n_text: int, n_image: int) -> tuple[int, int]:
     return text, n_keep - text
 
 
+def split_later(
+    n_keep: int, kind: np.ndarray, old: Any, tokens: Any = None, absent: Any = None
+) -> tuple[int, int]:
+    """Text and image cells that stay in a later turn about an image.
+
+    First the present question, then older text by the tokens it stands for; the image keeps what
+    it has of the rest. Not less than half its share by tokens, nor less than text could not fill.
+    """
+    cells = range(len(kind))
+    image = [i for i in cells if kind[i] == IMAGE]
+    text = [i for i in cells if kind[i] != IMAGE]
+    all_tokens = tokens_of(cells, tokens)
+    older = n_keep * tokens_of([i for i in text if old[i]], tokens) // all_tokens
+    half_share = n_keep * tokens_of(image, tokens) // (2 * all_tokens)
+    has = len(image)
+    if absent is not None:  # on average over the layers, rounded up
+        rows = [sum(not row[i] for i in image) for row in absent]
+        has = -(-sum(rows) // len(rows))
+    n_image = min(n_keep - len(question(kind, old)) - older, has)
+    n_image = max(n_image, min(half_share, len(image)), n_keep - len(text))
+    return n_keep - n_image, n_image
+
+
 def left_free(n_keep: int) -> int:
     """Cells that `elastic` leaves for the answer when it compresses a prompt."""
     return min(4, n_keep // 8)
@@ -148,34 +200,60 @@ def segments(kind: np.ndarray) -> list[list[int]]:
     return runs
 
 
-def share(runs: list[list[int]], stay: set[int], n_keep: int) -> list[int]:
-    """Kept cells per run: the protected ones, then a proportional share, the rest to the first."""
-    fixed = [sum(i in stay for i in run) for run in runs]
-    free = [len(run) - f for run, f in zip(runs, fixed)]
+def share(runs: list[list[int]], stay: set[int], n_keep: int, tokens: Any = None) -> list[int]:
+    """Kept cells per run: the protected ones, then in proportion to the tokens of the others.
+
+    A run that has fewer cells than its part keeps all of them, and the others share what that
+    leaves. Parts are rounded down; what is left over goes one by one to the first runs.
+    """
+    free = [[i for i in run if i not in stay] for run in runs]
+    weights = [tokens_of(cells, tokens) for cells in free]
+    fixed = [len(run) - len(cells) for run, cells in zip(runs, free)]
     left = n_keep - sum(fixed)
-    shares = [left * n // sum(free) if sum(free) else 0 for n in free]
-    while sum(shares) < left:
-        before = sum(shares)
-        for k in range(len(runs)):
-            if shares[k] < free[k] and sum(shares) < left:
-                shares[k] += 1
-        assert sum(shares) > before, "more to keep than there are cells"
+    assert 0 <= left <= sum(map(len, free)), "more to keep than there are cells, or less than must"
+
+    whole: set[int] = set()
+    while True:
+        weight = sum(w for k, w in enumerate(weights) if k not in whole)
+        rest = left - sum(len(free[k]) for k in whole)
+        parts = [Fraction(rest * w, weight) if weight else Fraction(0) for w in weights]
+        full = {k for k in range(len(runs)) if k not in whole and parts[k] >= len(free[k])}
+        if not full:
+            break
+        whole |= full
+
+    shares = [len(free[k]) if k in whole else int(parts[k]) for k in range(len(runs))]
+    for k in range(len(runs)):
+        if sum(shares) < left and shares[k] < len(free[k]):
+            shares[k] += 1
+    assert sum(shares) == left
     return [f + s for f, s in zip(fixed, shares)]
 
 
-def quotas(rule: str, kind: np.ndarray, stay: set[int], n_keep: int) -> list[tuple[list[int], int]]:
+def quotas(
+    rule: str,
+    kind: np.ndarray,
+    stay: set[int],
+    n_keep: int,
+    old: Any = None,
+    tokens: Any = None,
+    absent: Any = None,
+) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
     if rule not in ("image_first", "cover"):
         return [(list(range(len(kind))), n_keep)]
     runs = segments(kind)
     image = [run for run in runs if kind[run[0]] == IMAGE]
     text = [run for run in runs if kind[run[0]] != IMAGE]
-    n_text, _ = split(n_keep, sum(map(len, text)), sum(map(len, image)))
+    if has_past(kind, old):
+        n_text, _ = split_later(n_keep, kind, old, tokens, absent)
+    else:
+        n_text, _ = split(n_keep, sum(map(len, text)), sum(map(len, image)))
     must_text = sum(i in stay for run in text for i in run)
     must_image = sum(i in stay for run in image for i in run)
     n_text = min(max(n_text, must_text), n_keep - must_image)
-    found = list(zip(text, share(text, stay, n_text)))
-    return found + list(zip(image, share(image, stay, n_keep - n_text)))
+    found = list(zip(text, share(text, stay, n_text, tokens)))
+    return found + list(zip(image, share(image, stay, n_keep - n_text, tokens)))
 
 
 def select(
@@ -186,18 +264,20 @@ def select(
     score: np.ndarray,
     n_keep: int,
     n_sink: int,
+    old: Any = None,
+    tokens: Any = None,
 ) -> np.ndarray | None:
     """Kept cells [L, H, N] in rank order, or None when the protected cells alone are too many."""
     n_layer, n_head, n_cells = score.shape
     if rule == "all":
         n_keep = n_cells
-    stay = protected(rule, kind, pinned, n_keep, n_sink)
+    stay = protected(rule, kind, pinned, n_keep, n_sink, old)
     if len(stay) > n_keep:
         return None
     kept = np.empty((n_layer, n_head, n_keep), dtype=np.int64)
     for layer, head in np.ndindex(n_layer, n_head):
         chosen: list[list[int]] = []
-        for run, n in quotas(rule, kind, stay, n_keep):
+        for run, n in quotas(rule, kind, stay, n_keep, old, tokens):
             order = sorted(run, key=lambda i: (i not in stay, -score[layer, head, i], i))
             chosen.append(in_rank_order(run, order[:n], stay, ranked))
         # quotas come text first; runs stand in logical order
@@ -224,11 +304,13 @@ def rank_scores(
     score: np.ndarray,
     kept: np.ndarray,
     n_sink: int,
+    old: Any = None,
+    tokens: Any = None,
 ) -> np.ndarray:
     """Score of each rank over all layers and heads [N]; infinite where it never leaves by score."""
     n_keep = kept.shape[2]
-    stay = protected(rule, kind, pinned, n_keep, n_sink)
-    for run, n in quotas(rule, kind, stay, n_keep):
+    stay = protected(rule, kind, pinned, n_keep, n_sink, old)
+    for run, n in quotas(rule, kind, stay, n_keep, old, tokens):
         if kind[run[0]] != IMAGE and n == len(run):
             stay = stay | set(run)
     out = np.zeros(n_keep)
@@ -288,12 +370,13 @@ def cover(
     values: np.ndarray,
     kept: np.ndarray,
     n_sink: int,
+    old: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kept cells chosen anew in every run of one kind, and buckets of the dropped ones."""
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
-    stay = protected("cover", kind, pinned, kept.shape[2], n_sink)
-    closed = apart(kind, kept.shape[2]) | set(np.flatnonzero(pinned))
+    stay = protected("cover", kind, pinned, kept.shape[2], n_sink, old)
+    closed = apart(kind, kept.shape[2], old) | set(np.flatnonzero(pinned))
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
         for run in segments(kind):
@@ -323,4 +406,13 @@ def buckets(
                 out[layer, head, i] = row.index(i)
             elif rule == "nearest_mean":
                 out[layer, head, i] = min(anchors, key=lambda j: (abs(row[j] - i), j), default=-1)
+    return out
+
+
+def merge_weights(kind: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """What each cell counts for among those it is merged with: its score, an image's is damped."""
+    out = score.astype(np.float64)
+    for i in range(len(kind)):
+        if kind[i] == IMAGE:
+            out[:, :, i] = out[:, :, i] ** IMAGE_POWER
     return out

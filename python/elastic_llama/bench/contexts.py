@@ -21,6 +21,7 @@ from ..llama import ElasticLlama, attach, lazy_buffers
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these
+_OVERDRAFT = 32  # `merge_overdraft` of cpp/core/policy.h
 
 
 @dataclass(frozen=True)
@@ -169,20 +170,37 @@ class Ideal:
 
     def __init__(self, context: Context, config: ElasticConfig, n_prompt: int, n_held: int) -> None:
         self.context, self.config = context, config
-        self.n_seen, self.first, self.end = n_prompt, 0, n_held
+        self.n_seen, self.n_held = n_prompt, n_held
 
     def allowed(self) -> int:
-        """Cells that the elastic cache holds after as many tokens."""
+        """Cells that the budget allows after as many tokens."""
         budget = self.config.budget
         n = budget if budget > 1 else math.ceil(budget * self.n_seen)
         n = max(int(n), self.config.min_cells)
         return min(n, self.config.kv_cells or n)
 
+    def overdraft(self) -> int:
+        """Cells beyond these that the elastic cache takes before it merges all."""
+        if self.config.policy != "elastic":
+            return 0
+        return _OVERDRAFT if self.config.overdraft is None else self.config.overdraft
+
+    def kept(self) -> int:
+        """Cells of those held that the elastic cache has left when the next token comes."""
+        allowed, overdraft, cap = self.allowed(), self.overdraft(), self.config.kv_cells
+        if self.n_held < min(allowed + overdraft, cap or allowed + overdraft):
+            return self.n_held
+        if overdraft == 0:
+            return allowed - 1  # one leaves for it
+        if cap is not None:
+            allowed = min(allowed, max(self.config.n_sink + 2, cap - overdraft))
+        return allowed
+
     def step(self, token: int) -> None:
         self.n_seen += 1
-        while self.end + 1 - self.first > self.allowed():
+        kept = self.kept()
+        if kept < self.n_held:  # the newest: as in the elastic cache, rows in use stay the first
             for seq in range(self.context.n_seqs):
-                llama_cpp.llama_memory_seq_rm(self.context.memory, seq, self.first, self.first + 1)
-            self.first += 1
-        self.context.step(token, self.end)
-        self.end += 1
+                llama_cpp.llama_memory_seq_rm(self.context.memory, seq, kept, -1)
+        self.context.step(token, kept)
+        self.n_held = kept + 1
