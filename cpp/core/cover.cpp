@@ -337,6 +337,11 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
     const int32_t d_k  = rows.n_embd_head_k();
     const int32_t d_v  = rows.n_embd_head_v();
 
+    // Text of earlier turns is lost rather than merged: merged, it draws attention that the image needs. Chosen on 12 conversations of
+    // the dev split (embedded model, budget 0.2): captions after five questions 108 of 108 objects right, merged 88; questions 43 and 40
+    // of 48
+    const bool past = c.has_past();
+
     const auto of_layers = share_runs(params, c, p.n_layer, runs);
     const auto ranks     = widen(p, c, runs, of_layers);
 
@@ -366,7 +371,7 @@ void cover_runs(const plan_params & params, const cells & c, const head_map & sc
                     kept[rank[i]]      = cell;
                 }
                 for (size_t i = 0; i < run.cells.size(); ++i) {
-                    const int32_t by = rank[i] < 0 ? places.nearest((int32_t) i) : -1;
+                    const int32_t by = rank[i] < 0 && (run.image || !past) ? places.nearest((int32_t) i) : -1;
                     if (by >= 0) {
                         bucket[run.cells[i]] = rank[by];
                     }

@@ -387,6 +387,8 @@ def cover(
             chosen, joins = cover_run(run, stay, closed, score[layer, head], x, len(ranks))
             for j, i in zip(ranks, chosen):
                 kept[layer, head, j] = i
+            if has_past(kind, old) and kind[run[0]] != IMAGE:
+                continue  # text of earlier turns is lost
             for i, anchor in joins.items():
                 bucket[layer, head, i] = ranks[chosen.index(anchor)]
     return kept, bucket
