@@ -55,7 +55,6 @@ def main() -> None:
         "full": None,
         "elastic": ElasticConfig(budget=args.budget),
         "elastic --lookahead 0": ElasticConfig(budget=args.budget, lookahead=0),
-        "elastic, reread": ElasticConfig(budget=args.budget, reread=True),
         "snapkv": ElasticConfig(budget=args.budget, policy="snapkv"),
         "h2o": ElasticConfig(budget=args.budget, policy="h2o"),
     }.items():

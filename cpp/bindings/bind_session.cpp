@@ -153,9 +153,6 @@ decode steps it took; the logits of the context are other ones then.
 
 Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.)pbdoc")
         .def(
-            "is_pending", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).pending; },
-            py::arg("seq_id") = 0, "Whether there is a prompt that is still to be compressed.")
-        .def(
             "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
             py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
         .def(

@@ -46,10 +46,6 @@ class ElasticConfig:
         Tokens of an answer that are generated with all cells before its prompt is compressed, >= 0.
         What they attend to is part of the importance, and a short answer sees everything; its
         prompt is compressed when the next one begins. `kv_cells` comes first.
-    reread : bool
-        Decode a prompt of text a second time before it is compressed, and take that back: what the
-        second pass looks at stays, so that later questions about the text find more (KVzip). It
-        costs the time of the prompt once more, and free cells for it.
     overdraft : int, optional
         Cells beyond the budget that an answer may take before it is compressed with all that came
         before it (policy "elastic"); under `kv_cells` they are a part of those. None: what the
@@ -90,7 +86,6 @@ class ElasticConfig:
     kv_cells: int | None = None
     delay: int = 0
     lookahead: int | None = None
-    reread: bool = False
     overdraft: int | None = None
     checkpoints: int = 2
     layers: str | tuple[float, ...] = "auto"

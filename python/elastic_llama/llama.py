@@ -235,27 +235,8 @@ class ElasticLlama(llama_cpp.Llama):
         """Before the prompt is compressed, try the answer that begins with `token`."""
         if self._session is None or not 0 <= token < self.n_vocab():
             return
-        if self.elastic is not None and self.elastic.reread and self._session.is_pending():
-            self._reread()
         if self._session.look_ahead([token]):
             self._requires_eval = True  # the logits are not the prompt's any more
-
-    def _reread(self) -> None:
-        """Decode the text of the prompt a second time behind it, and take that back.
-
-        What the second pass looks at stays in the importance, as in KVzip (Kim et al., 2025): it
-        stands in for questions that are still to come. Without free cells for it, or where an
-        image is in the prompt, nothing is done.
-        """
-        n = int(self.n_tokens)
-        ids = self.input_ids[:n].tolist()
-        fits = self._cells_used() + n <= self.n_ctx() and 2 * n <= len(self.input_ids)
-        if not fits or min(ids) < 0:
-            return
-        self._decode(ids, in_prompt=True)
-        self._session.take_back(n)
-        self.n_tokens = n
-        self._requires_eval = True  # the logits are not the prompt's any more
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""

@@ -101,10 +101,6 @@ class Session:
         """
         While held, one-token batches belong to the prompt, which is compressed for max_cells only; an earlier one that still waits is compressed first.
         """
-    def is_pending(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
-        """
-        Whether there is a prompt that is still to be compressed.
-        """
     def is_waiting(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
         """
         Whether an answer has begun whose prompt is still to be compressed (delay).
