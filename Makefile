@@ -8,13 +8,17 @@ NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* patches/*.p*)
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 
-.PHONY: demo test build lint format sanitize stubs check-stubs clean
+.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+# every case of the matrix of cuts, a quarter of an hour
+test-matrix: $(VENV)/.installed
+	$(PY) -m pytest -m matrix
 
 # what an isolated build would bring; here, so that rebuilding after a change takes seconds
 $(VENV)/.tools: pyproject.toml

@@ -370,7 +370,7 @@ def is_fast(policy: str, budget: str, content: str) -> bool:
 
 def matrix(contents: Sequence[str] = CONTENTS) -> list[Any]:
     return [
-        pytest.param(*place, marks=[] if is_fast(*place) else pytest.mark.slow)
+        pytest.param(*place, marks=[] if is_fast(*place) else pytest.mark.matrix)
         for place in PLACES
         if place[2] in contents
     ]
@@ -568,7 +568,7 @@ SECRET = " The secret word is zebra."
 @pytest.mark.parametrize(
     "policy",
     [
-        pytest.param(p, marks=[] if p in ("elastic", "h2o") else pytest.mark.slow)
+        pytest.param(p, marks=[] if p in ("elastic", "h2o") else pytest.mark.matrix)
         for p in policy_names()
     ],
 )

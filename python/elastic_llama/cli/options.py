@@ -112,6 +112,20 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         help="try N tokens of an answer before its prompt, if it is text, is compressed "
         "(16 for elastic and elastic-evict where enough cells leave, else 0)",
     )
+    parser.add_argument(
+        "--overdraft",
+        type=int,
+        metavar="N",
+        help="cells beyond the budget that an answer may take before all is compressed again "
+        "(32 for elastic, else 0)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=int,
+        metavar="N",
+        default=2,
+        help="states kept of the conversation so that an answer can be taken back (2)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, predict: int = 256) -> None:
@@ -166,6 +180,8 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         kv_cells=args.kv_cells,
         delay=getattr(args, "delay", 0),
         lookahead=getattr(args, "lookahead", None),
+        overdraft=getattr(args, "overdraft", None),
+        checkpoints=getattr(args, "checkpoints", 2),
         layers=args.layers,
         release_memory=not args.no_release_memory,
     )
