@@ -567,10 +567,7 @@ SECRET = " The secret word is zebra."
 @pytest.mark.model
 @pytest.mark.parametrize(
     "policy",
-    [
-        pytest.param(p, marks=[] if p in ("elastic", "h2o") else pytest.mark.matrix)
-        for p in policy_names()
-    ],
+    [pytest.param(p, marks=pytest.mark.slow) for p in policy_names()],
 )
 def test_what_was_removed_does_not_come_back(
     embedded_model: Path, opened: Any, policy: str
