@@ -10,7 +10,7 @@ import codecs
 import hashlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ from .stats import TurnStats
 from .vision import MARKER, Chunk, Vision
 
 __all__ = ["Conversation"]
+
+_Extended = tuple[str, list[Piece], list[Image.Image]]  # text, pieces and images of a conversation
 
 
 @dataclass
@@ -124,7 +126,8 @@ class Conversation:
             The answer goes on after the next question, or another call, used the model.
         """
         message, loaded = self._question(question, images)
-        self._extended(message, loaded)  # a template that refuses it does so now
+        ready = self._extended(message, loaded)  # what refuses it does so now
+        ready_for = (self._messages, len(self._messages))
         sampling = {
             "temp": temperature,
             "top_p": top_p,
@@ -132,11 +135,18 @@ class Conversation:
             "repeat_penalty": repeat_penalty,
         }
         limit = -1 if max_tokens is None else int(max_tokens)
-        return self._answer(message, loaded, limit, sampling, seed)
+
+        def extended() -> _Extended:
+            messages, n = ready_for
+            is_same = messages is self._messages and n == len(messages)
+            return ready if is_same else self._extended(message, loaded)
+
+        return self._answer(message, extended, limit, sampling, seed)
 
     def prefill(self, question: str, images: Any = ()) -> None:
         """Decode a question without answering it; `llm` is ready to sample or to be forced."""
-        self._read(*self._question(question, images))
+        message, loaded = self._question(question, images)
+        self._read(message, lambda: self._extended(message, loaded))
 
     def _question(self, question: str, images: Any) -> tuple[dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in as_images(images)]
@@ -152,9 +162,7 @@ class Conversation:
             )
         return _message("user", question, len(loaded)), loaded
 
-    def _extended(
-        self, message: dict[str, Any], images: list[Image.Image]
-    ) -> tuple[str, list[Piece], list[Image.Image]]:
+    def _extended(self, message: dict[str, Any], images: list[Image.Image]) -> _Extended:
         """Text and pieces of the conversation with one more question, and the images in it."""
         self.llm._check_open("ask")
         prompt = self._render([*self._messages, message], generation=True)
@@ -165,11 +173,14 @@ class Conversation:
             return prompt, [*self._pieces, *new], images
         return prompt, self._cut_up(prompt, images, first=True), images
 
-    def _read(self, message: dict[str, Any], images: list[Image.Image]) -> None:
-        """Decode what the cache lacks of the conversation with one more question."""
+    def _read(self, message: dict[str, Any], extended: Callable[[], _Extended]) -> None:
+        """Decode what the cache lacks of the conversation with one more question.
+
+        `extended` gives that conversation; other questions may have come since it was asked.
+        """
         self._end_turn()
         self.stats = TurnStats()
-        prompt, pieces, images = self._extended(message, images)
+        prompt, pieces, images = extended()
         n_encode = self.stats.encode_ms
         start = time.perf_counter()
         try:
@@ -186,12 +197,12 @@ class Conversation:
     def _answer(
         self,
         message: dict[str, Any],
-        images: list[Image.Image],
+        extended: Callable[[], _Extended],
         limit: int,
         sampling: dict[str, Any],
         seed: int | None,
     ) -> Iterator[str]:
-        self._read(message, images)
+        self._read(message, extended)
         turn = self._turn = _Turn()
         self.llm.set_seed(random.Random(self.llm._seed).randint(0, 2**32) if seed is None else seed)
         try:
