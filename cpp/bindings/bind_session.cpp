@@ -3,6 +3,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "runtime/attach.h"
+#include "runtime/inspect.h"
 
 #include <pybind11/stl.h>
 
@@ -16,8 +17,8 @@ namespace elastic {
 class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
-            int32_t n_threads, int32_t max_cells, int32_t delay, int32_t lookahead, int32_t overdraft, int32_t checkpoints,
-            const std::vector<float> & layer_share, bool record, bool release_memory)
+            int32_t n_threads, int32_t max_cells, int32_t overdraft, int32_t checkpoints, const std::vector<float> & layer_share,
+            bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
@@ -30,8 +31,6 @@ class session {
         params.min_cells      = min_cells;
         params.n_threads      = n_threads;
         params.max_cells      = max_cells;
-        params.delay          = delay;
-        params.lookahead      = lookahead;
         params.overdraft      = overdraft;
         params.n_checkpoints  = checkpoints;
         params.layer_share    = layer_share.data();
@@ -51,7 +50,7 @@ class session {
 
     elastic_cache & cache(llama_seq_id seq_id) const {
         auto & res = cache();
-        res.check_seq_id(seq_id);
+        res.parts().check_seq_id(seq_id);
         return res;
     }
 
@@ -72,15 +71,15 @@ class session {
 };
 
 static py::dict stats_dict(const elastic_cache & cache) {
-    const elastic_stats & s = cache.stats;
-    return py::dict("checkpoint_bytes"_a = cache.checkpoint_bytes(), "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions,
+    const elastic_stats s = cache.stats();
+    return py::dict("checkpoint_bytes"_a = s.n_bytes_checkpoints, "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions,
                     "cells_before"_a = s.n_cells_before, "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before,
                     "bytes_after"_a = s.n_bytes_after, "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us,
-                    "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us, "tried"_a = s.n_tried, "look_us"_a = s.t_look_us);
+                    "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
 }
 
-static py::tuple read_kv(const session & self, llama_seq_id seq_id, int32_t il) {
-    const auto x = self.cache(seq_id).read_kv(seq_id, il);
+static py::tuple read_layer(const session & self, llama_seq_id seq_id, int32_t il) {
+    const auto x = read_kv(self.cache(seq_id).parts(), seq_id, il);
     return py::make_tuple(to_array(x.k).reshape({ x.n_cells, x.n_head_kv, x.n_embd_head_k }),
                           to_array(x.v).reshape({ x.n_cells, x.n_head_kv, x.n_embd_head_v }));
 }
@@ -89,7 +88,7 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
     std::vector<int32_t> index;
     std::vector<int32_t> pos;
     std::vector<int32_t> kind;
-    for (const auto & cell : self.cache(seq_id).describe_cells(seq_id)) {
+    for (const auto & cell : describe_cells(self.cache(seq_id).parts(), seq_id)) {
         index.push_back(cell.index);
         pos.push_back(cell.pos);
         kind.push_back((int32_t) cell.kind);
@@ -97,24 +96,27 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
     return py::dict("index"_a = to_array(index), "pos"_a = to_array(pos), "kind"_a = to_array(kind));
 }
 
+static py::tuple read_recent(const session & self, llama_seq_id seq_id) {
+    const auto x = importance_of(self.cache(seq_id).parts(), seq_id);
+    return py::make_tuple(to_array(x.decayed), to_array(x.windowed));
+}
+
 void bind_session(py::module_ & m) {
     m.def("lazy_buffers", &elastic_lazy_buffers, py::arg("value"),
-          "Whether the K and V buffers of contexts made from now on are left untouched until they are used.");
+          "Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
-        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      int32_t, const std::vector<float> &, bool, bool>(),
+        .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
+                      const std::vector<float> &, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
-             py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0, py::arg("delay") = 0,
-             py::arg("lookahead") = -1, py::arg("overdraft") = -1, py::arg("checkpoints") = 2,
-             py::arg("layer_share") = std::vector<float>(), py::arg("record") = false, py::arg("release_memory") = true,
-             py::call_guard<py::gil_scoped_release>(),
+             py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0,
+             py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(),
+             py::arg("record") = false, py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
-look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-have to leave at most). `checkpoints`: states that are kept of each sequence so that what came later
+larger (0: no such cap). `overdraft`: cells beyond the budget that an answer may take (-1: what the
+policy is made for). `checkpoints`: states that are kept of each sequence so that what came later
 can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
 > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
@@ -127,96 +129,84 @@ RuntimeError when the cache holds cells already.)pbdoc")
         .def("forget", &session::forget, "Forget the context without touching it; for when it is about to be freed.")
         .def_property_readonly("is_attached", &session::is_attached)
         .def(
-            "hold", [](const session & self, bool value) { self.cache().set_hold(value); }, py::arg("value"),
-            "While held, one-token batches belong to the prompt, which is compressed for max_cells "
-            "only; an earlier one that still waits is compressed first.")
+            "set_prefill", [](const session & self, bool value) { self.cache().set_prefill(value); }, py::arg("value"),
+            "While set, batches of one token are part of a prompt, which is compressed for max_cells only.")
         .def(
-            "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).compress(seq_id); },
+            "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().compress(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
         .def(
-            "level", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).level(seq_id); }, py::arg("seq_id") = 0,
-            py::call_guard<py::gil_scoped_release>(),
+            "equalize_layers", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().equalize_layers(seq_id); },
+            py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Give all layers of a sequence as many cells, on average as many as before; returns n_cells.")
         .def(
-            "look_ahead",
-            [](const session & self, const std::vector<llama_token> & tokens, const std::vector<llama_seq_id> & seq_ids) {
-                return self.cache().look_ahead(seq_ids, tokens);
-            },
-            py::arg("tokens"), py::arg("seq_ids") = std::vector<llama_seq_id>{ 0 }, py::call_guard<py::gil_scoped_release>(),
-            R"pbdoc(Try the answers that begin with `tokens`, one for each of `seq_ids`, and take them back.
+            "begin_probe", [](const session & self) { self.cache().begin_probe(); }, py::call_guard<py::gil_scoped_release>(),
+            R"pbdoc(What is decoded from now on is taken back by end_probe, as if it had never been decoded.
 
-To be called when the first token of an answer is known and not yet decoded. What the tokens that
-are tried attend to becomes part of the importance. Nothing is tried where a sequence holds image
-cells, where no cell (or, with a lookahead of -1, few) has to leave, or with a delay. Returns the
-decode steps it took; the logits of the context are other ones then.
+What its tokens attended to stays part of the importance of the prompts that are there.
 
-Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.)pbdoc")
+Raises ValueError while a probe is running.)pbdoc")
         .def(
-            "is_waiting", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).is_waiting(seq_id); },
-            py::arg("seq_id") = 0, "Whether an answer has begun whose prompt is still to be compressed (delay).")
+            "end_probe", [](const session & self) { self.cache().end_probe(); }, py::call_guard<py::gil_scoped_release>())
+        .def(
+            "n_to_leave", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().n_to_leave(seq_id); },
+            py::arg("seq_id") = 0,
+            "Cells that the compression of the sequence's prompt is going to take away; 0 if it has been compressed.")
         .def(
             "can_cut", [](const session & self, llama_pos p0, llama_seq_id seq_id) { return self.cache(seq_id).can_cut(seq_id, p0); },
             py::arg("p0"), py::arg("seq_id") = 0,
             "The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.")
         .def(
             "make_room",
-            [](const session & self, int32_t n_new, llama_seq_id seq_id) { return self.cache(seq_id).free_cells(seq_id, n_new); },
+            [](const session & self, int32_t n_new, llama_seq_id seq_id) { return self.cache(seq_id).room().make_room(seq_id, n_new); },
             py::arg("n_new"), py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.")
-        .def(
-            "take_back", [](const session & self, llama_pos p0, llama_seq_id seq_id) { self.cache(seq_id).take_back(seq_id, p0); },
-            py::arg("p0"), py::arg("seq_id") = 0,
-            "Remove the end of a prompt that is not compressed yet; what its tokens looked at stays part of the importance.")
         .def(
             "restore_logits", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).restore_logits(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Make the logits after a prompt's last token, which is the sequence's last, those of the context; False: not known.")
         .def(
-            "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_cells(seq_id); }, py::arg("seq_id") = 0,
-            "Cells the sequence holds; with layer_share not every layer holds all of them.")
+            "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv.n_cells(seq_id); },
+            py::arg("seq_id") = 0, "Cells the sequence holds; with layer_share not every layer holds all of them.")
         .def(
-            "n_held", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).n_held(seq_id); }, py::arg("seq_id") = 0,
-            "Cells that a layer holds of the sequence, on average over the layers, rounded up.")
+            "n_held", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().n_held(seq_id); },
+            py::arg("seq_id") = 0, "Cells that a layer holds of the sequence, on average over the layers, rounded up.")
         .def(
-            "frees_rows", [](const session & self) { return self.cache().frees_rows(); },
+            "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
             "Whether what single layers do without (layer_share) goes back to the operating system.")
         .def(
-            "held_rows", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).held_rows(seq_id)); },
+            "held_rows", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).parts().held_rows(seq_id)); },
             py::arg("seq_id") = 0, "Cells that each layer holds of the sequence, int32 [n_layer].")
         .def(
-            "kv_bytes", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).kv_bytes(seq_id); },
+            "kv_bytes", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv_bytes(seq_id); },
             py::arg("seq_id") = 0, "Bytes of K, V and bias that the layers hold of the sequence.")
         .def(
-            "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).sequence(seq_id).n_tokens; },
+            "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().seqs.get(seq_id).n_tokens; },
             py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
         .def(
             "stats", [](const session & self) { return stats_dict(self.cache()); },
             "Counters since the last reset; times in microseconds, sizes in bytes.")
-        .def("reset_stats", [](const session & self) { self.cache().stats = {}; })
+        .def("reset_stats", [](const session & self) { self.cache().reset_stats(); })
         .def(
             "kv_bytes_per_cell", [](const session & self) { return self.cache().cell_bytes(); },
             "Bytes of K, V and bias that one cell takes in all layers.")
         .def("cells", &read_cells, py::arg("seq_id") = 0,
              "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
         .def(
-            "mass", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).mass); },
+            "mass",
+            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).mass); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
+        .def("recent", &read_recent, py::arg("seq_id") = 0,
+             "Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
         .def(
-            "recent",
-            [](const session & self, llama_seq_id seq_id) {
-                const auto m = self.cache(seq_id).gather_recent(seq_id);
-                return py::make_tuple(to_array(m.first), to_array(m.second));
-            },
-            py::arg("seq_id") = 0,
-            "Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
-        .def(
-            "count", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).count); },
+            "count",
+            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).count); },
             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
         .def(
-            "bias", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).gather(seq_id).bias); },
+            "bias",
+            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).bias); },
             py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
-        .def("read_kv", &read_kv, py::arg("seq_id"), py::arg("layer"),
+        .def("read_kv", &read_layer, py::arg("seq_id"), py::arg("layer"),
              "K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).")
         .def(
             "last_plan", [](const session & self) { return to_dict(self.cache().last_plan()); },

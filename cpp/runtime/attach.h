@@ -4,6 +4,11 @@
 
 namespace elastic {
 
+// the cache holds cells, or some that detaching would change
+struct not_empty : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 // the elastic cache attached to a context, nullptr if none
 elastic_cache * attached(const llama_context * ctx);
 

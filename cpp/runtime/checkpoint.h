@@ -3,11 +3,9 @@
 // A sequence as it was at one position, so that what came later can be taken back exactly. Its K and V are copied only when
 // a row of them is about to change.
 
-#include "runtime/cell_store.h"
-#include "runtime/sequence_state.h"
+#include "runtime/cache_parts.h"
 
-#include "llama-kv-cells.h"
-
+#include <map>
 #include <vector>
 
 class llama_io_read_i;
@@ -20,11 +18,13 @@ struct checkpoint {
     sequence_state state;
 
     // cells in logical order [n_cells]: where they lay in their stream, and what was known of them
-    std::vector<int32_t>           rows;
-    std::vector<llama_pos>         pos;
-    std::vector<llama_kv_cell_ext> ext;
-    std::vector<cell_kind>         kinds;
-    cell_scores                    scores;
+    std::vector<int32_t>    rows;
+    std::vector<cell_place> places;
+    std::vector<cell_kind>  kinds;
+    std::vector<float>      rank_scores;
+    cell_importance         scores;
+    head_map                counts;
+    head_map                bias;
 
     std::vector<float> logits;  // after the last token [n_vocab], empty where they are not known
 
@@ -32,11 +32,51 @@ struct checkpoint {
     std::vector<std::vector<uint8_t>> k;
     std::vector<std::vector<uint8_t>> v;
 
-    bool    is_stored() const { return !k.empty(); }
-    int64_t n_bytes() const;  // of everything above
+    bool                 is_stored() const { return !k.empty(); }
+    std::vector<int32_t> rows_of_layer(int32_t il) const;  // that the layer holds
+    int64_t              n_bytes() const;                  // of everything above
 
     void              write(llama_io_write_i & io) const;
     static checkpoint read(llama_io_read_i & io, const kv_shape & shape);  // throws std::runtime_error
+};
+
+// of each sequence: in order of position, cfg.n_checkpoints at most
+class checkpoints {
+  public:
+    explicit checkpoints(cache_parts & parts) : parts(parts) {}
+
+    // the sequence as it is now. logits: after its last token, or empty
+    void take(llama_seq_id seq_id, const std::vector<float> & logits);
+    void add(llama_seq_id seq_id, checkpoint ck) { kept[seq_id].push_back(std::move(ck)); }
+
+    // before rows of the sequence change: copies K and V of those that lie in the cache
+    void before_change(llama_seq_id seq_id);
+
+    // one that can be restored; nullptr: there is none
+    const checkpoint * find(llama_seq_id seq_id, llama_pos pos_end) const;
+    const checkpoint * newest(llama_seq_id seq_id) const;
+    // the largest position <= p0 that can be restored, 0 if there is none
+    llama_pos          last_before(llama_seq_id seq_id, llama_pos p0) const;
+
+    // the sequence becomes what it was at pos_end, where find() found one
+    void restore(llama_seq_id seq_id, llama_pos pos_end);
+
+    void forget(llama_seq_id seq_id) { kept.erase(seq_id); }
+    void forget_after(llama_seq_id seq_id, llama_pos p0);
+    void clear() { kept.clear(); }
+
+    int64_t n_bytes() const;
+
+  private:
+    cache_parts &                                   parts;
+    std::map<llama_seq_id, std::vector<checkpoint>> kept;
+
+    bool                 can_restore(llama_seq_id seq_id, const checkpoint & ck) const;
+    bool                 still_same(llama_seq_id seq_id, const checkpoint & ck, size_t i) const;
+    std::vector<uint8_t> find_unchanged(llama_seq_id seq_id, const checkpoint & ck) const;
+    std::vector<int32_t> place_rows(llama_seq_id seq_id, const checkpoint & ck) const;
+    void                 put_back(llama_seq_id seq_id, checkpoint & ck, const std::vector<uint8_t> & unchanged);
+    void                 put_scores_back(llama_seq_id seq_id, const checkpoint & ck);
 };
 
 }  // namespace elastic

@@ -1,12 +1,8 @@
-// importance -> plan -> merge -> cells freed
+#include "runtime/compress.h"
 
 #include "core/merge.h"
 #include "core/parallel.h"
 #include "core/select.h"
-#include "runtime/elastic_cache.h"
-
-#include "llama-context.h"
-#include "llama-kv-cache.h"
 
 #include <algorithm>
 
@@ -34,229 +30,196 @@ static head_map of_ranks(const head_map & m, const plan & p, bool summed) {
     return res;
 }
 
-int32_t elastic_cache::compress(llama_seq_id seq_id) {
-    take_logits();
-    const int32_t n_target = target_cells(seqs[seq_id].n_tokens);
-    if (!seqs[seq_id].pending && n_held(seq_id) <= n_target) {
-        return n_cells(seq_id);  // has been, and what the answer goes by stays as it is
+int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
+    parts.kv.settle();
+
+    inputs        in     = gather(seq_id);
+    const int32_t n_keep = cells_to_keep(seq_id, what, in);
+    if (n_keep == 0) {
+        stay_as_it_is(seq_id, in);
+        return parts.kv.n_cells(seq_id);
     }
-    const int32_t n = compress_to(seq_id, n_target, true);
-    take_checkpoint(seq_id);
-    if (releases()) {
-        trim_heap();  // what planning took, megabytes
-    }
-    return n;
+
+    const int64_t t_plan = ggml_time_us();
+    load(in);
+    const kv_source   source(in.layers, in.rows);
+    const plan_params params = params_of(seq_id, what, in, n_keep);
+    plan              p      = make_plan(parts.cfg.pol, params, in.described, in.scores, &source, parts.n_threads);
+    validate(p, in.described, sink_cells(parts.cfg.pol.select, params));
+
+    const int64_t n_bytes = parts.kv_bytes(seq_id);
+    kept.before_change(seq_id);
+
+    const int64_t t_merge = ggml_time_us();
+
+    // the lowest of the sequence's own rows, so that the cells in use stay dense
+    std::vector<int32_t> dst(in.rows);
+    std::sort(dst.begin(), dst.end());
+    dst.resize(p.n_keep);
+
+    cell_state after;
+    merge(p, in, dst, after);
+    commit(seq_id, p, in, dst, after);
+
+    auto & stats = parts.stats;
+    stats.n_compressions++;
+    stats.n_cells_before = in.n_held;
+    stats.n_cells_after  = parts.n_held(seq_id);
+    stats.n_bytes_before = n_bytes;
+    stats.n_bytes_after  = parts.kv_bytes(seq_id);
+    stats.t_plan_us += t_merge - t_plan;
+    stats.t_merge_us += ggml_time_us() - t_merge;
+
+    p.weight  = {};  // as large as the scores, and of no more use
+    plan_last = std::move(p);
+
+    return parts.kv.n_cells(seq_id);
 }
 
-int32_t elastic_cache::level(llama_seq_id seq_id) {
-    const bool    pending = seqs[seq_id].pending;
-    const int32_t n       = compress_to(seq_id, n_held(seq_id), false, true);
-    seqs[seq_id].pending  = pending;  // what has come since is still to be compressed
-    return n;
+// cells that another sequence uses too stay as they are, where they are
+compressor::inputs compressor::gather(llama_seq_id seq_id) const {
+    inputs in;
+    in.strm      = parts.kv.stream(seq_id);
+    in.rows      = parts.kv.own_rows(seq_id);
+    in.held      = parts.bias.held(in.strm, in.rows);
+    in.n_held    = parts.n_held(seq_id);
+    in.n_shared  = in.n_held - average(in.held);
+    in.described = describe(seq_id, in);
+    return in;
 }
 
-int32_t elastic_cache::free_cells(llama_seq_id seq_id, int32_t n_new) {
-    const auto lacks = [&] {
-        return (int32_t) kv.get_cells(seq_id).get_used() + n_new > shape.kv_size;
-    };
-    if (lacks() && is_waiting(seq_id)) {
-        compress(seq_id);
-    }
-    if (lacks() && !sequence(seq_id).pending && cfg.pol.generate == generate_rule::merge) {
-        merge_overdraft_cells(seq_id, 0);
-    }
-    if (lacks() && n_cells(seq_id) > n_held(seq_id)) {
-        level(seq_id);
-    }
-    return n_cells(seq_id);
+void compressor::load(inputs & in) const {
+    in.layers = parts.kv.layers(in.strm);
+    in.state  = parts.gather(in.strm, in.rows);
+
+    cell_importance scores = parts.scores.gather(in.strm, in.rows);
+    in.scores.sum          = in.state.mass;
+    in.scores.recent       = parts.cfg.pol.n_window() > 0 ? scores.windowed : scores.decayed;
+    in.decayed             = std::move(scores.decayed);
 }
 
-// an answer is compressed with all that came before it
-void elastic_cache::merge_overdraft_cells(llama_seq_id seq_id, int32_t n_new) {
-    int32_t n_target = target_cells(seqs[seq_id].n_tokens + n_new);
-    if (cfg.max_cells > 0) {
-        n_target = std::min(n_target, std::max(cfg.n_sink + 2, cfg.max_cells - cfg.n_overdraft()));
-    }
-    const bool pending = seqs[seq_id].pending;
-    compress_to(seq_id, n_target, false);
-    seqs[seq_id].pending = pending;
-    note_change(seq_id, kv.seq_pos_max(seq_id) + n_new, true);
-}
+// what a plan may know of the cells
+cells compressor::describe(llama_seq_id seq_id, const inputs & in) const {
+    const auto    st = parts.seqs.get(seq_id);
+    const int32_t n  = (int32_t) in.rows.size();
 
-// what a plan may know of cells of a sequence, in logical order
-elastic::cells elastic_cache::describe(llama_seq_id seq_id, const std::vector<int32_t> & rows) const {
-    const uint32_t strm  = kv.get_stream(seq_id);
-    const auto &   cells = kv.get_cells(seq_id);
-    const auto     st    = sequence(seq_id);
-
-    elastic::cells c;
-    llama_pos      last = rows.empty() ? 0 : cells.pos_get(rows.front()) - 1;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        const cell_kind kind    = store->kind(strm, rows[i]);
-        const llama_pos pos     = cells.pos_get(rows[i]);
-        const bool      is_said = kind == cell_kind::generated && i + text_recent < rows.size();
+    cells     c;
+    llama_pos last = n == 0 ? 0 : parts.kv.pos(in.strm, in.rows.front()) - 1;
+    for (int32_t i = 0; i < n; ++i) {
+        const cell_kind kind    = parts.table.kind(in.strm, in.rows[i]);
+        const llama_pos pos     = parts.kv.pos(in.strm, in.rows[i]);
+        const bool      is_said = kind == cell_kind::generated && i + text_recent < n;
         c.kind.push_back(kind);
         c.pinned.push_back(0);
         c.old.push_back(kind != cell_kind::image && (pos < st.pos_turn || is_said));
         c.tokens.push_back(std::max(1, pos - last));
         last = pos;
     }
-    const auto held = held_rows(strm, rows);
-    if (std::any_of(held.begin(), held.end(), [&](int32_t n) { return n < (int32_t) rows.size(); })) {
-        for (int32_t il = 0; il < shape.n_layer; ++il) {
-            for (const int32_t row : rows) {
-                c.absent.push_back(store->is_absent(strm, row, il));
+    if (std::any_of(in.held.begin(), in.held.end(), [&](int32_t held) { return held < n; })) {
+        for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
+            for (const int32_t row : in.rows) {
+                c.absent.push_back(parts.bias.is_masked(in.strm, row, il));
             }
         }
     }
     return c;
 }
 
-// n_target: cells that the sequence may hold, shared ones included, on average over the layers
-int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool answer_next, bool level) {
-    // pending shifts and stream copies still have to reach the rows
-    ctx.memory_update(false);
-
-    auto & st = seqs[seq_id];
-
-    const uint32_t strm = kv.get_stream(seq_id);
-
-    // cells that another sequence uses too stay as they are, where they are
-    const std::vector<int32_t> rows = own_cells(seq_id);
-
-    const elastic::cells c        = describe(seq_id, rows);
-    const int32_t        n_all    = n_cells(seq_id);
-    const auto           held     = held_rows(strm, rows);
-    const int32_t        n_rows   = n_held(seq_id);
-    const int32_t        n_own    = average(held);
-    const int32_t        n_shared = n_rows - n_own;
-    const bool           even     = level || cfg.max_cells > 0;  // places are short
+// of the sequence's own; 0: all, nothing has to leave
+int32_t compressor::cells_to_keep(llama_seq_id seq_id, const compression & what, const inputs & in) const {
+    const auto &  cfg   = parts.cfg;
+    const int32_t n_own = average(in.held);
+    const bool    even  = what.equalize || cfg.max_cells > 0;  // places are short
 
     // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
-    const int32_t n_floor = n_shared ? std::max(1, std::min(n_generated(seq_id), per_head_recent)) : cfg.n_sink + 1;
-    const int32_t n_least = std::min(n_own, n_floor);
-    int32_t       n_keep  = std::max(n_least, n_target - n_shared);
-
-    if (!active() || n_keep >= (even ? (int32_t) rows.size() : n_own)) {
-        st.pending        = false;
-        st.n_prompt_cells = n_all;
-        store->rate_image_cells(strm, rows);
-        if (store->has_scores()) {
-            note_change(seq_id, kv.seq_pos_max(seq_id), false);
-        }
-        return n_all;
+    const int32_t n_answer = std::max(1, std::min(parts.n_generated(seq_id), per_head_recent));
+    const int32_t n_least  = std::min(n_own, in.n_shared > 0 ? n_answer : cfg.n_sink + 1);
+    const int32_t n_keep   = std::max(n_least, what.n_target - in.n_shared);
+    if (!parts.active || n_keep >= (even ? (int32_t) in.rows.size() : n_own)) {
+        return 0;
     }
-
-    if (answer_next) {
-        n_keep = std::max(n_least, n_keep - cells_for_answer(cfg.pol, c, n_keep));
-    }
-
-    ctx.synchronize();
-
-    const int64_t t_plan = ggml_time_us();
-
-    std::vector<kv_layer_access> layers;
-    for (int32_t il = 0; il < shape.n_layer; ++il) {
-        layers.emplace_back(kv, shape, il, strm);
-        layers.back().load_k();
-        layers.back().load_v();
-    }
-
-    const cell_state before = store->gather(strm, rows);
-    const kv_source  source(layers, rows);
-    plan_params      params = { n_keep, n_shared ? 0 : cfg.n_sink, {}, n_keep };
-    if (!even && !cfg.layer_share.empty()) {
-        // the next turn needs places, too
-        const int32_t n_places = shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used() + (int32_t) rows.size();
-        params.layer_share     = cfg.layer_share;
-        params.n_rank_max      = std::max(n_keep, n_places * 3 / 4);
-    }
-
-    const int64_t n_bytes = kv_bytes(seq_id);
-
-    const head_map fading = store->gather_fading(strm, rows);
-    const head_map window = store->gather_window(strm, rows);
-
-    const importance_map importance = { before.mass, cfg.pol.n_window() > 0 ? window : fading };
-
-    plan p = make_plan(cfg.pol, params, c, importance, &source, n_threads());
-    validate(p, c, sink_cells(cfg.pol.select, params));
-
-    store_checkpoints(seq_id);
-
-    const int64_t t_merge = ggml_time_us();
-
-    // the lowest of the sequence's own cells, so that the cells in use stay dense
-    std::vector<int32_t> dst(rows);
-    std::sort(dst.begin(), dst.end());
-    dst.resize(p.n_keep);
-
-    cell_state after = {
-        head_map(shape.n_layer, shape.n_head_kv, p.n_keep),
-        head_map(shape.n_layer, shape.n_head_kv, p.n_keep, 1.0f),
-        head_map(shape.n_layer, shape.n_head_kv, p.n_keep),
-    };
-    parallel_for(shape.n_layer, n_threads(),
-                 [&](int32_t il) { merge_layer(p, cfg.pol.combine, il, layers[il].k, layers[il].v, rows, dst, before, after); });
-    for (auto & layer : layers) {
-        layer.store();
-    }
-
-    commit(seq_id, p, rows, dst);
-    store->scatter(strm, dst, after);
-    store->set_totals(strm, dst, p.rank_score);
-    store->scatter_fading(strm, dst, of_ranks(fading, p, cfg.pol.combine == combine_rule::mass));
-
-    shrink_v();
-    release_rows(strm, n_used(strm));
-    release_absent(strm, dst);
-
-    const int64_t t_end = ggml_time_us();
-
-    st.pending = false;
-    note_change(seq_id, kv.seq_pos_max(seq_id), true);
-    st.n_prompt_cells = n_cells(seq_id);
-
-    stats.n_compressions++;
-    stats.n_cells_before = n_rows;
-    stats.n_cells_after  = n_held(seq_id);
-    stats.n_bytes_before = n_bytes;
-    stats.n_bytes_after  = kv_bytes(seq_id);
-    stats.t_plan_us += t_merge - t_plan;
-    stats.t_merge_us += t_end - t_merge;
-
-    p.weight  = {};  // as large as the scores, and of no more use
-    plan_last = std::move(p);
-
-    return st.n_prompt_cells;
+    return what.answer_next ? std::max(n_least, n_keep - cells_for_answer(cfg.pol, in.described, n_keep)) : n_keep;
 }
 
-// the metadata of the cells: rank j now lives in dst[j], at the position plan.h gives it
-void elastic_cache::commit(llama_seq_id seq_id, const plan & p, const std::vector<int32_t> & src, const std::vector<int32_t> & dst) {
-    const uint32_t strm  = kv.get_stream(seq_id);
-    auto &         cells = kv.get_cells_mut(strm);
-
-    struct meta {
-        llama_pos         pos;
-        llama_kv_cell_ext ext;
-        cell_kind         kind;
-    };
-    std::vector<meta> metas;
-    for (const int32_t i : rank_positions(p)) {
-        metas.push_back({ cells.pos_get(src[i]), cells.ext_get(src[i]), store->kind(strm, src[i]) });
+plan_params compressor::params_of(llama_seq_id seq_id, const compression & what, const inputs & in, int32_t n_keep) const {
+    const auto & cfg = parts.cfg;
+    plan_params  res = { n_keep, in.n_shared > 0 ? 0 : cfg.n_sink, {}, n_keep };
+    if (!what.equalize && cfg.max_cells == 0 && !cfg.layer_share.empty()) {
+        // the next turn needs places, too
+        const int32_t n_places = parts.kv.n_free(seq_id) + (int32_t) in.rows.size();
+        res.layer_share        = cfg.layer_share;
+        res.n_rank_max         = std::max(n_keep, n_places * 3 / 4);
     }
+    return res;
+}
 
-    for (const int32_t cell : src) {
-        cells.rm(cell);
-        store->reset_cell(strm, cell, cell_kind::text);
+void compressor::stay_as_it_is(llama_seq_id seq_id, const inputs & in) {
+    auto & st         = parts.seqs.at(seq_id);
+    st.pending        = false;
+    st.n_prompt_cells = parts.kv.n_cells(seq_id);
+
+    // image cells may leave by their importance
+    std::vector<int32_t> image;
+    for (const int32_t row : in.rows) {
+        if (parts.table.kind(in.strm, row) == cell_kind::image) {
+            image.push_back(row);
+        }
+    }
+    parts.table.set_rank_scores(in.strm, image, parts.scores.total(in.strm, image));
+    if (parts.scores.has_any()) {
+        parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id), false);
+    }
+}
+
+// K and V, rank j into row dst[j]
+void compressor::merge(const plan & p, inputs & in, const std::vector<int32_t> & dst, cell_state & after) const {
+    after = {
+        head_map(p.n_layer, p.n_head_kv, p.n_keep),
+        head_map(p.n_layer, p.n_head_kv, p.n_keep, 1.0f),
+        head_map(p.n_layer, p.n_head_kv, p.n_keep),
+    };
+    parallel_for(p.n_layer, parts.n_threads, [&](int32_t il) {
+        merge_layer(p, parts.cfg.pol.combine, il, in.layers[il].k, in.layers[il].v, in.rows, dst, in.state, after);
+    });
+    for (auto & layer : in.layers) {
+        layer.store();
+    }
+}
+
+// everything else: rank j lives in row dst[j] now, at the position that plan.h gives it
+void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, const std::vector<int32_t> & dst,
+                        const cell_state & after) {
+    struct cell {
+        cell_place place;
+        cell_kind  kind;
+    };
+    std::vector<cell> ranks;
+    for (const int32_t i : rank_positions(p)) {
+        ranks.push_back({ parts.kv.place(in.strm, in.rows[i]), parts.table.kind(in.strm, in.rows[i]) });
+    }
+    for (const int32_t row : in.rows) {
+        parts.kv.free_row(in.strm, row);
+        parts.reset_cell(in.strm, row, cell_kind::text);
     }
     for (size_t j = 0; j < dst.size(); ++j) {
-        cells.pos_set(dst[j], metas[j].pos);
-        cells.ext_set(dst[j], metas[j].ext);
-        cells.seq_add(dst[j], seq_id);
-        store->set_kind(strm, dst[j], metas[j].kind);
+        parts.kv.put(in.strm, dst[j], ranks[j].place, seq_id);
+        parts.table.set_kind(in.strm, dst[j], ranks[j].kind);
     }
-    kv.set_head(strm, 0);
+    parts.kv.search_from(in.strm, 0);
+
+    cell_importance scores;
+    scores.sum     = after.mass;
+    scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.combine == combine_rule::mass);
+    parts.scores.scatter(in.strm, dst, scores);
+    parts.table.set_counts(in.strm, dst, after.count);
+    parts.table.set_rank_scores(in.strm, dst, p.rank_score);
+    parts.bias.scatter(in.strm, dst, after.bias);
+    parts.memory.freed(in.strm, dst);
+
+    auto & st  = parts.seqs.at(seq_id);
+    st.pending = false;
+    parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id), true);
+    st.n_prompt_cells = parts.kv.n_cells(seq_id);
 }
 
 }  // namespace elastic

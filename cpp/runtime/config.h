@@ -4,6 +4,7 @@
 
 #include "core/budget.h"
 #include "core/policy.h"
+#include "runtime/elastic.h"
 
 #include <vector>
 
@@ -17,8 +18,6 @@ struct config {
     int32_t min_cells     = 64;
     int32_t n_threads     = 0;
     int32_t max_cells     = 0;
-    int32_t delay         = 0;
-    int32_t lookahead     = -1;
     int32_t overdraft     = -1;
     int32_t n_checkpoints = 2;
     bool    record        = false;
@@ -35,5 +34,8 @@ struct config {
     float   decay() const { return record ? text_decay : pol.decay(); }
     bool    has_sum() const { return record || pol.needs_importance(); }
 };
+
+config make_config(const elastic_params & params);         // throws elastic::error
+void   check_layers(const config & cfg, int32_t n_layer);  // throws elastic::error if it has shares for another number of them
 
 }  // namespace elastic

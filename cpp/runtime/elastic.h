@@ -21,10 +21,6 @@ struct elastic_params {
     int32_t      min_cells;  // a sequence with fewer cells is left alone
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
-    int32_t delay;  // tokens of an answer that come before its prompt is compressed: they see all cells, and what they attend to is part
-                    // of the importance. A shorter answer's prompt is compressed when the next one begins. max_cells comes first
-    int32_t lookahead;  // tokens of an answer that elastic_look_ahead tries; -1: what the policy is made for, and one for 24 cells that
-                        // leave at most
     int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
                         // they are a part of those; -1: what the policy is made for
     int32_t n_checkpoints;      // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
@@ -50,13 +46,11 @@ struct elastic_stats {
     int64_t t_plan_us;
     int64_t t_merge_us;
     int64_t n_bytes_checkpoints;  // that checkpoints take now
-    int64_t n_tried;              // steps of elastic_look_ahead
-    int64_t t_look_us;            // and their time
 };
 
 LLAMA_API struct elastic_params elastic_default_params(void);
 
-// Whether the K and V buffers of contexts made from now on are left untouched until they are used (Linux, CPU), so
+// Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used (Linux, CPU), so
 // that a long context takes no memory before. Off at the start: llama.cpp writes zeros to all of them.
 LLAMA_API void elastic_lazy_buffers(bool value);
 
@@ -71,20 +65,35 @@ LLAMA_API int32_t elastic_detach(struct llama_context * ctx);
 
 LLAMA_API bool elastic_is_attached(const struct llama_context * ctx);
 
-// While held, one-token batches belong to the prompt too: nothing is evicted, and compressed only for max_cells, or where one
-// before it still waits (delay). For callers that feed a prompt in pieces of which some are a single token with logits.
-LLAMA_API void elastic_hold(struct llama_context * ctx, bool hold);
+// While set, batches of one token are part of a prompt: nothing is evicted, and compressed only for max_cells. For callers that feed
+// a prompt in pieces of which some are a single token with logits.
+LLAMA_API void elastic_set_prefill(struct llama_context * ctx, bool value);
 
 // Compresses the prompt of a sequence now instead of at its first generated token.
 //   returns the cells it takes after (elastic_n_cells), or a negative code as above
 LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_id);
 
-// To be called when the first token of an answer is known and not yet decoded: tries the answer for a few tokens, the likeliest ones,
-// with all cells, and takes them back. What they attend to becomes part of the importance by which the prompt is then compressed.
-// Nothing is tried where the sequence holds image cells, where no cell (or, see lookahead, few) has to leave, or with a delay.
-//   seq_ids, tokens [n]: sequences, none twice, and the first token of each one's answer
-//   returns the decode steps it took, or a negative code as above. The logits of the context are other ones then
-LLAMA_API int32_t elastic_look_ahead(struct llama_context * ctx, const llama_seq_id * seq_ids, const llama_token * tokens, int32_t n);
+// Gives all layers of a sequence as many cells, on average as many as before; with layer_share it takes fewer places then.
+//   returns the cells it takes after, or a negative code as above
+LLAMA_API int32_t elastic_equalize_layers(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Where n_new more tokens find no free cells: compresses what an answer holds beyond the budget, and equalizes the layers, as far as
+// needed. llama_decode does so itself before it places a batch.
+//   returns the cells the sequence takes after, or a negative code as above
+LLAMA_API int32_t elastic_make_room(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_new);
+
+// A probe: what is decoded between the two is taken back, as if it had never been decoded, but what its tokens attended to stays part
+// of the importance. Between a prompt and its answer, a few likely tokens of the answer say what it is going to look at:
+//
+//   elastic_begin_probe(ctx);
+//   for (int i = 0; i < 16; ++i) { llama_decode(ctx, batch_of(token)); token = most_likely(ctx); }
+//   elastic_end_probe(ctx);
+//
+// elastic_n_to_leave: cells of the sequence's own that the compression of its prompt is going to take away, 0 if it has been
+//   elastic_begin_probe returns 0, or -1: none is attached, or a probe is running
+LLAMA_API int32_t elastic_begin_probe(struct llama_context * ctx);
+LLAMA_API void    elastic_end_probe(struct llama_context * ctx);
+LLAMA_API int32_t elastic_n_to_leave(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells that a layer holds on
 // average over the layers, rounded up. Tokens it has seen (decoded since it was last empty)

@@ -14,6 +14,8 @@
 #include <unistd.h>
 #endif
 
+thread_local void (*llama_elastic_new_buffer)(ggml_backend_buffer_t buffer, uint8_t value) = ggml_backend_buffer_clear;
+
 namespace elastic {
 
 #ifdef __linux__

@@ -1,31 +1,25 @@
-// Attention and its sums as one op of the graph (core/attention.h), where K and V lie in host memory.
+#include "runtime/attention_op.h"
 
 #include "core/attention.h"
-#include "runtime/elastic_cache.h"
-
-#include "llama-kv-cache.h"
 
 #include <algorithm>
 
 namespace elastic {
 
 // K or V of one stream in a view that is permuted as for ggml_flash_attn_ext
-static kv_rows rows_of(const ggml_tensor * t, int64_t strm, bool transposed) {
+static kv_rows rows_of(const ggml_tensor * t, int64_t strm) {
     kv_rows res;
     res.type        = t->type;
     res.data        = (uint8_t *) t->data + strm * t->nb[3];
     res.n_head_kv   = (int32_t) t->ne[2];
-    res.n_embd_head = (int32_t) (transposed ? t->ne[1] : t->ne[0]);
-    res.n_rows      = transposed ? (int64_t) (t->nb[1] / ggml_type_size(t->type)) : t->ne[1];
+    res.n_embd_head = (int32_t) t->ne[0];
+    res.n_rows      = t->ne[1];
     res.row_bytes   = (int64_t) t->nb[1];
-    res.transposed  = transposed;
     return res;
 }
 
 // sources: q, k, v, mask, weights, bias if there is one. Threads share the heads of all streams
 static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & scales = *(const attention_scales *) userdata;
-
     const ggml_tensor * q       = dst->src[0];
     const ggml_tensor * k       = dst->src[1];
     const ggml_tensor * v       = dst->src[2];
@@ -39,10 +33,9 @@ static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
     a.n_head        = (int32_t) q->ne[2];
     a.q_stride      = (int64_t) (q->nb[1] / sizeof(float));
     a.q_stride_head = (int64_t) (q->nb[2] / sizeof(float));
-    a.scale         = scales.logits;
+    a.scale         = *(const float *) userdata;
     a.mask_type     = mask->type;
     a.mask_stride   = (int64_t) (mask->nb[1] / ggml_type_size(mask->type));
-    a.bias_scale    = scales.bias;
     a.n_sums        = (int32_t) weights->ne[0];
 
     const int64_t n_stream = q->ne[3];
@@ -54,8 +47,8 @@ static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t last  = n_units * (ith + 1) / nth;
     for (int64_t s = first / a.n_head; s * a.n_head < last; ++s) {
         a.q       = (const float *) ((const char *) q->data + s * q->nb[3]);
-        a.k       = rows_of(k, s, false);
-        a.v       = rows_of(v, s, scales.v_trans);
+        a.k       = rows_of(k, s);
+        a.v       = rows_of(v, s);
         a.mask    = (const char *) mask->data + s * mask->nb[3];
         a.weights = (const float *) ((const char *) weights->data + s * weights->nb[3]);
         if (bias) {
@@ -69,20 +62,12 @@ static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-ggml_tensor * elastic_cache::build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
-                                        ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const {
-    if (!on_host) {
-        return nullptr;
-    }
-    const bool    v_trans = kv.get_v_trans();
-    const int64_t d_v     = v_trans ? v->ne[1] : v->ne[0];
-    const int64_t n       = q->ne[3] * q->ne[2] * (q->ne[1] * d_v + sum_weights->ne[0] * k->ne[1]);
-
-    // nodes of a map stay where they are, as long as graphs may live
-    auto & scales = attn_scales.try_emplace(kq_scale, attention_scales{ kq_scale, store->bias_scale(), v_trans }).first->second;
+ggml_tensor * attention_op(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
+                           ggml_tensor * sum_weights, ggml_tensor * bias, const float * kq_scale) {
+    const int64_t n = q->ne[3] * q->ne[2] * (q->ne[1] * v->ne[0] + sum_weights->ne[0] * k->ne[1]);
 
     ggml_tensor * args[] = { q, k, v, kq_mask, sum_weights, bias };
-    return ggml_custom_4d(ctx0, GGML_TYPE_F32, n, 1, 1, 1, args, bias ? 6 : 5, compute, GGML_N_TASKS_MAX, &scales);
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, n, 1, 1, 1, args, bias ? 6 : 5, compute, GGML_N_TASKS_MAX, const_cast<float *>(kq_scale));
 }
 
 }  // namespace elastic

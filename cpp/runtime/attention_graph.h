@@ -1,0 +1,70 @@
+#pragma once
+
+// What an elastic cache adds to the graph of a layer's attention: the column sums that the importance is made of, and the bias of
+// merged cells. And what comes of the sums when the graph has been computed.
+
+#include "runtime/cache_parts.h"
+#include "runtime/prompt_logits.h"
+
+#include "llama-graph.h"
+
+#include <memory>
+#include <set>
+
+class llama_kv_cache_context;
+
+namespace elastic {
+
+class graph_sums;
+
+class attention_graph {
+  public:
+    attention_graph(cache_parts & parts, const prompt_logits & logits);
+
+    // the attention of one layer as llm_graph_context::build_attn_mha gives it; nullptr: the cache has nothing to add
+    ggml_tensor * build(const llm_graph_context & graph, const llama_kv_cache_context & mctx, ggml_tensor * q, ggml_tensor * k,
+                        ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il);
+
+    // adds the sums of a graph that was computed for the ubatch to the importance
+    void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const placed_cells & placed);
+
+    // sums of each ubatch: over all queries, decaying, and single queries of the window
+    uint32_t n_sums(const llama_ubatch & ubatch) const;
+    bool     wants_sums(const llama_ubatch & ubatch) const;
+    bool     has_bias() const { return parts.bias.any(); }
+    // dst f32 [n_sums, n_tokens / n_stream, n_head, n_stream]: the weight of each query in each sum
+    void     set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const;
+
+  private:
+    cache_parts &         parts;
+    const prompt_logits & logits;
+    const bool            on_host;      // all of K and V
+    const bool            masks_heads;  // the fused op takes a mask per head
+
+    std::set<float> scales;  // of logits: nodes stay where they are, as long as graphs may live
+
+    // of each graph that exists; graphs may outlive this object
+    using registry                   = std::map<const llm_graph_result *, graph_sums *>;
+    std::shared_ptr<registry> graphs = std::make_shared<registry>();
+
+    friend class graph_sums;
+
+    struct attention_inputs;
+
+    graph_sums &  sums_of(const llm_graph_context & graph);
+    ggml_tensor * weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q) const;
+    ggml_tensor * build_with_op(const attention_inputs & in, graph_sums & sums);
+    ggml_tensor * build_fused(const attention_inputs & in, graph_sums & sums) const;
+    ggml_tensor * build_plain(const attention_inputs & in, graph_sums & sums) const;
+
+    bool is_scored(const llama_ubatch & ubatch, int64_t i) const { return parts.seqs.is_scored(ubatch.seq_id[i][0]); }
+    bool any_scored(const llama_ubatch & ubatch) const;
+    bool decays(const llama_ubatch & ubatch) const;
+
+    std::vector<float>   decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const;
+    std::vector<int32_t> begin_queries(const llama_ubatch & ubatch, const placed_cells & placed);
+    void                 add_layer(int32_t il, const ggml_tensor * sums, const llama_ubatch & ubatch, const placed_cells & placed,
+                                   const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries);
+};
+
+}  // namespace elastic

@@ -1,0 +1,172 @@
+// The C interface (elastic.h): no exception leaves it.
+
+#include "runtime/attach.h"
+#include "runtime/pages.h"
+
+#include <functional>
+
+namespace elastic {
+
+static thread_local std::string last_error;
+
+static int32_t guarded(const std::function<int32_t()> & fn) {
+    last_error.clear();
+    try {
+        return fn();
+    } catch (const error & e) {
+        last_error = e.what();
+        return -1;
+    } catch (const unsupported & e) {
+        last_error = e.what();
+        return -2;
+    } catch (const not_empty & e) {
+        last_error = e.what();
+        return -3;
+    } catch (const std::exception & e) {
+        last_error = e.what();
+        return -4;
+    }
+}
+
+static elastic_cache & need(const llama_context * ctx) {
+    auto * cache = attached(ctx);
+    if (!cache) {
+        throw error("[elastic] no elastic cache is attached to this context; call elastic_attach first");
+    }
+    return *cache;
+}
+
+static elastic_cache & need(const llama_context * ctx, llama_seq_id seq_id) {
+    auto & cache = need(ctx);
+    cache.parts().check_seq_id(seq_id);
+    return cache;
+}
+
+}  // namespace elastic
+
+using namespace elastic;
+
+elastic_params elastic_default_params(void) {
+    return {
+        /*.policy    =*/"elastic",
+        /*.budget    =*/0.2,
+        /*.n_sink    =*/1,
+        /*.offset    =*/25,
+        /*.min_cells =*/64,
+        /*.n_threads =*/0,
+        /*.max_cells =*/0,
+        /*.overdraft =*/-1,
+        /*.n_checkpoints  =*/2,
+        /*.layer_share    =*/nullptr,
+        /*.n_layer_share  =*/0,
+        /*.record    =*/false,
+        /*.release_memory =*/true,
+    };
+}
+
+void elastic_lazy_buffers(bool value) {
+    set_lazy_buffers(value);
+}
+
+int32_t elastic_attach(llama_context * ctx, const elastic_params * params) {
+    return guarded([&] {
+        if (!ctx || !params) {
+            throw error("[elastic_attach] ctx and params must not be NULL");
+        }
+        attach(*ctx, *params);
+        return 0;
+    });
+}
+
+int32_t elastic_detach(llama_context * ctx) {
+    return guarded([&] {
+        if (ctx) {
+            detach(*ctx);
+        }
+        return 0;
+    });
+}
+
+bool elastic_is_attached(const llama_context * ctx) {
+    return attached(ctx) != nullptr;
+}
+
+void elastic_set_prefill(llama_context * ctx, bool value) {
+    if (auto * cache = attached(ctx)) {
+        cache->set_prefill(value);
+    }
+}
+
+int32_t elastic_compress(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).room().compress(seq_id); });
+}
+
+int32_t elastic_equalize_layers(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).room().equalize_layers(seq_id); });
+}
+
+int32_t elastic_make_room(llama_context * ctx, llama_seq_id seq_id, int32_t n_new) {
+    return guarded([&] { return need(ctx, seq_id).room().make_room(seq_id, n_new); });
+}
+
+int32_t elastic_begin_probe(llama_context * ctx) {
+    return guarded([&] {
+        need(ctx).begin_probe();
+        return 0;
+    });
+}
+
+void elastic_end_probe(llama_context * ctx) {
+    if (auto * cache = attached(ctx)) {
+        cache->end_probe();
+    }
+}
+
+int32_t elastic_n_to_leave(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).room().n_to_leave(seq_id); });
+}
+
+int32_t elastic_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).parts().kv.n_cells(seq_id); });
+}
+
+int32_t elastic_n_held(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).parts().n_held(seq_id); });
+}
+
+int64_t elastic_n_tokens(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * cache = attached(ctx);
+    return cache ? cache->parts().seqs.get(seq_id).n_tokens : 0;
+}
+
+llama_pos elastic_can_cut(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
+    const auto * cache = attached(ctx);
+    return cache ? cache->can_cut(seq_id, p0) : p0;
+}
+
+int32_t elastic_restore_logits(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] {
+        if (!need(ctx).restore_logits(seq_id)) {
+            throw error("[elastic_restore_logits] the last token of the sequence is not the last one of a prompt whose logits are kept");
+        }
+        return 0;
+    });
+}
+
+elastic_stats elastic_get_stats(const llama_context * ctx) {
+    const auto * cache = attached(ctx);
+    if (!cache) {
+        return {};
+    }
+    return cache->stats();
+}
+
+void elastic_reset_stats(llama_context * ctx) {
+    if (auto * cache = attached(ctx)) {
+        cache->reset_stats();
+    }
+}
+
+const char * elastic_last_error(void) {
+    return last_error.c_str();
+}

@@ -1,0 +1,87 @@
+#include "runtime/cache_parts.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace elastic {
+
+static bool keeps_all(const config & cfg) {
+    return cfg.pol.select == select_rule::all || (cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0 && cfg.max_cells == 0);
+}
+
+static importance_needs needs_of(const config & cfg) {
+    return { cfg.has_sum(), cfg.decay(), cfg.n_window() };
+}
+
+static int32_t interval_of(const policy & pol) {
+    return pol.scores_generation() ? pol.generation_interval() : 0;
+}
+
+cache_parts::cache_parts(llama_context & ctx, const config & cfg, int32_t n_threads, int32_t n_ubatch)
+    : cfg(cfg), active(cfg.record || !keeps_all(cfg)), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
+      kv(ctx), seqs(interval_of(cfg.pol)), scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
+      bias(kv, cfg.pol.needs_bias()),
+      table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.combine == combine_rule::nearest_mean),
+      memory(kv, bias, cfg.release_memory && active) {}
+
+void cache_parts::check_seq_id(llama_seq_id seq_id) const {
+    const int32_t n = kv.n_seq_max();
+    if (seq_id < 0 || seq_id >= n) {
+        throw error("[elastic] seq_id: got " + std::to_string(seq_id) + ", expected 0 <= seq_id < " + std::to_string(n));
+    }
+}
+
+int32_t cache_parts::target_cells(int64_t n_tokens) const {
+    const int32_t n = std::max(cfg.min_cells, cfg.keep.cells_for(n_tokens));
+    return cfg.max_cells > 0 ? std::min(n, cfg.max_cells) : n;
+}
+
+int32_t average(const std::vector<int32_t> & of_layers) {
+    const int64_t total = std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0);
+    return (int32_t) ((total + (int64_t) of_layers.size() - 1) / (int64_t) of_layers.size());
+}
+
+std::vector<int32_t> cache_parts::held_rows(llama_seq_id seq_id) const {
+    return bias.any_masked() ? bias.held(kv.stream(seq_id), kv.rows(seq_id)) : std::vector<int32_t>(kv.shape.n_layer, kv.n_cells(seq_id));
+}
+
+int32_t cache_parts::n_held(llama_seq_id seq_id) const {
+    return average(held_rows(seq_id));
+}
+
+int64_t cache_parts::kv_bytes(llama_seq_id seq_id) const {
+    int64_t n_total = (int64_t) kv.n_cells(seq_id) * kv.shape.n_layer;
+    if (memory.frees_layers()) {
+        const auto held = held_rows(seq_id);
+        n_total         = std::accumulate(held.begin(), held.end(), (int64_t) 0);
+    }
+    return n_total * kv.shape.cell_bytes / kv.shape.n_layer + kv.n_cells(seq_id) * bias.bytes_per_cell();
+}
+
+int32_t cache_parts::n_generated(llama_seq_id seq_id) const {
+    return kv.n_cells(seq_id, seqs.get(seq_id).pos_prompt + 1, INT32_MAX);
+}
+
+void cache_parts::reset_cell(uint32_t strm, int32_t row, cell_kind kind) {
+    scores.reset_cell(strm, row);
+    bias.reset_cell(strm, row);
+    table.reset_cell(strm, row, kind);
+}
+
+void cache_parts::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
+    scores.move_head(strm, src, dst, il, ih);
+    bias.move_head(strm, src, dst, il, ih);
+    table.move_head(strm, src, dst, il, ih);
+}
+
+void cache_parts::mask(uint32_t strm, int32_t row, int32_t il) {
+    scores.reset_cell(strm, row, il);
+    table.reset_counts(strm, row, il);
+    bias.mask(strm, row, il);
+}
+
+cell_state cache_parts::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
+    return { scores.gather(strm, rows).sum, table.counts(strm, rows), bias.gather(strm, rows) };
+}
+
+}  // namespace elastic

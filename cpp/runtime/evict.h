@@ -1,0 +1,35 @@
+#pragma once
+
+// While generating: one cell of a sequence leaves for a new token, the same one in all heads, or one of each head's own.
+
+#include "runtime/cache_parts.h"
+
+namespace elastic {
+
+class evictor {
+  public:
+    explicit evictor(cache_parts & parts) : parts(parts) {}
+
+    // at most one; K and V of a row may move
+    void evict_one(llama_seq_id seq_id);
+
+  private:
+    cache_parts & parts;
+
+    // the cells among which one leaves
+    struct choice {
+        uint32_t             strm;
+        std::vector<int32_t> rows;  // of the sequence, in logical order
+        cells                described;
+        std::vector<float>   rank_score;  // [rows]
+    };
+
+    void free_row(llama_seq_id seq_id, uint32_t strm, int32_t row);
+    void evict_per_head(llama_seq_id seq_id, const choice & from);
+    void evict_in_layer(uint32_t strm, int32_t il, int32_t freed, const std::vector<int32_t> & candidates, int64_t n_queries);
+    void mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates);
+    void move_row(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to);
+    bool held_by_all(uint32_t strm, int32_t row) const;
+};
+
+}  // namespace elastic

@@ -1,0 +1,365 @@
+#include "runtime/kv_view.h"
+
+#include "core/rows.h"
+
+#include "ggml-backend.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace elastic {
+
+int32_t kv_shape::index_of(int32_t il_model) const {
+    const auto it = std::find(layer_ids.begin(), layer_ids.end(), il_model);
+    return it == layer_ids.end() ? -1 : (int32_t) (it - layer_ids.begin());
+}
+
+//
+// which cache
+//
+
+static llama_kv_cache & find_kv_cache(llama_context & ctx) {
+    const auto & model   = ctx.get_model();
+    const auto & hparams = model.hparams;
+
+    auto * kv = dynamic_cast<llama_kv_cache *>(ctx.get_memory());
+    if (!kv) {
+        throw unsupported("[elastic_attach] this model's memory is not a plain KV cache (sliding window, recurrent or "
+                          "hybrid models are not supported); run it with the elastic cache off");
+    }
+
+    const auto refuse = [](const std::string & what) {
+        throw unsupported("[elastic_attach] models with " + what + " are not supported; run this one with the elastic cache off");
+    };
+    if (hparams.n_pos_per_embd() > 1) {
+        refuse("M-RoPE positions");
+    }
+    if (!hparams.causal_attn) {
+        refuse("attention that is not causal (embedding models)");
+    }
+    if (llama_model_has_encoder(&model)) {
+        refuse("an encoder");
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
+        refuse("ALiBi");
+    }
+    if (hparams.attn_soft_cap) {
+        refuse("attention soft capping");
+    }
+    if (hparams.is_mla()) {
+        refuse("latent attention (MLA)");
+    }
+    if (kv->get_v_trans()) {
+        throw unsupported(
+            "[elastic_attach] V is stored transposed, as it is without flash attention; make the context with flash_attn_type = "
+            "LLAMA_FLASH_ATTN_TYPE_ENABLED");
+    }
+    return *kv;
+}
+
+static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv) {
+    const auto & hparams = ctx.get_model().hparams;
+
+    kv_shape shape;
+    for (const uint32_t il : kv.get_layer_ids()) {
+        shape.layer_ids.push_back((int32_t) il);
+    }
+    shape.n_layer  = (int32_t) shape.layer_ids.size();
+    shape.kv_size  = (int32_t) kv.get_size();
+    shape.n_stream = (int32_t) kv.get_n_stream();
+
+    for (int32_t i = 0; i < shape.n_layer; ++i) {
+        const int32_t il = shape.layer_ids[i];
+
+        const int32_t n_head    = (int32_t) hparams.n_head(il);
+        const int32_t n_head_kv = (int32_t) hparams.n_head_kv(il);
+        const int32_t d_k       = (int32_t) hparams.n_embd_head_k(il);
+        const int32_t d_v       = (int32_t) hparams.n_embd_head_v(il);
+        if (i > 0 && (n_head != shape.n_head || n_head_kv != shape.n_head_kv || d_k != shape.n_embd_head_k || d_v != shape.n_embd_head_v)) {
+            throw unsupported("[elastic_attach] layers with different numbers of heads are not supported");
+        }
+        shape.n_head        = n_head;
+        shape.n_head_kv     = n_head_kv;
+        shape.n_embd_head_k = d_k;
+        shape.n_embd_head_v = d_v;
+
+        shape.cell_bytes += (int64_t) ggml_row_size(kv.type_k(), (int64_t) d_k * n_head_kv) +
+                            (int64_t) ggml_row_size(kv.type_v(), (int64_t) d_v * n_head_kv);
+    }
+    return shape;
+}
+
+static void check_types(const llama_kv_cache & kv, const kv_shape & shape) {
+    for (const auto & [name, type, size] :
+         { std::make_tuple("K", kv.type_k(), shape.n_embd_head_k), std::make_tuple("V", kv.type_v(), shape.n_embd_head_v) }) {
+        if (!rows_supported(type, false)) {
+            throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
+        }
+        if (size % ggml_blck_size(type) != 0) {
+            throw unsupported("[elastic_attach] heads of " + std::to_string(size) + " elements with a " + name + " cache of type " +
+                              ggml_type_name(type) + ", whose blocks have " + std::to_string(ggml_blck_size(type)) + ", are not supported");
+        }
+    }
+}
+
+kv_view::kv_view(llama_context & ctx) : shape(read_shape(ctx, find_kv_cache(ctx))), ctx(ctx), kv(find_kv_cache(ctx)) {
+    check_types(kv, shape);
+}
+
+void kv_view::set_policy(llama_elastic_i * policy) {
+    kv.set_elastic(policy);
+}
+
+void kv_view::settle() const {
+    ctx.memory_update(false);
+    ctx.synchronize();
+}
+
+void kv_view::synchronize() const {
+    ctx.synchronize();
+}
+
+void kv_view::log_error(const std::string & text) {
+    LLAMA_LOG_ERROR("[elastic] %s\n", text.c_str());
+}
+
+//
+// cells
+//
+
+int32_t kv_view::n_seq_max() const {
+    return (int32_t) kv.get_n_seq_max();
+}
+
+uint32_t kv_view::stream(llama_seq_id seq_id) const {
+    return kv.get_stream(seq_id);
+}
+
+int32_t kv_view::n_used(uint32_t strm) const {
+    return (int32_t) kv.get_cells_mut(strm).used_max_p1();
+}
+
+int32_t kv_view::n_free(llama_seq_id seq_id) const {
+    return shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used();
+}
+
+bool kv_view::is_free(uint32_t strm, int32_t row) const {
+    return kv.get_cells_mut(strm).is_empty(row);
+}
+
+bool kv_view::is_shared(uint32_t strm, int32_t row) const {
+    return kv.get_cells_mut(strm).seq_count(row) > 1;
+}
+
+bool kv_view::has(uint32_t strm, int32_t row, llama_seq_id seq_id) const {
+    const auto & cells = kv.get_cells_mut(strm);
+    return !cells.is_empty(row) && cells.seq_has(row, seq_id);
+}
+
+llama_pos kv_view::pos(uint32_t strm, int32_t row) const {
+    return kv.get_cells_mut(strm).pos_get(row);
+}
+
+bool kv_view::empty() const {
+    for (int32_t s = 0; s < shape.n_stream; ++s) {
+        if (kv.get_cells_mut(s).get_used() > 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int32_t kv_view::n_cells(llama_seq_id seq_id) const {
+    return (int32_t) kv.get_cells(seq_id).seq_pos_get(seq_id).size();
+}
+
+int32_t kv_view::n_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto & all = kv.get_cells(seq_id).seq_pos_get(seq_id);
+    return (int32_t) std::distance(all.lower_bound({ p0, 0 }), all.lower_bound({ p1, 0 }));
+}
+
+llama_pos kv_view::pos_max(llama_seq_id seq_id) const {
+    return kv.seq_pos_max(seq_id);
+}
+
+std::vector<int32_t> kv_view::rows(llama_seq_id seq_id) const {
+    std::vector<int32_t> res;
+    for (const auto & [pos, row] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+        res.push_back((int32_t) row);
+    }
+    return res;
+}
+
+std::vector<int32_t> kv_view::own_rows(llama_seq_id seq_id) const {
+    std::vector<int32_t> res;
+    for (const int32_t row : rows(seq_id)) {
+        if (!is_shared(stream(seq_id), row)) {
+            res.push_back(row);
+        }
+    }
+    return res;
+}
+
+cell_place kv_view::place(uint32_t strm, int32_t row) const {
+    const auto & cells = kv.get_cells_mut(strm);
+    const auto & ext   = cells.ext_get(row);
+    return { cells.pos_get(row), ext.x, ext.y, ext.tok };
+}
+
+placed_cells kv_view::placed(const llama_memory_context_i & mctx) {
+    const auto & sinfo = static_cast<const llama_kv_cache_context &>(mctx).get_slot_info();
+
+    placed_cells res;
+    res.strm_first  = sinfo.s0;
+    res.n_stream    = (int32_t) sinfo.n_stream();
+    res.n_of_stream = (int32_t) sinfo.size();
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        res.strm.push_back((uint32_t) sinfo.strm[s]);
+        res.rows.emplace_back(sinfo.idxs[s].begin(), sinfo.idxs[s].end());
+    }
+    return res;
+}
+
+//
+// changes
+//
+
+void kv_view::free_row(uint32_t strm, int32_t row) {
+    kv.get_cells_mut(strm).rm(row);
+}
+
+bool kv_view::remove(uint32_t strm, int32_t row, llama_seq_id seq_id) {
+    return kv.get_cells_mut(strm).seq_rm(row, seq_id);
+}
+
+void kv_view::put(uint32_t strm, int32_t row, const cell_place & place, llama_seq_id seq_id) {
+    auto &            cells = kv.get_cells_mut(strm);
+    llama_kv_cell_ext ext;
+    ext.x   = place.x;
+    ext.y   = place.y;
+    ext.tok = place.token;
+    cells.pos_set(row, place.pos);
+    cells.ext_set(row, ext);
+    cells.seq_add(row, seq_id);
+}
+
+void kv_view::search_from(uint32_t strm, int32_t row) {
+    kv.set_head(strm, row);
+}
+
+void kv_view::cut(llama_seq_id seq_id, llama_pos p0) {
+    kv.seq_rm(seq_id, p0, -1);
+}
+
+//
+// K and V
+//
+
+ggml_tensor * kv_view::k(int32_t il) const {
+    return kv.get_k_storage(shape.layer_ids[il]);
+}
+
+ggml_tensor * kv_view::v(int32_t il) const {
+    return kv.get_v_storage(shape.layer_ids[il]);
+}
+
+std::vector<kv_layer> kv_view::layers(uint32_t strm) const {
+    std::vector<kv_layer> res;
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        res.push_back(layer(il, strm));
+        res.back().load();
+    }
+    return res;
+}
+
+bool kv_view::on_host() const {
+    for (int32_t il = 0; il < shape.n_layer; ++il) {
+        if (!ggml_backend_buffer_is_host(k(il)->buffer) || !ggml_backend_buffer_is_host(v(il)->buffer)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static kv_rows rows_of(const ggml_tensor * t, int32_t n_head_kv, int32_t n_embd_head, int32_t n_rows) {
+    kv_rows res;
+    res.type        = t->type;
+    res.n_head_kv   = n_head_kv;
+    res.n_embd_head = n_embd_head;
+    res.n_rows      = n_rows;
+    res.row_bytes   = (int64_t) t->nb[1];
+    return res;
+}
+
+kv_layer::kv_layer(ggml_tensor * t_k, ggml_tensor * t_v, const kv_shape & shape, uint32_t strm)
+    : k(rows_of(t_k, shape.n_head_kv, shape.n_embd_head_k, shape.kv_size)),
+      v(rows_of(t_v, shape.n_head_kv, shape.n_embd_head_v, shape.kv_size)), t_k(t_k), t_v(t_v), strm(strm) {}
+
+static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf) {
+    if (rows.data) {
+        return;
+    }
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        rows.data = (uint8_t *) t->data + strm * t->nb[2];
+        return;
+    }
+    buf.resize(t->nb[2]);
+    ggml_backend_tensor_get(t, buf.data(), strm * t->nb[2], buf.size());
+    rows.data = buf.data();
+}
+
+void kv_layer::load() {
+    load_rows(t_k, strm, k, buf_k);
+    load_rows(t_v, strm, v, buf_v);
+}
+
+void kv_layer::store() {
+    if (!buf_k.empty()) {
+        ggml_backend_tensor_set(t_k, buf_k.data(), strm * t_k->nb[2], buf_k.size());
+    }
+    if (!buf_v.empty()) {
+        ggml_backend_tensor_set(t_v, buf_v.data(), strm * t_v->nb[2], buf_v.size());
+    }
+}
+
+static void move(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t from,
+                 const std::vector<int32_t> & to) {
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        load_rows(t, strm, rows, buf);
+        for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {
+            if (to[ih] != from) {
+                copy_head(rows, from, to[ih], ih);
+            }
+        }
+        return;
+    }
+    const size_t n_bytes = head_bytes(rows);
+    const size_t start   = strm * t->nb[2];
+
+    std::vector<uint8_t> data(rows.n_head_kv * n_bytes);
+    ggml_backend_tensor_get(t, data.data(), start + from * rows.row_bytes, data.size());
+    for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {
+        if (to[ih] != from) {
+            ggml_backend_tensor_set(t, data.data() + ih * n_bytes, start + to[ih] * rows.row_bytes + ih * n_bytes, n_bytes);
+        }
+    }
+}
+
+void kv_layer::move_heads(int32_t from, const std::vector<int32_t> & to) {
+    move(t_k, strm, k, buf_k, from, to);
+    move(t_v, strm, v, buf_v, from, to);
+}
+
+void kv_source::load_k(int32_t il, int32_t ih, float * dst) const {
+    read_f32(layers[il].k, rows, ih, dst);
+}
+
+void kv_source::load_v(int32_t il, int32_t ih, float * dst) const {
+    read_f32(layers[il].v, rows, ih, dst);
+}
+
+}  // namespace elastic

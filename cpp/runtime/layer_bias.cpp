@@ -1,0 +1,190 @@
+#include "runtime/layer_bias.h"
+
+#include "ggml-backend.h"
+#include "runtime/pages.h"
+
+#include <algorithm>
+#include <map>
+
+namespace elastic {
+
+layer_bias::layer_bias(const kv_view & kv, bool wanted)
+    : n_layer(kv.shape.n_layer), n_head_kv(kv.shape.n_head_kv), kv_size(kv.shape.kv_size) {
+    if (!wanted) {
+        return;
+    }
+    for (int32_t s = 0; s < kv.shape.n_stream; ++s) {
+        maps.emplace_back(kv.shape.n_heads(), kv_size);
+    }
+    biased.assign(kv.shape.n_stream, std::vector<uint8_t>(kv_size, 0));
+    masked.resize(kv.shape.n_stream);
+    make_tensors(kv);
+}
+
+// beside the keys of its layer, so that no graph has to move it between devices
+void layer_bias::make_tensors(const kv_view & kv) {
+    std::map<ggml_backend_buffer_type_t, std::vector<int32_t>> layers_of;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        layers_of[ggml_backend_buffer_get_type(kv.k(il)->buffer)].push_back(il);
+    }
+    tensors.resize(n_layer);
+    for (const auto & [buft, layers] : layers_of) {
+        ggml_init_params params = { layers.size() * ggml_tensor_overhead(), nullptr, true };
+        ggml_context_ptr ctx(ggml_init(params));
+        for (const int32_t il : layers) {
+            tensors[il] = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, kv_size, n_head_kv, kv.shape.n_stream);
+        }
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        if (!buf) {
+            throw std::runtime_error("[elastic_attach] failed to allocate the attention bias");
+        }
+        clear_lazily(buf.get());
+        ctxs.push_back(std::move(ctx));
+        bufs.push_back(std::move(buf));
+    }
+}
+
+int64_t layer_bias::bytes_per_cell() const {
+    return is_kept() ? (int64_t) n_layer * n_head_kv * (int64_t) sizeof(float) : 0;
+}
+
+void layer_bias::set_biased(uint32_t strm, int32_t cell, bool value) {
+    n_biased += (int64_t) value - (int64_t) biased[strm][cell];
+    biased[strm][cell] = value;
+}
+
+void layer_bias::set_masked(uint32_t strm, int32_t cell, int32_t il, bool value) {
+    auto & flags = masked[strm];
+    if (flags.empty() && !value) {
+        return;
+    }
+    flags.resize((size_t) n_layer * kv_size);  // only where some cell is masked
+    auto & is = flags[(size_t) il * kv_size + cell];
+    n_masked += (int64_t) value - (int64_t) is;
+    is = value;
+}
+
+void layer_bias::reset() {
+    for (auto & m : maps) {
+        m.clear();
+    }
+    for (auto & flags : biased) {
+        std::fill(flags.begin(), flags.end(), 0);
+    }
+    for (auto & flags : masked) {
+        flags = {};
+    }
+    for (auto & buf : bufs) {
+        clear_lazily(buf.get());
+    }
+    n_biased = 0;
+    n_masked = 0;
+}
+
+void layer_bias::reset_cell(uint32_t strm, int32_t cell) {
+    if (!is_kept() || !biased[strm][cell]) {
+        return;
+    }
+    for (int32_t r = 0; r < n_layer * n_head_kv; ++r) {
+        maps[strm].row(r)[cell] = 0.0f;
+    }
+    for (int32_t il = 0; n_masked > 0 && il < n_layer; ++il) {
+        set_masked(strm, cell, il, false);
+    }
+    set_biased(strm, cell, false);
+    upload(strm, cell, cell + 1);
+}
+
+void layer_bias::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
+    if (!is_kept()) {
+        return;
+    }
+    maps[strm_dst].copy_from(maps[strm_src], n);
+    // beyond n, flags go on to say what the destination holds
+    for (int32_t i = 0; i < n; ++i) {
+        set_biased(strm_dst, i, biased[strm_src][i] != 0);
+        for (int32_t il = 0; n_masked > 0 && il < n_layer; ++il) {
+            set_masked(strm_dst, i, il, is_masked(strm_src, i, il));
+        }
+    }
+    upload(strm_dst, 0, n);
+}
+
+void layer_bias::set(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value) {
+    float & x = maps[strm].row(index(il, ih))[cell];
+    if (x == value) {
+        return;
+    }
+    x = value;
+    if (value != 0.0f) {
+        set_biased(strm, cell, true);
+    }
+    set_masked(strm, cell, il, maps[strm].row(index(il, 0))[cell] == absent_bias);
+    ggml_tensor * t = tensors[il];
+    ggml_backend_tensor_set(t, &value, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
+}
+
+void layer_bias::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
+    if (is_kept()) {
+        set(strm, dst, il, ih, maps[strm].row(index(il, ih))[src]);
+    }
+}
+
+void layer_bias::mask(uint32_t strm, int32_t cell, int32_t il) {
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        set(strm, cell, il, ih, absent_bias);
+    }
+}
+
+head_map layer_bias::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
+    head_map res(n_layer, n_head_kv, (int32_t) rows.size());
+    for (int32_t r = 0; is_kept() && r < n_layer * n_head_kv; ++r) {
+        const float * src = maps[strm].row(r);
+        std::transform(rows.begin(), rows.end(), res.data.begin() + (size_t) r * rows.size(), [&](int32_t row) { return src[row]; });
+    }
+    return res;
+}
+
+void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const head_map & values) {
+    if (!is_kept() || rows.empty()) {
+        return;
+    }
+    for (size_t i = 0; i < rows.size(); ++i) {
+        bool any = false;
+        for (int32_t il = 0; il < n_layer; ++il) {
+            for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+                const float value = values.row(il, ih)[i];
+
+                maps[strm].row(index(il, ih))[rows[i]] = value;
+                any |= value != 0.0f;
+            }
+            set_masked(strm, rows[i], il, values.row(il, 0)[i] == absent_bias);
+        }
+        set_biased(strm, rows[i], any);
+    }
+    const auto [lo, hi] = std::minmax_element(rows.begin(), rows.end());
+    upload(strm, *lo, *hi + 1);
+}
+
+std::vector<int32_t> layer_bias::held(uint32_t strm, const std::vector<int32_t> & rows) const {
+    std::vector<int32_t> res(n_layer, (int32_t) rows.size());
+    for (int32_t il = 0; n_masked > 0 && il < n_layer; ++il) {
+        for (const int32_t row : rows) {
+            res[il] -= is_masked(strm, row, il);
+        }
+    }
+    return res;
+}
+
+void layer_bias::upload(uint32_t strm, int32_t cell_min, int32_t cell_max) {
+    for (int32_t il = 0; il < n_layer; ++il) {
+        ggml_tensor * t = tensors[il];
+        for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+            const float * row = maps[strm].row(index(il, ih)) + cell_min;
+            ggml_backend_tensor_set(t, row, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
+                                    (cell_max - cell_min) * sizeof(float));
+        }
+    }
+}
+
+}  // namespace elastic
