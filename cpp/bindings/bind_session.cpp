@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "runtime/attach.h"
 #include "runtime/inspect.h"
+#include "runtime/measure_layers.h"
 
 #include <pybind11/stl.h>
 
@@ -18,7 +19,7 @@ class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
             int32_t n_threads, int32_t max_cells, int32_t overdraft, int32_t checkpoints, const std::vector<float> & layer_share,
-            bool record, bool release_memory)
+            bool auto_layers, bool record, bool release_memory)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
@@ -33,6 +34,7 @@ class session {
         params.max_cells      = max_cells;
         params.overdraft      = overdraft;
         params.n_checkpoints  = checkpoints;
+        params.layers         = auto_layers ? ELASTIC_LAYERS_AUTO : layer_share.empty() ? ELASTIC_LAYERS_EVEN : ELASTIC_LAYERS_GIVEN;
         params.layer_share    = layer_share.data();
         params.n_layer_share  = (int32_t) layer_share.size();
         params.record         = record;
@@ -105,20 +107,39 @@ void bind_session(py::module_ & m) {
     m.def("lazy_buffers", &elastic_lazy_buffers, py::arg("value"),
           "Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used.");
 
+    m.def(
+        "measure_layers",
+        [](uintptr_t model, int32_t n_threads) {
+            if (!model || n_threads < 1) {
+                throw error("[measure_layers] model must not be null, and n_threads at least 1");
+            }
+            return measure_layers(reinterpret_cast<llama_model *>(model), n_threads);
+        },
+        py::arg("model"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>(),
+        R"pbdoc(How much each layer of the cache looks words up, list of float [n_layer] in [0, 1].
+
+Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
+
+Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.)pbdoc");
+    m.def("layer_shares", &layer_shares, py::arg("scores"),
+          "Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.");
+
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
         .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      const std::vector<float> &, bool, bool>(),
+                      const std::vector<float> &, bool, bool, bool>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0,
              py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(),
-             py::arg("record") = false, py::arg("release_memory") = true, py::call_guard<py::gil_scoped_release>(),
+             py::arg("auto_layers") = false, py::arg("record") = false, py::arg("release_memory") = true,
+             py::call_guard<py::gil_scoped_release>(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
 larger (0: no such cap). `overdraft`: cells beyond the budget that an answer may take (-1: what the
 policy is made for). `checkpoints`: states that are kept of each sequence so that what came later
 can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
-> 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
+> 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
+`auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
 loaded under each of them.
 
@@ -174,6 +195,9 @@ Raises ValueError while a probe is running.)pbdoc")
         .def(
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
             "Whether what single layers do without (layer_share) goes back to the operating system.")
+        .def(
+            "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
+            "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")
         .def(
             "held_rows", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).parts().held_rows(seq_id)); },
             py::arg("seq_id") = 0, "Cells that each layer holds of the sequence, int32 [n_layer].")

@@ -1,6 +1,11 @@
 #include "runtime/attach.h"
 
+#include "runtime/measure_layers.h"
+
 #include "llama-context.h"
+
+#include <map>
+#include <mutex>
 
 namespace elastic {
 
@@ -8,8 +13,38 @@ elastic_cache * attached(const llama_context * ctx) {
     return ctx ? dynamic_cast<elastic_cache *>(const_cast<llama_context *>(ctx)->get_elastic()) : nullptr;
 }
 
+// measured once for each model
+static std::vector<float> measured_shares(llama_context & ctx) {
+    static std::mutex                                                      mutex;
+    static std::map<std::pair<const void *, uint64_t>, std::vector<float>> found;
+
+    auto *     model = const_cast<llama_model *>(&ctx.get_model());
+    const auto key   = std::make_pair((const void *) model, llama_model_size(model));
+
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto                  it = found.find(key);
+    if (it == found.end()) {
+        try {
+            return found[key] = layer_shares(measure_layers(model, (int32_t) ctx.n_threads_batch()));
+        } catch (const std::exception & e) {
+            kv_view::log_error(std::string("all layers keep as many cells: ") + e.what());
+            return found[key];
+        }
+    }
+    return it->second;
+}
+
+static config resolve(llama_context & ctx, const elastic_params & params) {
+    config cfg = make_config(params);
+    if (params.layers == ELASTIC_LAYERS_AUTO && cfg.may_vary_layers() && resident_memory::can_free_layers(kv_view(ctx))) {
+        cfg.layer_share = params.n_layer_share > 0 ? std::vector<float>(params.layer_share, params.layer_share + params.n_layer_share)
+                                                   : measured_shares(ctx);
+    }
+    return cfg;
+}
+
 elastic_cache & attach(llama_context & ctx, const elastic_params & params) {
-    const config cfg = make_config(params);
+    const config cfg = resolve(ctx, params);
 
     if (auto * old = attached(&ctx)) {
         check_layers(cfg, old->parts().kv.shape.n_layer);

@@ -1,8 +1,10 @@
 // The C interface (elastic.h): no exception leaves it.
 
 #include "runtime/attach.h"
+#include "runtime/measure_layers.h"
 #include "runtime/pages.h"
 
+#include <algorithm>
 #include <functional>
 
 namespace elastic {
@@ -57,6 +59,7 @@ elastic_params elastic_default_params(void) {
         /*.max_cells =*/0,
         /*.overdraft =*/-1,
         /*.n_checkpoints  =*/2,
+        /*.layers         =*/ELASTIC_LAYERS_AUTO,
         /*.layer_share    =*/nullptr,
         /*.n_layer_share  =*/0,
         /*.record    =*/false,
@@ -75,6 +78,20 @@ int32_t elastic_attach(llama_context * ctx, const elastic_params * params) {
         }
         attach(*ctx, *params);
         return 0;
+    });
+}
+
+int32_t elastic_measure_layers(llama_model * model, int32_t n_threads, float * scores, int32_t n) {
+    return guarded([&] {
+        if (!model || !scores || n_threads < 1) {
+            throw error("[elastic_measure_layers] model and scores must not be NULL, and n_threads at least 1");
+        }
+        const auto found = measure_layers(model, n_threads);
+        if (n < (int32_t) found.size()) {
+            throw error("[elastic_measure_layers] n: got " + std::to_string(n) + ", expected at least " + std::to_string(found.size()));
+        }
+        std::copy(found.begin(), found.end(), scores);
+        return (int32_t) found.size();
     });
 }
 

@@ -5,10 +5,6 @@
 
 namespace elastic {
 
-static bool keeps_all(const config & cfg) {
-    return cfg.pol.select == select_rule::all || (cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0 && cfg.max_cells == 0);
-}
-
 static importance_needs needs_of(const config & cfg) {
     return { cfg.has_sum(), cfg.decay(), cfg.n_window() };
 }
@@ -18,7 +14,7 @@ static int32_t interval_of(const policy & pol) {
 }
 
 cache_parts::cache_parts(llama_context & ctx, const config & cfg, int32_t n_threads, int32_t n_ubatch)
-    : cfg(cfg), active(cfg.record || !keeps_all(cfg)), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
+    : cfg(cfg), active(cfg.record || !cfg.keeps_all()), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
       kv(ctx), seqs(interval_of(cfg.pol)), scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
       bias(kv, cfg.pol.needs_bias()),
       table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.combine == combine_rule::nearest_mean),

@@ -28,7 +28,9 @@ config make_config(const elastic_params & params) {
     if (at_least("n_layer_share", params.n_layer_share, 0) > 0 && !params.layer_share) {
         throw error("[elastic] layer_share: got NULL, expected " + std::to_string(params.n_layer_share) + " values");
     }
-    cfg.layer_share.assign(params.layer_share, params.layer_share + params.n_layer_share);
+    if (params.layers == ELASTIC_LAYERS_GIVEN) {
+        cfg.layer_share.assign(params.layer_share, params.layer_share + params.n_layer_share);
+    }
 
     cfg.release_memory = params.release_memory;
 

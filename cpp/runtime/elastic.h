@@ -12,6 +12,13 @@
 extern "C" {
 #endif
 
+enum elastic_layers {
+    ELASTIC_LAYERS_EVEN,   // all keep as many
+    ELASTIC_LAYERS_GIVEN,  // as layer_share says; for policies that can, without max_cells
+    ELASTIC_LAYERS_AUTO,   // more where words are looked up, if the policy can and memory follows: rows of single layers go back to the
+                           // operating system. As layer_share says, or measured once for each model (elastic_measure_layers)
+};
+
 struct elastic_params {
     const char * policy;     // a row of the policy table, e.g. "elastic"
     double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells. Up to four of
@@ -23,14 +30,14 @@ struct elastic_params {
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
     int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
                         // they are a part of those; -1: what the policy is made for
-    int32_t n_checkpoints;      // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
-                                // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
-                                // changed. 0: none, and a compressed sequence can only be removed as a whole
-    const float * layer_share;  // cells of each layer in relation to the others', > 0, while the budget holds on average: a prompt
-                                // is compressed to more in some layers (policy "elastic", without max_cells); NULL: all the same
-    int32_t       n_layer_share;   // their number, that of the layers of the cache, or 0
-    bool          record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
-    bool          release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
+    int32_t n_checkpoints;       // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
+                                 // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
+                                 // changed. 0: none, and a compressed sequence can only be removed as a whole
+    enum elastic_layers layers;  // how many cells the layers keep in relation to each other, while the budget holds on average
+    const float *       layer_share;     // of each layer of the cache in relation to the others, > 0; NULL: see layers
+    int32_t             n_layer_share;   // their number, that of the layers of the cache, or 0
+    bool                record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
+    bool                release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
 };
 
 struct elastic_stats {
@@ -58,6 +65,12 @@ LLAMA_API void elastic_lazy_buffers(bool value);
 // elastic_last_error(). Attaching again replaces the parameters; the cache must be empty then.
 //   returns 0, or -1: bad parameter, -2: memory type not supported, -3: cache not empty
 LLAMA_API int32_t elastic_attach(struct llama_context * ctx, const struct elastic_params * params);
+
+// How much each layer of the cache looks words up, by which ELASTIC_LAYERS_AUTO gives them cells: in [0, 1]. Takes a context of its own,
+// a prompt of 56 tokens and 32 steps.
+//   scores [n]: of the layers of the cache; n: places for them
+//   returns the number of layers, or a negative code as above
+LLAMA_API int32_t elastic_measure_layers(struct llama_model * model, int32_t n_threads, float * scores, int32_t n);
 
 // Switches it off and frees its memory. The cache must be cleared first when it holds biased cells
 // (returns -3 otherwise). Call before llama_free, or not at all: llama_free detaches too.

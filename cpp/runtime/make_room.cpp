@@ -91,6 +91,9 @@ int32_t room_maker::room_under_cap(llama_seq_id seq_id) const {
 
 // What is held and the part stay within max_cells and one ubatch, if the part is no larger than an ubatch.
 void room_maker::before_prompt(llama_seq_id seq_id, int32_t n_new) {
+    if (parts.kv.n_free(seq_id) < n_new) {
+        or_log(seq_id, [&] { make_room(seq_id, n_new); });
+    }
     if (n_new > room_under_cap(seq_id)) {
         or_log(seq_id, [&] { compress_.run(seq_id, { parts.cfg.max_cells, false }); });
     }

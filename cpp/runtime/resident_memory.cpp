@@ -21,13 +21,13 @@ static size_t release_rows(ggml_tensor * t, uint32_t strm, int64_t begin, int64_
 resident_memory::resident_memory(const kv_view & kv, const layer_bias & bias, bool enabled)
     : kv(kv), bias(bias), enabled(enabled), n_resident(kv.shape.n_stream, 0), dirty(kv.shape.n_stream, 0) {}
 
-bool resident_memory::frees_layers() const {
+bool resident_memory::can_free_layers(const kv_view & kv) {
     for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
         if (!can_release(kv.k(il)->buffer) || !can_release(kv.v(il)->buffer)) {
             return false;
         }
     }
-    return enabled;
+    return true;
 }
 
 void resident_memory::wrote(uint32_t strm, int32_t n_rows) {

@@ -16,7 +16,9 @@ class resident_memory {
     resident_memory(const kv_view & kv, const layer_bias & bias, bool enabled);
 
     bool is_enabled() const { return enabled; }
-    bool frees_layers() const;  // rows of single layers, too
+    bool frees_layers() const { return enabled && can_free_layers(kv); }  // rows of single layers, too
+
+    static bool can_free_layers(const kv_view & kv);
 
     // rows up to this one may take memory from now on, as they are written
     void wrote(uint32_t strm, int32_t n_rows);
