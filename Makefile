@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* patches/*.p*)
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 
-.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs clean
+.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs check-patches clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
@@ -65,6 +65,10 @@ stubs: $(VENV)/.dev
 
 check-stubs: $(VENV)/.dev
 	$(PY) scripts/make_stubs.py --check
+
+# which hunks apply to the release before the pinned one; the answer goes into patches/README.md
+check-patches:
+	$(PYTHON) scripts/check_patches.py --markdown
 
 clean:
 	rm -rf build build-sanitize $(VENV)
