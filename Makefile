@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* patches/*.p*)
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 
-.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs clean
+.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs check-patches wheel-test clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
@@ -45,12 +45,12 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp' 'examples/*.c')
 
 format: $(VENV)/.dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp')
+	$(VENV)/bin/clang-format -i $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp' 'examples/*.c')
 
 # the core alone, under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: $(VENV)/.tools
@@ -65,6 +65,14 @@ stubs: $(VENV)/.dev
 
 check-stubs: $(VENV)/.dev
 	$(PY) scripts/make_stubs.py --check
+
+# builds a wheel, looks into it, installs it where there is no compiler, and runs the demo there
+wheel-test: $(VENV)/.installed
+	$(PY) scripts/check_wheel.py
+
+# which hunks apply to the release before the pinned one; the answer goes into patches/README.md
+check-patches:
+	$(PYTHON) scripts/check_patches.py --markdown
 
 clean:
 	rm -rf build build-sanitize $(VENV)

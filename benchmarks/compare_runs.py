@@ -2,7 +2,7 @@
 
 python benchmarks/compare_runs.py FOLDER
 
-FOLDER holds a folder of results per run, `base` among them (benchmarks/tables.sh same).
+FOLDER holds a folder of results per run, `base` among them (benchmarks/tables.sh determinism).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a text that was compressed for one question still says of others, in the same conversation.
 
-python benchmarks/later_questions.py [--budget 0.2] [--out benchmarks/results/later.txt]
+python benchmarks/later_questions.py [--budget 0.2]
+                                     [--out benchmarks/results/followup-questions.txt]
 
 Each text of the facts (split dev) is given with its question; two other facts that it states are
 asked for after the answer.

@@ -1,14 +1,15 @@
 """Markdown tables of one folder of results, as docs/results.md shows them.
 
-python benchmarks/report.py benchmarks/results/known [benchmarks/results/known-layers]
+python benchmarks/report.py benchmarks/results/images [benchmarks/results/images-layers]
+                            [--figures DIR]
 
 With a second folder of the same items its policies replace the first one's, which measured them
-with `--layers even` and are shown as that; the figures of both are drawn into it.
+with `--layers even` and are shown as that. `--figures` draws what the tables say, too.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastic_llama.evaluation.figure import draw
 from elastic_llama.evaluation.runner import read_rows
 from elastic_llama.evaluation.summary import paired, summarise
 
+PAIRED = ("images", "text")  # folders whose policies are compared item by item
 FIGURES = {
     "kl": ("KL", "{:.3f} ± {:.3f}"),
     "ppl_ratio": ("perplexity / full", "{:.3f} ± {:.3f}"),
@@ -77,19 +79,24 @@ def replaced(rows: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[di
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    rows = read_rows(folder)
-    for other in sys.argv[2:]:
-        rows = replaced(rows, read_rows(Path(other)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("later", type=Path, nargs="?")
+    parser.add_argument("--figures", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    rows = read_rows(args.folder)
+    if args.later:
+        rows = replaced(rows, read_rows(args.later))
     lines = summarise(rows)
-    if sys.argv[2:]:
-        draw(lines, Path(sys.argv[-1]))
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        draw(lines, args.figures)
     for group in dict.fromkeys(row["group"] for row in rows):
         n = sum(row["group"] == group for row in rows)
         for key, (label, _) in FIGURES.items():
             if any(key in x and x["group"] == group for x in lines):
                 print(f"{group} ({n} items), {label}\n\n{figures(lines, group, key)}")
-        if "known" in folder.name or "text" in folder.name:
+        if args.folder.name in PAIRED:
             print(f"{group}, KL of the policy − KL of `elastic`\n\n{pairs(rows, lines, group)}")
 
 

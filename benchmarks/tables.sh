@@ -1,24 +1,29 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh known|known-layers|before|pareto|text|ahead|far|plain|plain-even|even|delay|same
-# An interrupted table goes on where it stopped. Two processes, one core each.
+# The tables of docs/results.md, one command each: benchmarks/tables.sh images|images-layers|images-query-agnostic|pareto|text|
+#   text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|delay|determinism
+# An interrupted table goes on where it stopped. Two processes, one core each. At the end the folder is made what is committed.
 set -e
 cd "$(dirname "$0")/.."
 out=benchmarks/results/$1
+python=${PYTHON:-.venv/bin/python}
 rivals=random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic
+text="--data benchmarks/text_set/text.json --budgets 0.2"
+even="--layers even -fa off"
 case $1 in
-known)  args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 --layers even -fa off --metrics forced,exact" ;;
-known-layers) args="--limit 100 --policies elastic --budgets 0.5,0.3,0.2,0.1 --metrics forced,exact" ;;
-before) args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
-pareto) args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 --metrics forced,exact" ;;
-text)   args="--data benchmarks/text_set/text.json --policies local,h2o,snapkv,elastic --budgets 0.2 --metrics forced,exact" ;;
-ahead)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv --budgets 0.2 --lookahead 16 --layers even -fa off --metrics forced,exact" ;;
-even)   args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --layers even --metrics forced,exact" ;;
-far)    args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 32 --layers even -fa off --metrics forced,exact" ;;
-plain)  args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --metrics forced,exact" ;;
-plain-even) args="--data benchmarks/text_set/text.json --policies elastic --budgets 0.2 --lookahead 0 --layers even -fa off --metrics forced,exact" ;;
-delay)  args="--data benchmarks/text_set/text.json --policies h2o,snapkv,elastic --budgets 0.2 --delay 16 --layers even -fa off --metrics forced" ;;
-same)   args="--split dev --limit 20 --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
-*)      echo "usage: $0 known|known-layers|before|pareto|text|ahead|far|plain|plain-even|even|delay|same" >&2; exit 2 ;;
+images)        args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 $even --metrics forced,exact" ;;
+images-layers) args="--limit 100 --policies elastic --budgets 0.5,0.3,0.2,0.1 --metrics forced,exact" ;;
+images-query-agnostic)
+               args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
+pareto)        args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 --metrics forced,exact" ;;
+text)          args="$text --policies local,h2o,snapkv,elastic --metrics forced,exact" ;;
+text-probe32)  args="$text --policies elastic --lookahead 32 $even --metrics forced,exact" ;;
+text-noprobe)  args="$text --policies elastic --lookahead 0 --metrics forced,exact" ;;
+text-noprobe-uniform) args="$text --policies elastic --lookahead 0 $even --metrics forced,exact" ;;
+uniform-layers)       args="$text --policies elastic --layers even --metrics forced,exact" ;;
+baselines-probe16)    args="$text --policies h2o,snapkv --lookahead 16 $even --metrics forced,exact" ;;
+delay)         args="$text --policies h2o,snapkv,elastic --delay 16 $even --metrics forced" ;;
+determinism)   args="--split dev --limit 20 --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
+*)             sed -n 2,3p "$0" >&2; exit 2 ;;
 esac
 run() { # shard, more arguments
     OMP_NUM_THREADS=1 "${ELASTIC_LLAMA:-.venv/bin/elastic-llama}" eval $args --parallel 10 --shard "$1" --out "$out" "${@:2}"
@@ -28,9 +33,19 @@ both() {
     run 1/2 "$@" > /dev/null
     wait
 }
-if [ "$1" != same ]; then
+prune() { # more arguments
+    "$python" benchmarks/prune_results.py "$out" "$@"
+}
+if [ "$1" != determinism ]; then
     both
     run 0/2   # both are done: the whole table
+    case $1 in # docs/results.md shows one figure of each
+    images-layers)
+        "$python" benchmarks/report.py benchmarks/results/images "$out" --figures "$out" > /dev/null
+        prune --keep ppl.png ;;
+    pareto) prune --keep bytes.png ;;
+    *)      prune ;;
+    esac
     exit
 fi
 compare() { # folder; runs come as lines of a name and more arguments, the first is what the others are compared with
@@ -38,17 +53,18 @@ compare() { # folder; runs come as lines of a name and more arguments, the first
     while read -r name more; do
         out=$folder/$name
         both $more < /dev/null
+        prune
     done
-    "${PYTHON:-.venv/bin/python}" benchmarks/compare_runs.py "$folder"
+    "$python" benchmarks/compare_runs.py "$folder"
 }
-compare benchmarks/results/same <<'RUNS'
+compare benchmarks/results/determinism <<'RUNS'
 base
 again
 threads -t 2
 ubatch -ub 64
 alone --parallel 1
 RUNS
-compare benchmarks/results/same-even <<'RUNS'
+compare benchmarks/results/determinism-uniform <<'RUNS'
 base --layers even
 fa-off --layers even -fa off
 RUNS

@@ -25,6 +25,7 @@ class Hunk:
     start: int  # index of the first old line, from 0
     old: list[bytes] = field(default_factory=list)
     new: list[bytes] = field(default_factory=list)
+    header: str = ""
 
 
 @dataclass
@@ -43,6 +44,7 @@ def _take_hunk(lines: list[bytes], at: int, where: str) -> tuple[Hunk, int]:
     n_old, n_new = (1 if match[i] is None else int(match[i]) for i in (2, 4))
     # a hunk without old lines names the line before it
     hunk = Hunk(int(match[1]) - 1 if n_old else int(match[1]))
+    hunk.header = lines[at].decode(errors="replace").rstrip()
     at += 1
     sides: list[list[bytes]] = []
     while at < len(lines):

@@ -66,6 +66,22 @@ def verified(archive: Path, expected: str) -> Path:
     return archive
 
 
+def download(name: str, requirement: str, into: Path) -> subprocess.CompletedProcess[str]:
+    """The source archive that pip chooses; what pip said is in `stdout`."""
+    # the source of this one package: ":all:" would build its build tools from source as well
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name]
+    # pip asks the archive for its metadata; with LLAMA_BUILD off nothing is compiled for it
+    env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+    return subprocess.run(
+        [*command, "--dest", str(into), requirement],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
 def fetch(pin: dict[str, str], cache: Path) -> Path:
     """The pinned source archive, downloaded by pip once."""
     archive = cache / "archives" / pin["archive"]
@@ -73,19 +89,8 @@ def fetch(pin: dict[str, str], cache: Path) -> Path:
         return verified(archive, pin["sha256"])
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temp:
-        # the source of this one package: ":all:" would build its build tools from source as well
         name = pin["requirement"].split("=", 1)[0]
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name]
-        # pip asks the archive for its metadata; with LLAMA_BUILD off nothing is compiled for it
-        env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
-        done = subprocess.run(
-            [*command, "--dest", temp, pin["requirement"]],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        done = download(name, pin["requirement"], Path(temp))
         found = Path(temp) / pin["archive"]
         if not found.is_file():
             raise PrepareError(

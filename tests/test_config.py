@@ -90,7 +90,7 @@ def test_frozen():
 
 def test_off_keeps_everything():
     assert ElasticConfig.off().policy == "full"
-    assert ElasticConfig.off().kept_share == 1.0
+    assert ElasticConfig.off().budget == 1.0
 
 
 def test_kv_budget_is_short_for_the_config(tiny_gqa):

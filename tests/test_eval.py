@@ -16,7 +16,7 @@ from elastic_llama.conversation import Conversation
 from elastic_llama.evaluation import metrics
 from elastic_llama.evaluation.figure import draw
 from elastic_llama.evaluation.items import Item, read_items, scene_items
-from elastic_llama.evaluation.runner import Case, Plan, Results, Runner
+from elastic_llama.evaluation.runner import Case, Plan, Results, Runner, read_rows
 from elastic_llama.evaluation.summary import paired, summarise
 
 
@@ -228,6 +228,29 @@ def test_shards_are_read_together(tmp_path):
     for shard in (0, 1):
         Results(tmp_path, {"a": 1}, shard).add([{"id": str(shard)}])
     assert Results(tmp_path, {"a": 1}, 1).done() == {"0", "1"}
+
+
+def test_pruned_results_say_the_same_and_go_on(tmp_path):
+    """What is committed of a run: packed rows, no figures but those named."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "prune_results.py"
+    for shard in (1, 0):
+        Results(tmp_path, {"a": 1}, shard).add([{"id": str(shard), "kl": 0.1 + 0.2}])
+    with (tmp_path / "results-1.jsonl").open("a") as file:
+        file.write('{"id": "cut')
+    for name in ("kl.png", "kl.svg", "ppl.png"):
+        (tmp_path / name).touch()
+    before = read_rows(tmp_path)
+    prune = [sys.executable, str(script), str(tmp_path), "--keep", "ppl.png"]
+    for _ in range(2):  # the second time changes nothing
+        subprocess.run(prune, check=True)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"config.yaml", "results.jsonl.gz", "ppl.png"}
+        assert read_rows(tmp_path) == before
+    results = Results(tmp_path, {"a": 1})
+    results.add([{"id": "2"}])
+    assert results.done() == {"0", "1", "2"}
+    subprocess.run(prune, check=True)
+    assert [row["id"] for row in read_rows(tmp_path)] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""What the wheel carries: the package, one extension and its libraries, no more of llama.cpp."""
+"""What the wheel carries: the package, one extension, its libraries and headers, no more.
+
+`make wheel-test` builds a wheel, and installs and runs it where there is no compiler.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.check_wheel import NATIVE, NEEDED, PYTHON, check_contents, strangers, tracked_files
 
-LIBRARY = r"lib(llama|mtmd|ggml|ggml-(base|cpu|blas|cuda|hip|metal|vulkan|rpc|sycl|opencl))"
-SUFFIX = r"\.(so|dylib)"
-ALLOWED = [rf"elastic_llama/lib/{LIBRARY}{SUFFIX}", r"elastic_llama/_core\.[\w.-]+\.(so|pyd)"]
-NEEDED = ["llama", "mtmd", "ggml", "ggml-base", "ggml-cpu"]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_dir() -> Path:
@@ -46,10 +47,9 @@ def files(prefix: Path) -> list[str]:
     return sorted(p.relative_to(prefix).as_posix() for p in prefix.rglob("*") if not p.is_dir())
 
 
-def test_only_libraries_are_installed(installed: Path) -> None:
-    """No headers, static libraries, tools, or files for CMake and pkg-config."""
-    strangers = [f for f in files(installed) if not any(re.fullmatch(a, f) for a in ALLOWED)]
-    assert strangers == []
+def test_nothing_else_is_installed(installed: Path) -> None:
+    """No static libraries, tools, or files for CMake and pkg-config."""
+    assert strangers(files(installed), NATIVE) == []
 
 
 def test_everything_needed_is_installed(installed: Path) -> None:
@@ -57,6 +57,36 @@ def test_everything_needed_is_installed(installed: Path) -> None:
     assert len([f for f in found if f.startswith("elastic_llama/_core.")]) == 1
     names = {Path(f).name.split(".")[0] for f in found}
     assert {f"lib{name}" for name in NEEDED} <= names
+    assert {"elastic", "llama", "ggml"} <= names  # headers
+
+
+def wheel_of(path: Path, names: set[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return path
+
+
+def test_a_wheel_is_judged(tmp_path: Path) -> None:
+    """What belongs into a wheel passes; what does not, and what is not there, is named."""
+    tracked = tracked_files()
+    assert "elastic_llama/__init__.py" in tracked
+    assert strangers(sorted(tracked), PYTHON) == []
+    info = {
+        f"elastic_llama-0.1.0.dist-info/{x}" for x in ("METADATA", "RECORD", "licenses/LICENSE")
+    }
+    native = {f"elastic_llama/lib/lib{name}.so" for name in NEEDED}
+    good = tracked | info | native | {"elastic_llama/include/elastic.h"}
+    assert check_contents(wheel_of(tmp_path / "good.whl", good), tracked) == []
+    bad = good - {"elastic_llama/llama.py", "elastic_llama/lib/libggml.so"}
+    bad |= {"elastic_llama/data/h2o.gguf", "tests/conftest.py", "elastic_llama/scratch.py"}
+    assert set(check_contents(wheel_of(tmp_path / "bad.whl", bad), tracked)) == {
+        "stray: elastic_llama/data/h2o.gguf",
+        "stray: tests/conftest.py",
+        "not under version control: elastic_llama/scratch.py",
+        "missing: elastic_llama/llama.py",
+        "missing: libggml",
+    }
 
 
 def test_no_symbolic_links(installed: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from ._libraries import lib_dir, use_our_libraries
+from ._libraries import get_include, get_library_dir, lib_dir, use_our_libraries
 from .errors import (
     ConfigError,
     ContextOverflowError,
@@ -65,6 +65,8 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "build_info",
+    "get_include",
+    "get_library_dir",
     "lib_dir",
 ]
 

@@ -1,4 +1,4 @@
-"""Where our native libraries are, and the check that `llama_cpp` uses them."""
+"""Where our native libraries and headers are, and the check that `llama_cpp` uses the libraries."""
 
 from __future__ import annotations
 
@@ -43,6 +43,28 @@ def lib_dir() -> Path:
             )
         )
     return path
+
+
+def get_library_dir() -> str:
+    """Folder to link against (`-L`, and `-Wl,-rpath,`): libllama, libggml* and libmtmd.
+
+    Raises
+    ------
+    ElasticError
+        The native part is not built.
+    """
+    return str(lib_dir())
+
+
+def get_include() -> str:
+    """Folder of the C interface (`-I`): `elastic.h`, and llama.cpp's headers that it includes.
+
+    Raises
+    ------
+    ElasticError
+        The native part is not built.
+    """
+    return str(lib_dir().parent / "include")
 
 
 def use_our_libraries() -> None:

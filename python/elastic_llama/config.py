@@ -73,8 +73,8 @@ class ElasticConfig:
 
     Examples
     --------
-    >>> ElasticConfig(budget=0.5).kept_share
-    0.5
+    >>> ElasticConfig(budget=0.5).is_off
+    False
     """
 
     budget: float | int = 0.2
@@ -152,11 +152,6 @@ class ElasticConfig:
             and self.kv_cells is None
             and self.release_memory
         )
-
-    @property
-    def kept_share(self) -> float | None:
-        """Fraction kept, or None where the budget is a number of cells."""
-        return float(self.budget) if self.budget <= 1 else None
 
     def check_cells(self, n_ctx: int) -> None:
         """Refuse a budget of more cells than the context has."""

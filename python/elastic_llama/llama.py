@@ -53,7 +53,6 @@ class _Phase(Enum):
     FREE = "free"  # by hand: several tokens are a prompt, one is generation
     PROMPT = "prompt"  # everything belongs to one prompt
     FIRST = "first"  # the next call of eval is the rest of a prompt, however short
-    GENERATION = "generation"
 
 
 class ElasticLlama(llama_cpp.Llama):
@@ -323,7 +322,7 @@ class ElasticLlama(llama_cpp.Llama):
         self.check_room(len(tokens))
         phase = self._phase
         if phase is _Phase.FIRST:
-            self._phase = _Phase.GENERATION
+            self._phase = _Phase.FREE
         in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
         if not in_prompt and tokens:
             self._look_ahead(tokens[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -85,12 +86,15 @@ def _identity(path: str | None) -> str | None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Finished items of all shards in a folder of results; half a line counts as none."""
-    out = []
-    for path in sorted(folder.glob("results-*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        out += [json.loads(line) for line in lines if line.endswith("\n")]
-    return out
+    """Finished items of all shards in a folder of results, those packed by gzip first.
+
+    Half a line counts as none.
+    """
+    packed = sorted(folder.glob("results*.jsonl.gz"))
+    texts = [gzip.decompress(path.read_bytes()).decode("utf-8") for path in packed]
+    texts += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("results-*.jsonl"))]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def make_config(policy: str, budget: float, given: dict[str, Any]) -> ElasticConfig:
