@@ -57,7 +57,7 @@ sanitize: $(VENV)/.tools
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build-sanitize -G Ninja -DELASTIC_ONLY_CORE=ON \
 		-DELASTIC_BUILD_TESTS=ON -DELASTIC_SANITIZE=address,undefined \
 		-DSKBUILD_PROJECT_VERSION=0 -DPython_EXECUTABLE=$(CURDIR)/$(PY)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build-sanitize --target core_test
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build-sanitize --target core_test runtime_test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build-sanitize --output-on-failure
 
 stubs: $(VENV)/.dev

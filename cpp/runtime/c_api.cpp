@@ -2,7 +2,6 @@
 
 #include "runtime/attach.h"
 #include "runtime/measure_layers.h"
-#include "runtime/pages.h"
 
 #include <algorithm>
 #include <functional>
@@ -65,10 +64,6 @@ elastic_params elastic_default_params(void) {
         /*.record    =*/false,
         /*.release_memory =*/true,
     };
-}
-
-void elastic_lazy_buffers(bool value) {
-    set_lazy_buffers(value);
 }
 
 int32_t elastic_attach(llama_context * ctx, const elastic_params * params) {

@@ -1,7 +1,5 @@
 #include "runtime/pages.h"
 
-#include "llama-elastic.h"
-
 #include <cstdint>
 #include <cstring>
 
@@ -13,8 +11,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
-
-thread_local void (*llama_elastic_new_buffer)(ggml_backend_buffer_t buffer, uint8_t value) = ggml_backend_buffer_clear;
 
 namespace elastic {
 
@@ -78,10 +74,6 @@ void clear_lazily(ggml_backend_buffer_t buffer) {
     } else {
         ggml_backend_buffer_clear(buffer, 0);
     }
-}
-
-void set_lazy_buffers(bool value) {
-    llama_elastic_new_buffer = value ? [](ggml_backend_buffer_t buffer, uint8_t) { clear_lazily(buffer); } : ggml_backend_buffer_clear;
 }
 
 }  // namespace elastic

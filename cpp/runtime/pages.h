@@ -24,7 +24,4 @@ void clear_lazily(ggml_backend_buffer_t buffer);
 // gives back what the allocator keeps of freed memory, where it can (glibc)
 void trim_heap();
 
-// whether the K and V buffers of caches that are made from now on are cleared lazily by this thread
-void set_lazy_buffers(bool value);
-
 }  // namespace elastic

@@ -1,0 +1,259 @@
+// The parts of the runtime that need no model: stages of sequences, importance, and what else is known of cells.
+
+#include "runtime/cell_table.h"
+#include "runtime/importance.h"
+#include "runtime/sequence_table.h"
+
+#include <cstdio>
+#include <set>
+
+using namespace elastic;
+
+static int n_failed = 0;
+
+#define CHECK(x)                                                                                                                           \
+    do {                                                                                                                                   \
+        if (!(x)) {                                                                                                                        \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
+            n_failed++;                                                                                                                    \
+        }                                                                                                                                  \
+    } while (0)
+
+// a batch of tokens of single sequences
+struct tokens {
+    std::vector<llama_pos>                 pos;
+    std::vector<int32_t>                   n_seq_id;
+    std::vector<std::vector<llama_seq_id>> ids;
+    std::vector<llama_seq_id *>            id_ptrs;
+    std::vector<int8_t>                    logits;
+
+    tokens & add(llama_pos p, llama_seq_id seq_id, bool wants_logits) {
+        pos.push_back(p);
+        n_seq_id.push_back(1);
+        ids.push_back({ seq_id });
+        logits.push_back(wants_logits);
+        return *this;
+    }
+
+    llama_batch batch() {
+        id_ptrs.clear();
+        for (auto & id : ids) {
+            id_ptrs.push_back(id.data());
+        }
+        llama_batch res = {};
+        res.n_tokens    = (int32_t) pos.size();
+        res.pos         = pos.data();
+        res.n_seq_id    = n_seq_id.data();
+        res.seq_id      = id_ptrs.data();
+        res.logits      = logits.data();
+        return res;
+    }
+};
+
+// decodes a batch: every token gets a cell
+static std::vector<batch_part> decode(sequence_table & seqs, std::map<llama_seq_id, int32_t> & n_cells, tokens t) {
+    const auto parts = seqs.begin_batch(t.batch(), [&](llama_seq_id id) { return n_cells[id] == 0; });
+    for (const auto & part : parts) {
+        if (!part.is_prompt) {
+            seqs.begin_token(part.seq_id);
+        }
+    }
+    for (size_t i = 0; i < t.pos.size(); ++i) {
+        seqs.add_token(t.ids[i][0], t.pos[i], ++n_cells[t.ids[i][0]]);
+    }
+    return parts;
+}
+
+static tokens prompt(llama_pos first, int32_t n, llama_seq_id seq_id) {
+    tokens res;
+    for (int32_t i = 0; i < n; ++i) {
+        res.add(first + i, seq_id, i + 1 == n);
+    }
+    return res;
+}
+
+static void test_stages() {
+    sequence_table                  seqs(4);
+    std::map<llama_seq_id, int32_t> n_cells;
+
+    auto parts = decode(seqs, n_cells, prompt(0, 5, 0));
+    CHECK(parts.size() == 1 && parts[0].is_prompt && parts[0].n_tokens == 5 && parts[0].pos_min == 0);
+    CHECK(seqs.is_prompt(0) && seqs.is_scored(0));
+    CHECK(seqs.get(0).n_tokens == 5 && seqs.get(0).pos_prompt == 4 && seqs.get(0).pending);
+
+    // the first token that is alone in its batch, wants logits and has a new position
+    seqs.at(0).pending = false;
+    parts              = decode(seqs, n_cells, tokens().add(5, 0, true));
+    CHECK(!parts[0].is_prompt && !seqs.is_prompt(0) && !seqs.is_scored(0));
+    parts = decode(seqs, n_cells, tokens().add(6, 0, false));
+    CHECK(parts[0].is_prompt);  // wants no logits
+
+    // a sequence whose cells are gone begins anew, with a prompt of one token
+    n_cells[0] = 0;
+    parts      = decode(seqs, n_cells, tokens().add(0, 0, true));
+    CHECK(parts[0].is_prompt && seqs.get(0).n_tokens == 1);
+
+    seqs.set_prefill(true);
+    parts = decode(seqs, n_cells, tokens().add(1, 0, true));
+    CHECK(parts[0].is_prompt && seqs.get(0).pos_prompt == 1);
+}
+
+static void test_scored_steps() {
+    sequence_table                  seqs(3);
+    std::map<llama_seq_id, int32_t> n_cells;
+    decode(seqs, n_cells, prompt(0, 4, 0));
+    seqs.at(0).pending = false;
+
+    std::set<llama_pos> scored;
+    for (llama_pos pos = 4; pos < 13; ++pos) {
+        decode(seqs, n_cells, tokens().add(pos, 0, true));
+        if (seqs.is_scored(0)) {
+            CHECK(seqs.query_count(0) == 3);  // it stands for those since the last one
+            seqs.scored(0, pos);
+            scored.insert(pos);
+        }
+    }
+    CHECK((scored == std::set<llama_pos>{ 6, 9, 12 }));
+    CHECK(seqs.get(0).pos_changed == 12 && seqs.get(0).pos_moved == -1);
+
+    sequence_table never(0);
+    decode(never, n_cells, prompt(0, 4, 1));
+    never.at(1).pending = false;
+    for (llama_pos pos = 4; pos < 8; ++pos) {
+        decode(never, n_cells, tokens().add(pos, 1, true));
+        CHECK(!never.is_scored(1));
+    }
+}
+
+static void test_cuts() {
+    sequence_table                  seqs(0);
+    std::map<llama_seq_id, int32_t> n_cells;
+    decode(seqs, n_cells, prompt(0, 10, 0));
+    seqs.at(0).pending = false;
+    decode(seqs, n_cells, tokens().add(10, 0, true));
+    decode(seqs, n_cells, tokens().add(11, 0, true));
+
+    seqs.cut(0, 11, INT32_MAX, 1, 11);  // of the answer
+    CHECK(seqs.get(0).n_tokens == 11 && seqs.get(0).pos_prompt == 9 && !seqs.get(0).pending);
+    seqs.cut(0, 6, INT32_MAX, 5, 6);  // and of the prompt, whose rest waits
+    CHECK(seqs.get(0).n_tokens == 6 && seqs.get(0).pos_prompt == 5 && seqs.get(0).pending && seqs.get(0).n_prompt_cells == 6);
+
+    seqs.note_change(0, 4, true);
+    seqs.note_change(0, 3, false);
+    CHECK(seqs.get(0).pos_changed == 4 && seqs.get(0).pos_moved == 4);
+    seqs.shift(0, 4, 6, -2);
+    CHECK(seqs.get(0).pos_prompt == 3 && seqs.get(0).pos_moved == 2);
+    seqs.shift(7, 0, 9, 1);  // of no sequence
+    CHECK(seqs.ids() == std::vector<llama_seq_id>{ 0 });
+}
+
+static importance make_importance(const importance_needs & needs) {
+    return importance(2, 3, 16, 2, needs);
+}
+
+static void test_importance() {
+    importance scores = make_importance({ true, 0.5f, 2 });
+    CHECK(scores.has_any() && scores.has_decayed() && scores.has_window());
+    for (int32_t il = 0; il < 2; ++il) {
+        for (int32_t ih = 0; ih < 3; ++ih) {
+            for (int32_t i = 0; i < 16; ++i) {
+                scores.sum_row(1, il, ih)[i]     = (float) (100 * il + 10 * ih + i);
+                scores.decayed_row(1, il, ih)[i] = 8.0f;
+            }
+        }
+    }
+    const std::vector<int32_t> rows = { 5, 2, 9 };
+    auto                       got  = scores.gather(1, rows);
+    CHECK(got.sum.n_cells == 3 && got.sum.row(1, 2)[0] == 125.0f && got.sum.row(1, 2)[1] == 122.0f);
+    CHECK(scores.gather(0, rows).sum.row(1, 2)[0] == 0.0f);  // another stream
+
+    scores.decay(1, { 1.0f, 1.0f, 0.25f });
+    CHECK(scores.decayed_row(1, 0, 0)[2] == 2.0f && scores.decayed_row(1, 0, 0)[3] == 8.0f);
+
+    const auto total = scores.total(1, { 0, 1 });
+    CHECK(total[0] == 360.0f && total[1] == 366.0f);
+
+    scores.move_head(1, 9, 5, 1, 2);
+    CHECK(scores.sum_row(1, 1, 2)[5] == 129.0f && scores.sum_row(1, 1, 1)[5] == 115.0f);
+    scores.reset_cell(1, 5, 1);
+    CHECK(scores.sum_row(1, 1, 2)[5] == 0.0f && scores.sum_row(1, 0, 2)[5] == 25.0f);
+    scores.reset_cell(1, 5);
+    CHECK(scores.sum_row(1, 0, 2)[5] == 0.0f);
+
+    scores.copy_stream(1, 0, 4);
+    CHECK(scores.sum_row(0, 1, 0)[3] == 103.0f && scores.sum_row(0, 1, 0)[4] == 0.0f);
+    scores.reset();
+    CHECK(scores.total(1, { 0, 1, 2 }) == std::vector<float>(3, 0.0f));
+}
+
+// the last queries in a ring, and what came with a saved state
+static void test_window() {
+    importance scores = make_importance({ true, 0.0f, 2 });
+    for (int32_t q = 0; q < 3; ++q) {
+        scores.begin_query(0);
+        scores.query_row(0, 0, 0, 0)[4] = (float) (1 << q);
+    }
+    CHECK(scores.gather(0, { 4 }).windowed.row(0, 0)[0] == 6.0f);  // the last two
+    CHECK(scores.query_row(0, 1, 0, 0)[4] == 2.0f);
+
+    const auto exact = scores.gather_exact(0, { 4 });
+    importance other = make_importance({ true, 0.0f, 2 });
+    other.scatter_exact(0, { 7 }, exact);
+    CHECK(other.gather(0, { 7 }).windowed.row(0, 0)[0] == 6.0f);
+
+    importance loaded = make_importance({ true, 0.0f, 2 });
+    loaded.scatter(0, { 4 }, scores.gather(0, { 4 }));
+    CHECK(loaded.gather(0, { 4 }).windowed.row(0, 0)[0] == 6.0f);
+    loaded.begin_query(0);  // the saved ones are older
+    CHECK(loaded.gather(0, { 4 }).windowed.row(0, 0)[0] == 0.0f);
+}
+
+static void test_nothing_kept() {
+    importance scores = make_importance({});
+    CHECK(!scores.has_any() && scores.sum_row(0, 0, 0) == nullptr && scores.decayed_row(0, 0, 0) == nullptr);
+    scores.reset_cell(0, 3);
+    scores.move_head(0, 1, 2, 0, 0);
+    scores.copy_stream(0, 1, 16);
+    const auto got = scores.gather(0, { 1, 2 });
+    CHECK(got.sum.n_cells == 2 && got.decayed.n_cells == 0 && got.windowed.n_cells == 0);
+    scores.scatter(0, { 1, 2 }, got);
+    CHECK(scores.total(0, { 1 })[0] == 0.0f);
+}
+
+static void test_cell_table() {
+    cell_table table(2, 2, 8, 2, true);
+    CHECK(table.counts(0, { 1 }).row(1, 1)[0] == 1.0f);
+    head_map counts(2, 2, 2, 3.0f);
+    table.set_counts(0, { 1, 4 }, counts);
+    table.set_rank_scores(0, { 1, 4 }, { 0.5f, 0.25f });
+    table.set_kind(0, 4, cell_kind::image);
+    CHECK(table.counts(0, { 4 }).row(0, 1)[0] == 3.0f && table.rank_score(0, 4) == 0.25f);
+    table.move_head(0, 4, 2, 0, 1);
+    CHECK(table.counts(0, { 2 }).row(0, 1)[0] == 3.0f && table.counts(0, { 2 }).row(0, 0)[0] == 1.0f);
+    table.copy_stream(0, 1, 8);
+    CHECK(table.kind(1, 4) == cell_kind::image && table.counts(1, { 1 }).row(1, 0)[0] == 3.0f);
+    table.reset_cell(0, 4, cell_kind::text);
+    CHECK(table.kind(0, 4) == cell_kind::text && table.rank_score(0, 4) == HUGE_VALF && table.counts(0, { 4 }).row(1, 1)[0] == 1.0f);
+    table.reset();
+    CHECK(table.rank_score(1, 1) == HUGE_VALF && table.counts(1, { 1 }).row(1, 0)[0] == 1.0f);
+
+    cell_table plain(2, 2, 8, 1, false);
+    plain.set_counts(0, { 1 }, head_map(2, 2, 1, 9.0f));
+    CHECK(!plain.has_counts() && plain.counts(0, { 1 }).row(0, 0)[0] == 1.0f);
+}
+
+int main() {
+    test_stages();
+    test_scored_steps();
+    test_cuts();
+    test_importance();
+    test_window();
+    test_nothing_kept();
+    test_cell_table();
+    if (n_failed) {
+        fprintf(stderr, "%d checks failed\n", n_failed);
+        return 1;
+    }
+    printf("all checks passed\n");
+    return 0;
+}
