@@ -74,9 +74,9 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
     plan = core.make_plan(**problem)
     kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
     score = oracle.scores("by_kind", kind, problem["importance"], problem["recent"])
-    stay = oracle.protected("cover", kind, problem["pinned"], n_keep, 1)
+    stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
     closed = oracle.apart(kind, n_keep)
-    n_of_run = oracle.quotas("cover", kind, stay, n_keep)
+    n_of_run = oracle.quotas("coverage", kind, stay, n_keep)
     n_layer = len(absent)
     for run, n_run in n_of_run:
         here = [[i for i in run if not absent[il, i]] for il in range(n_layer)]
@@ -126,7 +126,7 @@ def test_ranks_agree_between_layers(seed: int) -> None:
     assert (kept[..., -1] == len(kind) - 1).all()
     for j in range(kept.shape[2]):
         assert len(set(kind[kept[..., j][held[..., j]]] == 1)) == 1
-    newest = oracle.protected("cover", kind, problem["pinned"], problem["n_keep"], 0)
+    newest = oracle.protected("coverage", kind, problem["pinned"], problem["n_keep"], 0)
     tail = [i for i in range(len(kind)) if set(range(i, len(kind))) <= newest]
     for n, i in enumerate(reversed(tail)):
         if not problem["absent"][:, i:].all(axis=0).any():  # somebody holds each of them
@@ -177,7 +177,7 @@ def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
     store_k, store_v = (np.zeros((8, d), np.float32) for _ in range(2))
     store_k[rows], store_v[rows] = k[:, 0], v[:, 0]
     out_k, out_v, mass, _, bias = core.merge_layer(
-        "mass", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
+        "merge_biased", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
         store_v.view(np.uint8).ravel(), "f32", False, d, 8, rows, [2, 3, 4],
         ones, ones, 0 * ones,
     )  # fmt: skip

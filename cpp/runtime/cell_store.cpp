@@ -25,7 +25,7 @@ cell_store::cell_store(const llama_kv_cache & kv, const kv_shape & shape, const 
     if (cfg.has_sum()) {
         mass = make();
     }
-    if (cfg.pol.combine == combine_rule::nearest_mean) {
+    if (cfg.pol.needs_counts()) {
         extra = make();
     }
     if (cfg.decay() > 0.0f) {

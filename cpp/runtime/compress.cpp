@@ -62,7 +62,7 @@ int32_t elastic_cache::free_cells(llama_seq_id seq_id, int32_t n_new) {
     if (lacks() && is_waiting(seq_id)) {
         compress(seq_id);
     }
-    if (lacks() && !sequence(seq_id).pending && cfg.pol.generate == generate_rule::merge) {
+    if (lacks() && !sequence(seq_id).pending && cfg.pol.recompresses()) {
         merge_overdraft_cells(seq_id, 0);
     }
     if (lacks() && n_cells(seq_id) > n_held(seq_id)) {
@@ -165,7 +165,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     const cell_state before = store->gather(strm, rows);
     const kv_source  source(layers, rows);
     plan_params      params = { n_keep, n_shared ? 0 : cfg.n_sink, {}, n_keep };
-    if (!even && !cfg.layer_share.empty()) {
+    if (!even && (!cfg.layer_share.empty() || cfg.pol.shares_layers())) {
         // the next turn needs places, too
         const int32_t n_places = shape.kv_size - (int32_t) kv.get_cells(seq_id).get_used() + (int32_t) rows.size();
         params.layer_share     = cfg.layer_share;
@@ -205,7 +205,7 @@ int32_t elastic_cache::compress_to(llama_seq_id seq_id, int32_t n_target, bool a
     commit(seq_id, p, rows, dst);
     store->scatter(strm, dst, after);
     store->set_totals(strm, dst, p.rank_score);
-    store->scatter_fading(strm, dst, of_ranks(fading, p, cfg.pol.combine == combine_rule::mass));
+    store->scatter_fading(strm, dst, of_ranks(fading, p, cfg.pol.merges()));
 
     shrink_v();
     release_rows(strm, n_used(strm));

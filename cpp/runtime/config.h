@@ -31,8 +31,8 @@ struct config {
     int32_t n_overdraft() const { return overdraft >= 0 ? overdraft : pol.overdraft(); }
 
     // which scores are kept of every cell, see policy
-    int32_t n_window() const { return record ? window_size : pol.n_window(); }
-    float   decay() const { return record ? text_decay : pol.decay(); }
+    int32_t n_window() const { return record ? recorded_statistics().n_window : pol.n_window(); }
+    float   decay() const { return record ? recorded_statistics().decay : pol.decay(); }
     bool    has_sum() const { return record || pol.needs_importance(); }
 };
 

@@ -1,7 +1,7 @@
 #include "runtime/elastic_cache.h"
 
 #include "core/rows.h"
-#include "core/score.h"
+#include "core/statistics.h"
 
 #include "ggml-cpp.h"
 #include "llama-batch.h"
@@ -53,7 +53,7 @@ config make_config(const elastic_params & params) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) +
                     ", expected at least n_sink + 2 = " + std::to_string(cfg.n_sink + 2) + ", or 0 for no cap");
     }
-    if (cfg.max_cells > 0 && cfg.pol.select == select_rule::all) {
+    if (cfg.max_cells > 0 && cfg.pol.keeps_all()) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) + " with the policy " + cfg.pol.name +
                     ", which keeps every cell; choose another policy");
     }
@@ -62,9 +62,9 @@ config make_config(const elastic_params & params) {
             throw error("[elastic] layer_share: got " + std::to_string(x) + ", expected finite values > 0");
         }
     }
-    if (!cfg.layer_share.empty() && cfg.pol.select != select_rule::cover) {
+    if (!cfg.layer_share.empty() && !cfg.pol.can_vary_layers()) {
         throw error("[elastic] layer_share: got it with the policy " + std::string(cfg.pol.name) +
-                    ", which keeps as many cells in all layers; choose another policy");
+                    ", which takes none; choose another policy");
     }
     if (!cfg.layer_share.empty() && cfg.max_cells > 0) {
         throw error("[elastic] layer_share: got it with max_cells = " + std::to_string(cfg.max_cells) +
@@ -207,7 +207,7 @@ elastic_cache::~elastic_cache() {
 }
 
 bool elastic_cache::active() const {
-    const bool keeps_all = cfg.pol.select == select_rule::all || (cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0 && cfg.max_cells == 0);
+    const bool keeps_all = cfg.pol.keeps_all() || (cfg.keep.n_cells == 0 && cfg.keep.fraction >= 1.0 && cfg.max_cells == 0);
     return cfg.record || !keeps_all;
 }
 

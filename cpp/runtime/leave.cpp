@@ -52,12 +52,12 @@ void elastic_cache::make_room(llama_seq_id seq_id, int32_t n_new) {
     if (st.pending) {
         compress_pending(seq_id);
     }
-    if (cfg.pol.generate == generate_rule::keep) {
+    if (!cfg.pol.evicts()) {
         return;
     }
     const int32_t n_spare = n_cells(seq_id) - n_held(seq_id);  // of some layers
     int32_t       allowed = target_cells(st.n_tokens + 1);
-    if (cfg.pol.generate == generate_rule::merge && cfg.n_overdraft() > 0) {
+    if (cfg.pol.recompresses() && cfg.n_overdraft() > 0) {
         return make_room_by_merging(seq_id, allowed, n_new);
     }
     if (cfg.max_cells == 0) {
