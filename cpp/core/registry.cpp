@@ -1,20 +1,24 @@
 #include "core/policy.h"
 
+#include <algorithm>
+
 namespace elastic {
 
 // One line for each policy; make_NAME() is defined in policies/NAME.cpp.
-#define ELASTIC_POLICIES(ADD)                                                                                                              \
-    ADD(full)                                                                                                                              \
-    ADD(random)                                                                                                                            \
-    ADD(streaming)                                                                                                                         \
-    ADD(h2o)                                                                                                                               \
-    ADD(snapkv)                                                                                                                            \
-    ADD(pyramidkv)                                                                                                                         \
-    ADD(knorm)                                                                                                                             \
-    ADD(expected_attention)                                                                                                                \
-    ADD(elastic_paper)                                                                                                                     \
-    ADD(elastic_evict)                                                                                                                     \
+// clang-format off
+#define ELASTIC_POLICIES(ADD) \
+    ADD(full)                 \
+    ADD(random)               \
+    ADD(streaming)            \
+    ADD(h2o)                  \
+    ADD(snapkv)               \
+    ADD(pyramidkv)            \
+    ADD(knorm)                \
+    ADD(expected_attention)   \
+    ADD(elastic_paper)        \
+    ADD(elastic_evict)        \
     ADD(elastic)
+// clang-format on
 
 #define ELASTIC_DECLARE(name) policy make_##name();
 #define ELASTIC_MAKE(name) make_##name(),
