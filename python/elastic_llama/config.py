@@ -24,7 +24,17 @@ def policy_names() -> tuple[str, ...]:
 
 
 def policy_row(name: str) -> dict[str, Any]:
-    """A row of the policy table: the parts of a policy, and what it can do."""
+    """A row of the policy table: the parts of a policy, and what it can do.
+
+    Raises
+    ------
+    ConfigError
+        There is no such policy.
+    """
+    if name not in policy_names():
+        raise ConfigError(
+            text("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
+        )
     return _policy_table()[name]
 
 
@@ -114,14 +124,10 @@ class ElasticConfig:
         if self.kv_cells is not None:
             cells = whole("kv_cells", self.kv_cells, self.n_sink + 2)
             object.__setattr__(self, "kv_cells", cells)
-        if self.policy not in policy_names():
-            raise ConfigError(
-                text("config", "policy", repr(self.policy), "one of " + ", ".join(policy_names()))
-            )
-
+        row = policy_row(self.policy)
         object.__setattr__(self, "layers", _layers(self.layers))
         if not isinstance(self.layers, str) and (
-            not policy_row(self.policy)["can_vary_layers"] or self.kv_cells is not None
+            not row["can_vary_layers"] or self.kv_cells is not None
         ):
             raise ConfigError(
                 text(
@@ -132,7 +138,7 @@ class ElasticConfig:
                     'pass layers="even"',
                 )
             )
-        if self.kv_cells is not None and policy_row(self.policy)["keeps_all"]:
+        if self.kv_cells is not None and row["keeps_all"]:
             raise ConfigError(
                 text(
                     "config",
