@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,20 @@ def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
         assert e.session.frees_rows()
     with Engine(tiny_gqa, elastic=UNEVEN) as e:
         assert not e.session.frees_rows()  # V lies element by element
+
+
+def test_a_pyramid_holds_fewer_cells_in_later_layers(tiny_gqa: Path) -> None:
+    """The budget holds on average; under a cap all layers hold as many."""
+    options = {"policy": "pyramidkv", "budget": 0.3, "min_cells": 8}
+    for cap in (0, 80):
+        with Engine(tiny_gqa, elastic={**options, "max_cells": cap}, flash_attn=True) as e:
+            e.prompt(random_tokens(150, N_VOCAB, 1))
+            e.session.compress(0)
+            held = e.session.held_rows(0)
+            assert e.session.n_held(0) == math.ceil(0.3 * 150)
+            assert (held[0] > held[1] > held[2]) if cap == 0 else len(set(held)) == 1
+            assert np.isfinite(e.forced(random_tokens(20, N_VOCAB, 5), 150)).all()
+            assert e.session.n_held(0) <= math.ceil(0.3 * (150 + 20)) + 1
 
 
 @pytest.mark.parametrize(
