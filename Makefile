@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 # what the compiled part is made of; Python files need no rebuild
-NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* patches/*.p*)
+NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* cpp/core/policies/* patches/*.p*)
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 

@@ -124,6 +124,11 @@ def names() -> list[str]:
     return [OFF, *(str(row["name"]) for row in _core.core.policies())]
 
 
+def can(policy: str, what: str) -> bool:
+    """A capability of a policy; none with the cache off."""
+    return any(row["name"] == policy and row[what] for row in _core.core.policies())
+
+
 def cases() -> Iterator[tuple[str, str, str, bool, str]]:
     """(key, policy, K/V type, flash attention, scenario)."""
     for policy in names():
@@ -132,9 +137,9 @@ def cases() -> Iterator[tuple[str, str, str, bool, str]]:
                 if not flash and (policy != OFF or kv_type != "f16"):
                     continue  # an elastic cache, and a quantized V, need V in rows
                 for scenario, (_, _, elastic) in SCENARIOS.items():
-                    if "layer_share" in elastic and policy != "elastic":
+                    if "layer_share" in elastic and not can(policy, "can_vary_layers"):
                         continue
-                    if "max_cells" in elastic and policy in (OFF, "full"):
+                    if "max_cells" in elastic and (policy == OFF or can(policy, "keeps_all")):
                         continue
                     if policy == OFF and scenario == "turns":
                         continue  # it cuts as llama.cpp does, so it says nothing more

@@ -13,7 +13,7 @@ from tests.support.streams import PLAIN, QUANTIZED, Stream, head_bytes, step
 
 core = _core.core
 
-RULES = ("evict", "nearest_mean", "mass")
+RULES = ("evict", "merge_mean", "merge_biased")
 TYPES = PLAIN + QUANTIZED
 LAYOUTS_V = [(t, False) for t in TYPES] + [(t, True) for t in PLAIN]
 D = 64
@@ -139,7 +139,7 @@ def check(case, rule):
         took = np.array(took)
         for name, before, after in (("k", case.k, after_k), ("v", case.v, after_v)):
             moves = (name == "v") | (case.key_weight[kept] > 0)
-            new = took & (rule == "nearest_mean" or (rule == "mass") & moves)
+            new = took & (rule == "merge_mean" or (rule == "merge_biased") & moves)
             old_rows, new_rows = before.rows()[case.src[kept], h], after.rows()[case.dst, h]
             np.testing.assert_array_equal(new_rows[~new], old_rows[~new])
             if new.any():
@@ -182,7 +182,7 @@ def test_merge_equals_oracle_for_any_plan(seed, rule, type_k, layout_v, n_cells,
 @pytest.mark.parametrize("kind", PLAIN)
 def test_head_sizes_that_are_no_whole_blocks(kind, transposed, d):
     for seed in range(4):
-        check(Case(seed, kind, kind, transposed, d=d), "nearest_mean")
+        check(Case(seed, kind, kind, transposed, d=d), "merge_mean")
 
 
 def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
@@ -226,7 +226,7 @@ def test_biased_attention_is_conserved(seed, equal_keys, key_weight):
     if equal_keys:
         k = k[kept][bucket]
     mass = oracle.attention_weights(q, k)
-    cells = merged_cells(as_case(k, v, mass, kept, bucket, key_weight=key_weight), "mass")
+    cells = merged_cells(as_case(k, v, mass, kept, bucket, key_weight=key_weight), "merge_biased")
     # any query when keys are equal within a bucket, otherwise the one that the masses come from
     for query in (q, other) if equal_keys else (q,):
         want = oracle.attention(query, k, v, np.zeros(n))
@@ -236,7 +236,7 @@ def test_biased_attention_is_conserved(seed, equal_keys, key_weight):
     kept, bucket = random_plan(rng, 9, 3)
     state = cells.k, cells.v, cells.mass, kept, bucket, cells.bias, cells.count
     case = as_case(*state, key_weight)
-    again = merged_cells(case, "mass")
+    again = merged_cells(case, "merge_biased")
     got = oracle.attention(q, again.k, again.v, again.bias)
     want = oracle.attention(q, k, v, np.zeros(n))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -248,10 +248,10 @@ def test_means_of_means_are_means_of_all():
     rng = np.random.default_rng(0)
     k, v = rng.standard_normal((2, 20, 16)).astype(np.float32)
     kept, bucket = random_plan(rng, 20, 6)
-    first = merged_cells(as_case(k, v, np.ones(20), kept, bucket), "nearest_mean")
+    first = merged_cells(as_case(k, v, np.ones(20), kept, bucket), "merge_mean")
     one = np.array([5]), np.array([0] * 6)
     case = as_case(first.k, first.v, first.mass, *one, first.bias, first.count)
-    last = merged_cells(case, "nearest_mean")
+    last = merged_cells(case, "merge_mean")
     np.testing.assert_allclose(last.k[0], k.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(last.v[0], v.mean(axis=0), rtol=1e-5, atol=1e-6)
     assert last.count[0] == 20
@@ -264,8 +264,8 @@ def test_anchors_next_to_no_mass_get_a_finite_bias(smallest, key_weight):
     k, v = rng.standard_normal((2, 3, 16)).astype(np.float32)
     mass = np.array([1, 2, smallest], np.float32)
     case = as_case(k, v, mass, np.array([2]), np.array([0, 0, 0]), key_weight=key_weight)
-    check(case, "mass")
-    assert np.isfinite(merged_cells(case, "mass").bias).all()
+    check(case, "merge_biased")
+    assert np.isfinite(merged_cells(case, "merge_biased").bias).all()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -273,7 +273,7 @@ def test_transposed_needs_plain_types(kind):
     case = Case(1, "f16", kind, False)
     case.v.transposed = True
     with pytest.raises(ValueError, match=f"type {kind} transposed"):
-        case.merge("mass")
+        case.merge("merge_biased")
 
 
 @pytest.mark.parametrize(
@@ -289,14 +289,14 @@ def test_bad_rows_are_refused(name, change, message):
     case = Case(1, "f16", "f16", False)
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(ValueError, match=message):
-        case.merge("mass")
+        case.merge("merge_biased")
 
 
 def test_incomplete_blocks_are_refused():
     case = Case(1, "q8_0", "q8_0", False)
     case.d = 48
     with pytest.raises(ValueError, match="n_embd_head: got 48"):
-        case.merge("mass")
+        case.merge("merge_biased")
 
 
 def test_unknown_rule_is_refused():

@@ -152,7 +152,7 @@ def test_plan_equals_oracle(problem):
 @settings(deadline=None, max_examples=150)
 @given(problems(policies=BY_KIND))
 def test_run_shares_add_up(problem):
-    rule = "cover" if problem["policy"] == "elastic" else "image_first"
+    rule = "coverage" if problem["policy"] == "elastic" else "image_first"
     names = ("kind", "pinned", "n_keep", "n_sink", "old")
     stay = oracle.protected(rule, **{name: problem[name] for name in names})
     if len(stay) > problem["n_keep"]:
@@ -230,7 +230,9 @@ def test_the_present_question_stays_and_none_joins_it():
 
 def test_a_long_question_takes_half_its_newest_cells():
     problem = later_problem(30, 40, 60, 50)
-    protected = oracle.protected("cover", problem["kind"], problem["pinned"], 50, 1, problem["old"])
+    protected = oracle.protected(
+        "coverage", problem["kind"], problem["pinned"], 50, 1, problem["old"]
+    )
     assert {i for i in protected if i >= 70} == set(range(105, 130))
     kept = core.make_plan(**problem)["kept"]
     for row in kept.reshape(-1, 50):

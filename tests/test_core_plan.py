@@ -13,8 +13,10 @@ from tests.support import oracle_plan as oracle
 core = _core.core
 
 POLICIES = {p["name"]: p for p in core.policies()}
-NEEDS_IMPORTANCE = sorted(set(POLICIES) - {"full", "local", "random"})
-RANKED = {name for name, p in POLICIES.items() if p["generate"] == "lowest"}
+NEEDS_IMPORTANCE = sorted(name for name, p in POLICIES.items() if p["needs"]["sum"])
+RANKED = {name for name, p in POLICIES.items() if p["evictor"] == "lowest"}
+# layers keep as many cells each, unless shares are given
+EVEN = [name for name, p in POLICIES.items() if p["layer_budget"] != "pyramid"]
 D = 8
 
 
@@ -44,7 +46,7 @@ def pasts(draw, kind):
 
 
 @st.composite
-def problems(draw, policies=tuple(POLICIES)):
+def problems(draw, policies=tuple(EVEN)):
     n_cells = draw(st.one_of(*[st.integers(1, 60)] * 7, st.integers(61, 100)))
     n_layer, n_head = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     kind = draw(kinds(n_cells))
@@ -94,12 +96,13 @@ def make_problem(policy="elastic", n_cells=10, n_keep=5, **changes):
 
 def oracle_score(problem):
     rules = POLICIES[problem["policy"]]
-    return oracle.scores(rules["score"], problem["kind"], problem["importance"], problem["recent"])
+    names = ("kind", "importance", "recent", "keys", "values")
+    return oracle.scores(rules["scorer"], **{name: problem[name] for name in names})
 
 
 def oracle_kept(problem, score=None):
     return oracle.select(
-        POLICIES[problem["policy"]]["select"],
+        POLICIES[problem["policy"]]["selector"],
         problem["policy"] in RANKED,
         problem["kind"],
         problem["pinned"],
@@ -122,23 +125,23 @@ def check_plan(problem):
     plan = core.make_plan(**problem)
     rules = POLICIES[problem["policy"]]
     found = np.full(score.shape, -1)
-    if rules["select"] == "cover":
+    if rules["selector"] == "coverage":
         names = ("kind", "pinned", "keys", "values", "n_sink", "old")
         own = {name: problem[name] for name in names}
         kept, found = oracle.cover(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
-    bucket = oracle.buckets(rules["combine"], kept, problem["kind"], problem["pinned"], found)
+    bucket = oracle.buckets(rules["combiner"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)
-    if rules["combine"] == "mass":
+    if rules["combiner"] == "merge_biased":
         keys = np.where(problem["kind"] == oracle.IMAGE, np.float32(0.4), 0)
         np.testing.assert_array_equal(plan["key_weight"], keys)
         weights = oracle.merge_weights(problem["kind"], score)
         np.testing.assert_allclose(plan["weight"], weights, rtol=1e-6)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
-    if rules["select"] != "all":  # nothing leaves there
+    if rules["selector"] != "all":  # nothing leaves there
         names = ("kind", "pinned", "n_sink", "old", "tokens")
         own = {name: problem[name] for name in names}
-        ranks = oracle.rank_scores(rules["select"], score=score, kept=kept, **own)
+        ranks = oracle.rank_scores(rules["selector"], score=score, kept=kept, **own)
         np.testing.assert_allclose(plan["rank_score"], ranks, rtol=1e-5)
 
 
@@ -160,7 +163,7 @@ def test_invariants(problem):
     assert (np.diff(np.sort(kept, axis=2), axis=2) > 0).all()
     assert kept.min() >= 0
     assert (kept[..., -1] == n_cells - 1).all()
-    n_sink, n_last = oracle.ends(POLICIES[problem["policy"]]["select"], n_keep, problem["n_sink"])
+    n_sink, n_last = oracle.ends(POLICIES[problem["policy"]]["selector"], n_keep, problem["n_sink"])
     assert (kept[..., :n_sink] == np.arange(n_sink)).all()
     assert (np.sort(kept, axis=2)[..., n_keep - n_last :] >= n_cells - n_last).all()
     assert bucket.min() >= -1
@@ -171,10 +174,68 @@ def test_invariants(problem):
         assert (kept == i).any(axis=2).all()
         assert all((row == row[i]).sum() == 1 for row in bucket.reshape(-1, n_cells))
     assert (np.diff(plan["positions"]) > 0).all()
-    if POLICIES[problem["policy"]]["select"] in ("image_first", "cover"):
+    if POLICIES[problem["policy"]]["selector"] in ("image_first", "coverage"):
         # rank j is of one kind in all layers and heads
         is_image = problem["kind"][kept] == oracle.IMAGE
         assert (is_image == is_image[0, 0]).all()
+
+
+def check_layers(problem, plan, n_of_layer=None):
+    """Each layer keeps what stays in any case, and of the rest the highest scores."""
+    kept = plan["kept"]
+    n_of_layer = (kept[:, 0] >= 0).sum(axis=1) if n_of_layer is None else n_of_layer
+    score = oracle_score(problem)
+    names = ("kind", "pinned", "n_keep", "n_sink")
+    selector = POLICIES[problem["policy"]]["selector"]
+    stay = oracle.protected(selector, **{name: problem[name] for name in names})
+    for layer, head in np.ndindex(*kept.shape[:2]):
+        row = score[layer, head]
+        order = sorted(range(len(row)), key=lambda i: (i not in stay, -row[i], i))
+        held = kept[layer, head][kept[layer, head] >= 0]
+        assert sorted(held) == sorted(order[: n_of_layer[layer]])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pyramid_equals_oracle(seed):
+    rng = np.random.default_rng(seed)
+    n_layer, n_cells = int(rng.integers(1, 9)), int(rng.integers(40, 200))
+    shape = (n_layer, 2, n_cells)
+    n_keep = int(rng.integers(8, n_cells))
+    problem = make_problem("pyramidkv", n_cells, n_keep, n_sink=0)
+    problem["kind"][:] = 0
+    problem["importance"], problem["recent"] = rng.random((2, *shape), dtype=np.float32)
+    problem["keys"] = problem["values"] = np.zeros((*shape, D), np.float32)
+    plan = core.make_plan(**problem)
+    got = (plan["kept"][:, 0] >= 0).sum(axis=1)
+    check_layers(problem, plan, got)
+
+    n_window = oracle.ends("window_top", n_keep, 0)[1]
+    room = n_cells - n_window
+    expected = oracle.pyramid(n_layer, n_keep - n_window, room)
+    assert got.sum() == n_layer * n_keep
+    assert (np.diff(got) <= 0).all()
+    if max(expected) < room - n_layer:  # nothing was left over for others
+        assert np.abs(got - n_window - expected).max() <= n_layer  # rounding
+    if n_layer == 1:
+        assert got == n_keep
+
+
+TOP = [n for n, p in POLICIES.items() if p["selector"] in ("top", "heavy_recent", "window_top")]
+
+
+@pytest.mark.parametrize("policy", TOP)
+def test_layers_keep_the_shares_that_are_given(policy):
+    problem = make_problem(policy, n_cells=60, n_keep=24)
+    plan = core.make_plan(**problem, layer_share=[1.0, 3.0])
+    held = (plan["kept"][:, 0] >= 0).sum(axis=1)
+    assert held.sum() == 2 * 24
+    assert held[1] > held[0]
+    check_layers(problem, plan)
+
+
+def test_a_policy_that_keeps_every_cell_refuses_shares():
+    with pytest.raises(ValueError, match="layer_share: got it with the policy full"):
+        core.make_plan(**make_problem("full"), layer_share=[1.0, 3.0])
 
 
 @settings(deadline=None, max_examples=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
     plan = core.make_plan(**problem)
     kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
     score = oracle.scores("by_kind", kind, problem["importance"], problem["recent"])
-    stay = oracle.protected("cover", kind, problem["pinned"], n_keep, 1)
+    stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
     closed = oracle.apart(kind, n_keep)
-    n_of_run = oracle.quotas("cover", kind, stay, n_keep)
+    n_of_run = oracle.quotas("coverage", kind, stay, n_keep)
     n_layer = len(absent)
     for run, n_run in n_of_run:
         here = [[i for i in run if not absent[il, i]] for il in range(n_layer)]
@@ -126,7 +127,7 @@ def test_ranks_agree_between_layers(seed: int) -> None:
     assert (kept[..., -1] == len(kind) - 1).all()
     for j in range(kept.shape[2]):
         assert len(set(kind[kept[..., j][held[..., j]]] == 1)) == 1
-    newest = oracle.protected("cover", kind, problem["pinned"], problem["n_keep"], 0)
+    newest = oracle.protected("coverage", kind, problem["pinned"], problem["n_keep"], 0)
     tail = [i for i in range(len(kind)) if set(range(i, len(kind))) <= newest]
     for n, i in enumerate(reversed(tail)):
         if not problem["absent"][:, i:].all(axis=0).any():  # somebody holds each of them
@@ -177,7 +178,7 @@ def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
     store_k, store_v = (np.zeros((8, d), np.float32) for _ in range(2))
     store_k[rows], store_v[rows] = k[:, 0], v[:, 0]
     out_k, out_v, mass, _, bias = core.merge_layer(
-        "mass", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
+        "merge_biased", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
         store_v.view(np.uint8).ravel(), "f32", False, d, 8, rows, [2, 3, 4],
         ones, ones, 0 * ones,
     )  # fmt: skip
@@ -341,6 +342,20 @@ def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
         assert e.session.frees_rows()
     with Engine(tiny_gqa, elastic=UNEVEN) as e:
         assert not e.session.frees_rows()  # V lies element by element
+
+
+def test_a_pyramid_holds_fewer_cells_in_later_layers(tiny_gqa: Path) -> None:
+    """The budget holds on average; under a cap all layers hold as many."""
+    options = {"policy": "pyramidkv", "budget": 0.3, "min_cells": 8}
+    for cap in (0, 80):
+        with Engine(tiny_gqa, elastic={**options, "max_cells": cap}, flash_attn=True) as e:
+            e.prompt(random_tokens(150, N_VOCAB, 1))
+            e.session.compress(0)
+            held = e.session.held_rows(0)
+            assert e.session.n_held(0) == math.ceil(0.3 * 150)
+            assert (held[0] > held[1] > held[2]) if cap == 0 else len(set(held)) == 1
+            assert np.isfinite(e.forced(random_tokens(20, N_VOCAB, 5), 150)).all()
+            assert e.session.n_held(0) <= math.ceil(0.3 * (150 + 20)) + 1
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@
 #include "bindings/bindings.h"
 #include "core/budget.h"
 #include "core/generate.h"
+#include "core/kind_split.h"
 #include "core/merge.h"
 #include "core/policy.h"
 #include "core/rows.h"
-#include "core/select.h"
 
 #include <pybind11/stl.h>
 
@@ -27,31 +27,34 @@ using f32_array = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using i32_array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using u8_array  = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
 
-static std::string rule_name(score_rule r) {
-    static const char * names[] = { "none", "random", "recency", "frequency", "frequency_layer", "frequency_model", "window", "by_kind" };
-    return names[(int) r];
-}
-static std::string rule_name(select_rule r) {
-    static const char * names[] = { "all", "top", "heavy_recent", "window_top", "image_first", "cover" };
-    return names[(int) r];
-}
-static std::string rule_name(combine_rule r) {
-    static const char * names[] = { "evict", "nearest_mean", "mass" };
-    return names[(int) r];
-}
-static std::string rule_name(generate_rule r) {
-    static const char * names[] = { "keep", "distance", "lowest", "heavy", "per_head", "merge" };
-    return names[(int) r];
-}
-
-// the rule of that name out of the n of its kind
-template <typename R> static R rule_from(const std::string & name, int n) {
-    for (int i = 0; i < n; ++i) {
-        if (rule_name((R) i) == name) {
-            return (R) i;
+// A part that some policy has, by its name; `of` takes it from a policy.
+template <typename F> static auto find_part(const std::string & name, F of) {
+    for (const auto & p : policies()) {
+        if (of(p)->name() == name) {
+            return of(p);
         }
     }
     throw error("[rule] got \"" + name + "\", which is no rule of its kind");
+}
+
+static part<evictor> evictor_from(const std::string & name) {
+    return find_part(name, [](const policy & p) { return p.generate; });
+}
+
+static part<combiner> combiner_from(const std::string & name) {
+    return find_part(name, [](const policy & p) { return p.combine; });
+}
+
+static py::dict to_dict(const statistics & s) {
+    return py::dict("sum"_a = s.sum, "n_window"_a = s.n_window, "decay"_a = s.decay, "rows"_a = s.rows);
+}
+
+static py::dict to_dict(const policy & p) {
+    return py::dict("name"_a = p.name, "scorer"_a = p.score->name(), "layer_budget"_a = p.layers->name(), "selector"_a = p.select->name(),
+                    "combiner"_a = p.combine->name(), "evictor"_a = p.generate->name(), "summary"_a = p.summary,
+                    "needs"_a = to_dict(p.needs()), "keeps_all"_a = p.keeps_all(), "merges"_a = p.merges(), "evicts"_a = p.evicts(),
+                    "overdraft"_a = p.overdraft(), "lookahead"_a = p.lookahead(), "varies_layers"_a = p.varies_layers(),
+                    "can_vary_layers"_a = p.can_vary_layers());
 }
 
 static ggml_type type_from(const std::string & name) {
@@ -113,11 +116,111 @@ struct array_rows : row_source {
     }
 };
 
+// What a scorer in Python sees. Arrays belong to it, so they stay valid as long as they are looked at; keys and values are there
+// during the call only.
+class python_view {
+  public:
+    explicit python_view(const score_view & v) : importance(v.importance.sum), recent(v.importance.recent), c(v.c), rows(v.rows) {}
+
+    head_map           importance;
+    head_map           recent;  // empty where the policy needs none
+    cells              c;
+    const row_source * rows;
+
+    py::array_t<float> keys(int32_t il, int32_t ih) const {
+        return load(il, ih, source().n_embd_head_k(), [&](float * dst) { rows->load_k(il, ih, dst); });
+    }
+    py::array_t<float> values(int32_t il, int32_t ih) const {
+        return load(il, ih, source().n_embd_head_v(), [&](float * dst) { rows->load_v(il, ih, dst); });
+    }
+
+  private:
+    const row_source & source() const {
+        if (!rows) {
+            throw error("[scorer] keys and values: none were given, or the scorer has returned already");
+        }
+        return *rows;
+    }
+
+    template <typename F> py::array_t<float> load(int32_t il, int32_t ih, int32_t d, F read) const {
+        if (il < 0 || il >= importance.n_layer || ih < 0 || ih >= importance.n_head_kv) {
+            throw py::index_error("[scorer] keys and values: got layer " + std::to_string(il) + " and head " + std::to_string(ih) +
+                                  ", expected 0 <= layer < " + std::to_string(importance.n_layer) + " and 0 <= head < " +
+                                  std::to_string(importance.n_head_kv));
+        }
+        py::array_t<float> res({ importance.n_cells, d });
+        read(res.mutable_data());
+        return res;
+    }
+};
+
+template <typename T> static py::array view_of(const T * data, std::vector<py::ssize_t> shape, py::handle owner) {
+    py::array res(py::dtype::of<T>(), std::move(shape), {}, data, owner);
+    res.attr("flags").attr("writeable") = false;
+    return res;
+}
+
+static py::object map_view(const head_map & m, py::handle owner) {
+    return m.n_cells == 0 ? py::object(py::none()) : py::object(view_of(m.data.data(), { m.n_layer, m.n_head_kv, m.n_cells }, owner));
+}
+
+static head_map scores_from(const py::object & x) {
+    auto a = x.is_none() ? f32_array() : f32_array::ensure(x);
+    if (x.is_none() || !a) {
+        PyErr_Clear();
+        throw error("[scorer] got " + py::repr(py::type::of(x)).cast<std::string>() + ", expected an array of numbers");
+    }
+    return make_map(a, "scorer");
+}
+
+// a callable as a scorer, called once per compression; what it raises goes on to the caller of make_plan
+static part<scorer> python_scorer(const py::function & fn, statistics needs) {
+    return make_part<external_scorer>(
+        [fn](const score_view & v) {
+            const py::gil_scoped_acquire acquire;
+            const py::object             view = py::cast(python_view(v));
+
+            struct closing {  // also where it raises
+                python_view & view;
+                ~closing() { view.rows = nullptr; }
+            } const after{ view.cast<python_view &>() };
+
+            return scores_from(fn(view));
+        },
+        needs);
+}
+
+static void bind_view(py::module_ & core) {
+    py::class_<python_view>(core, "ScoreView", "What a scorer looks at: one sequence at one compression.")
+        .def_property_readonly(
+            "importance", [](const py::object & self) { return map_view(self.cast<const python_view &>().importance, self); },
+            "Attention received from all queries, float32 [n_layer, n_head_kv, n_cells].")
+        .def_property_readonly(
+            "recent", [](const py::object & self) { return map_view(self.cast<const python_view &>().recent, self); },
+            "Attention received from the last queries, of the same shape; None where the policy needs none.")
+        .def_property_readonly(
+            "kind",
+            [](const py::object & self) {
+                const auto & kind = self.cast<const python_view &>().c.kind;
+                return view_of((const uint8_t *) kind.data(), { (py::ssize_t) kind.size() }, self);
+            },
+            "0: text, 1: image, 2: generated; uint8 [n_cells].")
+        .def_property_readonly(
+            "pinned",
+            [](const py::object & self) {
+                const auto & pinned = self.cast<const python_view &>().c.pinned;
+                return view_of(pinned.data(), { (py::ssize_t) pinned.size() }, self);
+            },
+            "1: another sequence uses the cell too; uint8 [n_cells].")
+        .def("keys", &python_view::keys, py::arg("layer"), py::arg("head"), "Keys of one KV head, float32 [n_cells, n_embd_head].")
+        .def("values", &python_view::values, py::arg("layer"), py::arg("head"), "Values of one KV head, float32 [n_cells, n_embd_head].");
+}
+
 static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
                              const f32_array & importance, const std::optional<f32_array> & recent, const std::optional<f32_array> & keys,
                              const std::optional<f32_array> & values, int32_t n_threads, const std::vector<float> & layer_share,
                              const std::optional<u8_array> & absent, const std::optional<u8_array> & old,
-                             const std::vector<int32_t> & tokens) {
+                             const std::vector<int32_t> & tokens, const std::optional<py::function> & scorer) {
     cells c  = make_cells(kind, pinned);
     c.tokens = tokens;
     if (old) {
@@ -136,10 +239,11 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
         source.emplace(*keys, *values, importance);
     }
 
-    plan p;
+    const policy & named = find_policy(name);
+    const policy   pol   = scorer ? with_scorer(named, python_scorer(*scorer, named.score->needs())) : named;
+    plan           p;
     {
         py::gil_scoped_release release;
-        const policy &         pol    = find_policy(name);
         const plan_params      params = { n_keep, n_sink, layer_share };
         p                             = make_plan(pol, params, c, m, source ? &*source : nullptr, n_threads);
         validate(p, c, sink_cells(pol.select, params));
@@ -218,9 +322,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
             throw error("[merge_layer] mass, count, bias and weight: expected [1, n_head_kv, n_cells] like the plan");
         }
     }
-    cell_state         out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
-    const combine_rule r   = rule_from<combine_rule>(rule, 3);
-    merge_layer(p, r, 0, t_k, t_v, rows_src, rows_dst, in, out);
+    cell_state out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
+    merge_layer(p, combiner_from(rule), 0, t_k, t_v, rows_src, rows_dst, in, out);
 
     return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.mass), to_array(out.count), to_array(out.bias));
 }
@@ -253,6 +356,7 @@ static py::array_t<float> dequantize_rows(const std::string & type, const u8_arr
 void bind_core(py::module_ & m) {
     py::module_ core = m.def_submodule("core", "The pure functions of the core, for tests and inspection; prone to change.");
 
+    bind_view(core);
     core.def(
         "budget_cells", [](double value, int64_t n_tokens) { return budget::from_value(value).cells_for(n_tokens); }, py::arg("value"),
         py::arg("n_tokens"), "Cells that a budget (fraction kept, or number of cells) allows for n_tokens.");
@@ -261,19 +365,19 @@ void bind_core(py::module_ & m) {
         [] {
             py::list res;
             for (const auto & p : policies()) {
-                res.append(py::dict("name"_a = p.name, "score"_a = rule_name(p.score), "select"_a = rule_name(p.select),
-                                    "combine"_a = rule_name(p.combine), "generate"_a = rule_name(p.generate), "summary"_a = p.summary));
+                res.append(to_dict(p));
             }
             return res;
         },
-        "The table of policies.");
+        "The table of policies: their parts, and what they can do.");
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
              py::arg("importance"), py::arg("recent") = py::none(), py::arg("keys") = py::none(), py::arg("values") = py::none(),
              py::arg("n_threads") = 1, py::arg("layer_share") = std::vector<float>(), py::arg("absent") = py::none(),
-             py::arg("old") = py::none(), py::arg("tokens") = std::vector<int32_t>(),
+             py::arg("old") = py::none(), py::arg("tokens") = std::vector<int32_t>(), py::arg("scorer") = py::none(),
              "Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and "
              "rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does "
-             "without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each).");
+             "without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a "
+             "callable that gets a ScoreView and returns the scores [L, H, T], in place of the policy's own.");
     core.def(
         "split_with_past",
         [](int32_t n_keep, const u8_array & kind, const u8_array & old, const std::vector<int32_t> & tokens,
@@ -314,7 +418,7 @@ void bind_core(py::module_ & m) {
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
                 throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
             }
-            return leaving_cell(rule_from<generate_rule>(rule, 6), c, n_prompt, offset, n_sink, total);
+            return leaving_cell(evictor_from(rule), c, n_prompt, offset, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
         "Logical index of the cell that leaves, -1 for none.");
@@ -325,7 +429,7 @@ void bind_core(py::module_ & m) {
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
                 throw error("[leaving_candidates] kind, pinned and total must have one entry per cell");
             }
-            return leaving_candidates(rule_from<generate_rule>(rule, 6), c, n_sink, total);
+            return leaving_candidates(evictor_from(rule), c, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
         "Logical indices of the cells among which each head loses one of its own.");

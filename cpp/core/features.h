@@ -13,7 +13,7 @@ namespace elastic {
 constexpr int32_t N_ANCHORS = 16;
 constexpr int32_t N_CELLS   = 8;
 
-// Keys and values side by side, moved and scaled so that squared distances are the ones of cover.h.
+// Keys and values side by side, moved and scaled so that squared distances are the ones of coverage_selector.h.
 class features {
   public:
     // of the given rows of k [.., d_k] and v [.., d_v]; memory is kept from run to run

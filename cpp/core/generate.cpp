@@ -1,90 +1,18 @@
 #include "core/generate.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace elastic {
 
-static int32_t n_recent(generate_rule rule, int32_t n_cells) {
-    return rule == generate_rule::heavy ? std::max(1, n_cells / 2) : per_head_recent;
-}
-
-std::vector<int32_t> leaving_candidates(generate_rule rule, const cells & c, int32_t n_sink, const std::vector<float> & total) {
-    const auto n_generated = std::count(c.kind.begin(), c.kind.end(), cell_kind::generated);
-    const bool spares_text = (rule == generate_rule::per_head || rule == generate_rule::merge) && n_generated <= short_answer;
-
-    std::vector<int32_t> res;
-    for (const bool whole_text : { false, true }) {
-        for (int32_t i = std::max(n_sink, 0); i < c.size() - n_recent(rule, c.size()); ++i) {
-            const bool stays = spares_text && c.kind[i] == cell_kind::text && !std::isfinite(total[i]);
-            if (!c.pinned[i] && (whole_text || !stays)) {
-                res.push_back(i);
-            }
-        }
-        if (!res.empty()) {
-            break;
-        }
-    }
-    return res;
-}
-
-int32_t leaving_cell(generate_rule rule, const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink,
+int32_t leaving_cell(const evictor & e, const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink,
                      const std::vector<float> & total) {
-    const int32_t n_last = c.size() - 1;  // the newest cell never leaves
-
     n_sink = std::max(n_sink, 0);
+    return e.evicts() && n_sink < c.size() - 1 ? e.cell(c, n_prompt, offset, n_sink, total) : -1;
+}
 
-    const auto may_leave = [&](int32_t i) {
-        return i >= n_sink && i < n_last && !c.pinned[i];
-    };
-    // lowest finite total of the cells in [first, last) that `fits` takes
-    const auto lowest = [&](int32_t first, int32_t last, auto fits) {
-        int32_t best = -1;
-        for (int32_t i = first; i < last; ++i) {
-            if (may_leave(i) && fits(i) && std::isfinite(total[i]) && (best < 0 || total[i] < total[best])) {
-                best = i;
-            }
-        }
-        return best;
-    };
-    const auto any = [](int32_t) {
-        return true;
-    };
-
-    if (rule == generate_rule::keep || n_sink >= n_last) {
-        return -1;
-    }
-
-    int32_t best = -1;
-    if (rule == generate_rule::heavy) {
-        best = lowest(n_sink, c.size() - n_recent(rule, c.size()), any);
-    }
-    if (rule == generate_rule::lowest) {
-        best = lowest(n_sink, n_last, any);
-        for (int32_t i = n_sink; i < n_last && best < 0; ++i) {
-            if (may_leave(i) && c.kind[i] == cell_kind::generated) {
-                best = i;
-            }
-        }
-    }
-    if (best >= 0) {
-        return best;
-    }
-
-    const int64_t place = (int64_t) n_prompt - offset;
-    const int32_t fixed = (int32_t) std::min<int64_t>(std::max<int64_t>(place, n_sink), n_last - 1);
-    for (int32_t i = fixed; i < n_last; ++i) {
-        if (may_leave(i)) {
-            return i;
-        }
-    }
-    for (int32_t i = fixed; i >= n_sink; --i) {
-        if (may_leave(i)) {
-            return i;
-        }
-    }
-    return -1;
+std::vector<int32_t> leaving_candidates(const evictor & e, const cells & c, int32_t n_sink, const std::vector<float> & total) {
+    return e.candidates(c, n_sink, total);
 }
 
 std::vector<float> leaving_scores(const std::vector<float> & others, const float * mass, const float * fading, float decay,

@@ -80,10 +80,10 @@ double log_weight_lost(const float * weight, const float * bias, const std::vect
 }
 
 // one head of K or V on its way: what only moves as stored bytes, what is merged as f32
-class head_rows {
+class moving_rows {
   public:
     // moved: the rows of the kept cells
-    head_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & moved, int32_t ih, bool merges)
+    moving_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & moved, int32_t ih, bool merges)
         : t(t), ih(ih) {
         raw.resize(moved.size() * head_bytes(t));
         read_raw(t, moved, ih, raw.data());
@@ -134,38 +134,21 @@ void check_rows(const std::vector<int32_t> & rows, const kv_rows & k, const kv_r
     }
 }
 
-}  // namespace
+bool any_key_moves(const plan & p, merging how) {
+    const bool weighed = std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; });
+    return how == merging::mean || (how == merging::biased && weighed);
+}
 
-void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v, const std::vector<int32_t> & rows_src,
-                 const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out) {
-    if ((int32_t) rows_src.size() != p.n_cells || (int32_t) rows_dst.size() != p.n_keep) {
-        throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
-                    ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));
-    }
-    if (rule == combine_rule::mass && ((int32_t) p.key_weight.size() != p.n_cells || p.weight.n_cells != p.n_cells)) {
-        throw error("[merge_layer] weights: the plan has none for its " + std::to_string(p.n_cells) + " cells");
-    }
-    check_shape(k, p, "K");
-    check_shape(v, p, "V");
-    check_rows(rows_src, k, v, "rows_src");
-    check_rows(rows_dst, k, v, "rows_dst");
+// one layer and head
+class head_merge {
+  public:
+    head_merge(const plan & p, merging how, int32_t il, int32_t ih, const cell_state & in, cell_state & out)
+        : p(p), how(how), kept(p.kept_row(il, ih)), g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep), mass(in.mass.row(il, ih)),
+          count(in.count.row(il, ih)), bias(in.bias.row(il, ih)), weight(how == merging::biased ? p.weight.row(il, ih) : nullptr),
+          mass_out(out.mass.row(il, ih)), count_out(out.count.row(il, ih)), bias_out(out.bias.row(il, ih)) {}
 
-    std::vector<float>   weights;
-    std::vector<int32_t> members;
-
-    for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-        const int32_t * kept = p.kept_row(il, ih);
-        const groups    g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep);
-
-        const float * mass   = in.mass.row(il, ih);
-        const float * count  = in.count.row(il, ih);
-        const float * bias   = in.bias.row(il, ih);
-        const float * weight = rule == combine_rule::mass ? p.weight.row(il, ih) : nullptr;
-
-        // everything is read before anything is written, so rows may move anywhere
-        const bool moves_keys =
-            rule == combine_rule::nearest_mean ||
-            (rule == combine_rule::mass && std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; }));
+    void run(const kv_rows & k, const kv_rows & v, int32_t ih, const std::vector<int32_t> & rows_src,
+             const std::vector<int32_t> & rows_dst) {
         std::vector<int32_t> moved, to;
         for (int32_t j = 0; j < p.n_keep; ++j) {
             if (kept[j] >= 0) {
@@ -173,60 +156,102 @@ void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & 
                 to.push_back(rows_dst[j]);
             }
         }
-        head_rows head_k(k, rows_src, moved, ih, moves_keys);
-        head_rows head_v(v, rows_src, moved, ih, rule != combine_rule::evict);
-
+        // everything is read before anything is written, so rows may move anywhere
+        moving_rows head_k(k, rows_src, moved, ih, any_key_moves(p, how));
+        moving_rows head_v(v, rows_src, moved, ih, how != merging::none);
         for (int32_t j = 0; j < p.n_keep; ++j) {
-            const int32_t anchor = kept[j];
-            if (anchor < 0) {
-                out.mass.row(il, ih)[j]  = 0.0f;
-                out.count.row(il, ih)[j] = 0.0f;
-                out.bias.row(il, ih)[j]  = absent_bias;
-                continue;
-            }
-            members.assign(1, anchor);
-            if (rule != combine_rule::evict) {
-                members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
-            }
-
-            float mass_sum  = 0.0f;
-            float count_sum = 0.0f;
-            for (const int32_t i : members) {
-                mass_sum += mass[i];
-                count_sum += count[i];
-            }
-            out.mass.row(il, ih)[j]  = mass_sum;
-            out.count.row(il, ih)[j] = count_sum;
-            out.bias.row(il, ih)[j]  = bias[anchor];
-            if (members.size() == 1) {
-                continue;
-            }
-
-            weights.clear();
-            if (rule == combine_rule::nearest_mean) {
-                for (const int32_t i : members) {
-                    weights.push_back(count[i]);
-                }
-                head_k.merge(rows_dst[j], members, weights);
+            if (kept[j] < 0) {
+                mass_out[j]  = 0.0f;
+                count_out[j] = 0.0f;
+                bias_out[j]  = absent_bias;
             } else {
-                // in f64: a quotient by a subnormal weight is infinite in f32
-                double total = 0.0;
-                for (const int32_t i : members) {
-                    weights.push_back(weight[anchor] > 0.0f ? weight[i] : 1.0f);
-                    total += weights.back();
-                }
-                double more = std::log(total / weights[0]);
-                if (p.key_weight[anchor] > 0.0f) {
-                    more += p.key_weight[anchor] * log_weight_lost(weight, bias, members, weights);
-                    head_k.merge(rows_dst[j], members, towards(weights, p.key_weight[anchor]));
-                }
-                out.bias.row(il, ih)[j] = (float) (bias[anchor] + more);
+                merge_rank(j, rows_dst[j], head_k, head_v);
             }
-            head_v.merge(rows_dst[j], members, weights);
         }
-
         head_k.write(to);
         head_v.write(to);
+    }
+
+  private:
+    const plan &    p;
+    const merging   how;
+    const int32_t * kept;
+    const groups    g;
+    const float *   mass;
+    const float *   count;
+    const float *   bias;
+    const float *   weight;
+    float *         mass_out;
+    float *         count_out;
+    float *         bias_out;
+
+    std::vector<int32_t> members;
+    std::vector<float>   weights;
+
+    void merge_rank(int32_t j, int32_t row_dst, moving_rows & head_k, moving_rows & head_v) {
+        const int32_t anchor = kept[j];
+        members.assign(1, anchor);
+        if (how != merging::none) {
+            members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
+        }
+        float mass_sum  = 0.0f;
+        float count_sum = 0.0f;
+        for (const int32_t i : members) {
+            mass_sum += mass[i];
+            count_sum += count[i];
+        }
+        mass_out[j]  = mass_sum;
+        count_out[j] = count_sum;
+        bias_out[j]  = bias[anchor];
+        if (members.size() == 1) {
+            return;
+        }
+        weights.clear();
+        if (how == merging::mean) {
+            for (const int32_t i : members) {
+                weights.push_back(count[i]);
+            }
+            head_k.merge(row_dst, members, weights);
+        } else {
+            bias_out[j] = biased(anchor, row_dst, head_k);
+        }
+        head_v.merge(row_dst, members, weights);
+    }
+
+    // fills weights, moves the key, returns the bias
+    float biased(int32_t anchor, int32_t row_dst, moving_rows & head_k) {
+        // in f64: a quotient by a subnormal weight is infinite in f32
+        double total = 0.0;
+        for (const int32_t i : members) {
+            weights.push_back(weight[anchor] > 0.0f ? weight[i] : 1.0f);
+            total += weights.back();
+        }
+        double more = std::log(total / weights[0]);
+        if (p.key_weight[anchor] > 0.0f) {
+            more += p.key_weight[anchor] * log_weight_lost(weight, bias, members, weights);
+            head_k.merge(row_dst, members, towards(weights, p.key_weight[anchor]));
+        }
+        return (float) (bias[anchor] + more);
+    }
+};
+
+}  // namespace
+
+void merge_layer(const plan & p, const combiner & m, int32_t il, const kv_rows & k, const kv_rows & v,
+                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out) {
+    if ((int32_t) rows_src.size() != p.n_cells || (int32_t) rows_dst.size() != p.n_keep) {
+        throw error("[merge_layer] rows: got " + std::to_string(rows_src.size()) + " and " + std::to_string(rows_dst.size()) +
+                    ", expected " + std::to_string(p.n_cells) + " and " + std::to_string(p.n_keep));
+    }
+    if (m.how() == merging::biased && ((int32_t) p.key_weight.size() != p.n_cells || p.weight.n_cells != p.n_cells)) {
+        throw error("[merge_layer] weights: the plan has none for its " + std::to_string(p.n_cells) + " cells");
+    }
+    check_shape(k, p, "K");
+    check_shape(v, p, "V");
+    check_rows(rows_src, k, v, "rows_src");
+    check_rows(rows_dst, k, v, "rows_dst");
+    for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
+        head_merge(p, m.how(), il, ih, in, out).run(k, v, ih, rows_src, rows_dst);
     }
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
+#include "core/combiner.h"
 #include "core/plan.h"
-#include "core/policy.h"
 
 #include <limits>
 
@@ -22,15 +22,15 @@ constexpr float absent_bias = -std::numeric_limits<float>::infinity();
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
 // A rank that the layer does without gets absent_bias and no mass; its row is not touched.
 // Rows that are only moved are copied bit by bit; merged rows are summed in f64 and re-quantized.
-//   nearest_mean: K = sum(count_i K_i) / sum(count_i), V likewise
-//   mass:         with the plan's weights w, the attention that is expected of a cell:
+//   merging::mean:   K = sum(count_i K_i) / sum(count_i), V likewise
+//   merging::biased: with the plan's weights w, the attention that is expected of a cell:
 //                 V = sum(w_i V_i) / sum(w_i), bias += ln(sum(w_i) / w_anchor)
 //                 (w_anchor == 0: plain mean and ln of the number of cells)
 //                 K = K_anchor + key_weight * (mean of the group's K by the same weights - K_anchor). What a cell is given is
 //                 exp(q K + bias), so without the bias its logarithm moves with the key:
 //                 bias += key_weight * (ln(w_anchor) - bias_anchor - mean of the group's (ln(w_i) - bias_i))
 // `out` must be sized [n_layer][n_head_kv][n_keep]; layer il of it is filled.
-void merge_layer(const plan & p, combine_rule rule, int32_t il, const kv_rows & k, const kv_rows & v, const std::vector<int32_t> & rows_src,
-                 const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out);
+void merge_layer(const plan & p, const combiner & m, int32_t il, const kv_rows & k, const kv_rows & v,
+                 const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst, const cell_state & in, cell_state & out);
 
 }  // namespace elastic

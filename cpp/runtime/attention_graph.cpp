@@ -1,6 +1,6 @@
 #include "runtime/attention_graph.h"
 
-#include "core/score.h"
+#include "core/statistics.h"
 #include "runtime/attention_op.h"
 
 #include "ggml-cpp.h"

@@ -17,7 +17,7 @@ cache_parts::cache_parts(llama_context & ctx, const config & cfg, int32_t n_thre
     : cfg(cfg), active(cfg.record || !cfg.keeps_all()), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
       kv(ctx), seqs(interval_of(cfg.pol)), scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
       bias(kv, cfg.pol.needs_bias()),
-      table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.combine == combine_rule::nearest_mean),
+      table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.needs_counts()),
       memory(kv, bias, cfg.release_memory && active) {}
 
 void cache_parts::check_seq_id(llama_seq_id seq_id) const {

@@ -92,7 +92,7 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_shape & shape) {
     read_vector(io, res.kinds, n);
     uint64_t n_queries = 0;
     io.read(&n_queries, sizeof(n_queries));
-    if (n_queries > (uint64_t) window_size || res.places.size() != n || res.kinds.size() != n) {
+    if (n_queries > (uint64_t) recorded_statistics().n_window || res.places.size() != n || res.kinds.size() != n) {
         throw std::runtime_error("elastic state: a checkpoint is damaged");
     }
     res.scores.queries.resize(n_queries);

@@ -2,7 +2,6 @@
 
 #include "core/merge.h"
 #include "core/parallel.h"
-#include "core/select.h"
 
 #include <algorithm>
 
@@ -144,7 +143,7 @@ int32_t compressor::cells_to_keep(llama_seq_id seq_id, const compression & what,
 plan_params compressor::params_of(llama_seq_id seq_id, const compression & what, const inputs & in, int32_t n_keep) const {
     const auto & cfg = parts.cfg;
     plan_params  res = { n_keep, in.n_shared > 0 ? 0 : cfg.n_sink, {}, n_keep };
-    if (!what.equalize && cfg.max_cells == 0 && !cfg.layer_share.empty()) {
+    if (!what.equalize && cfg.max_cells == 0 && (!cfg.layer_share.empty() || cfg.pol.shares_layers())) {
         // the next turn needs places, too
         const int32_t n_places = parts.kv.n_free(seq_id) + (int32_t) in.rows.size();
         res.layer_share        = cfg.layer_share;
@@ -209,7 +208,7 @@ void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, 
 
     cell_importance scores;
     scores.sum     = after.mass;
-    scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.combine == combine_rule::mass);
+    scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.merges());
     parts.scores.scatter(in.strm, dst, scores);
     parts.table.set_counts(in.strm, dst, after.count);
     parts.table.set_rank_scores(in.strm, dst, p.rank_score);

@@ -38,7 +38,7 @@ config make_config(const elastic_params & params) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) +
                     ", expected at least n_sink + 2 = " + std::to_string(cfg.n_sink + 2) + ", or 0 for no cap");
     }
-    if (cfg.max_cells > 0 && cfg.pol.select == select_rule::all) {
+    if (cfg.max_cells > 0 && cfg.pol.keeps_all()) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) + " with the policy " + cfg.pol.name +
                     ", which keeps every cell; choose another policy");
     }
@@ -47,9 +47,9 @@ config make_config(const elastic_params & params) {
             throw error("[elastic] layer_share: got " + std::to_string(x) + ", expected finite values > 0");
         }
     }
-    if (!cfg.layer_share.empty() && cfg.pol.select != select_rule::cover) {
+    if (!cfg.layer_share.empty() && !cfg.pol.can_vary_layers()) {
         throw error("[elastic] layer_share: got it with the policy " + std::string(cfg.pol.name) +
-                    ", which keeps as many cells in all layers; choose another policy");
+                    ", which takes none; choose another policy");
     }
     if (!cfg.layer_share.empty() && cfg.max_cells > 0) {
         throw error("[elastic] layer_share: got it with max_cells = " + std::to_string(cfg.max_cells) +

@@ -29,13 +29,13 @@ struct config {
     // cells beyond the budget that an answer may take before it is compressed
     int32_t n_overdraft() const { return overdraft >= 0 ? overdraft : pol.overdraft(); }
 
-    bool keeps_all() const { return pol.select == select_rule::all || (keep.n_cells == 0 && keep.fraction >= 1.0 && max_cells == 0); }
+    bool keeps_all() const { return pol.keeps_all() || (keep.n_cells == 0 && keep.fraction >= 1.0 && max_cells == 0); }
     // layers may keep different numbers of cells, and their memory follows where it can
-    bool may_vary_layers() const { return pol.select == select_rule::cover && max_cells == 0 && release_memory && !keeps_all(); }
+    bool may_vary_layers() const { return pol.can_vary_layers() && max_cells == 0 && release_memory && !keeps_all(); }
 
     // which scores are kept of every cell, see policy
-    int32_t n_window() const { return record ? window_size : pol.n_window(); }
-    float   decay() const { return record ? text_decay : pol.decay(); }
+    int32_t n_window() const { return record ? recorded_statistics().n_window : pol.n_window(); }
+    float   decay() const { return record ? recorded_statistics().decay : pol.decay(); }
     bool    has_sum() const { return record || pol.needs_importance(); }
 };
 

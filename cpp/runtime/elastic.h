@@ -24,7 +24,7 @@ struct elastic_params {
     double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells. Up to four of
                              // them stay free for the answer, unless the prompt ends with an image (policy "elastic")
     int32_t      n_sink;     // first cells that always stay, >= 0
-    int32_t      offset;     // generate_rule::distance: cells between the one that leaves and the end of the prompt
+    int32_t      offset;     // evictor "distance": cells between the one that leaves and the end of the prompt
     int32_t      min_cells;  // a sequence with fewer cells is left alone
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap

@@ -2,12 +2,13 @@
 
 #include "core/generate.h"
 
+
 #include <algorithm>
 #include <cmath>
 
 namespace elastic {
 
-void evictor::evict_one(llama_seq_id seq_id) {
+void cell_evictor::evict_one(llama_seq_id seq_id) {
     const auto & pol = parts.cfg.pol;
 
     choice from;
@@ -21,22 +22,21 @@ void evictor::evict_one(llama_seq_id seq_id) {
     if (pol.leaves_per_head()) {
         return evict_per_head(seq_id, from);
     }
-    const auto    score    = pol.scores_generation() ? parts.scores.total(from.strm, from.rows) : from.rank_score;
     const int32_t n_prompt = parts.seqs.get(seq_id).n_prompt_cells;
-    const int32_t i        = leaving_cell(pol.generate, from.described, n_prompt, parts.cfg.offset, parts.cfg.n_sink, score);
+    const int32_t i        = leaving_cell(pol.generate, from.described, n_prompt, parts.cfg.offset, parts.cfg.n_sink, from.rank_score);
     if (i >= 0) {
         free_row(seq_id, from.strm, from.rows[i]);
     }
 }
 
 // the next token takes its place
-void evictor::free_row(llama_seq_id seq_id, uint32_t strm, int32_t row) {
+void cell_evictor::free_row(llama_seq_id seq_id, uint32_t strm, int32_t row) {
     parts.kv.remove(strm, row, seq_id);
     parts.kv.search_from(strm, row);
     parts.stats.n_evictions++;
 }
 
-bool evictor::held_by_all(uint32_t strm, int32_t row) const {
+bool cell_evictor::held_by_all(uint32_t strm, int32_t row) const {
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         if (parts.bias.is_masked(strm, row, il)) {
             return false;
@@ -47,7 +47,7 @@ bool evictor::held_by_all(uint32_t strm, int32_t row) const {
 
 // Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave and that all
 // layers hold: a head that loses another cell keeps this one in the place of the lost.
-void evictor::evict_per_head(llama_seq_id seq_id, const choice & from) {
+void cell_evictor::evict_per_head(llama_seq_id seq_id, const choice & from) {
     std::vector<int32_t> candidates;
     for (const int32_t i : leaving_candidates(parts.cfg.pol.generate, from.described, parts.cfg.n_sink, from.rank_score)) {
         candidates.push_back(from.rows[i]);
@@ -68,7 +68,7 @@ void evictor::evict_per_head(llama_seq_id seq_id, const choice & from) {
     free_row(seq_id, from.strm, freed);
 }
 
-void evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, const std::vector<int32_t> & candidates, int64_t n_queries) {
+void cell_evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, const std::vector<int32_t> & candidates, int64_t n_queries) {
     const auto [lo, hi]     = std::minmax_element(candidates.begin(), candidates.end());
     const int32_t      base = *lo;
     std::vector<float> others(*hi - base + 1, HUGE_VALF);
@@ -87,7 +87,7 @@ void evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, const std
 }
 
 // Where a layer does without the row that is freed, it does without one more: the one of least importance in all its heads.
-void evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates) {
+void cell_evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates) {
     int32_t best = -1;
     float   low  = 0.0f;
     for (const int32_t row : candidates) {
@@ -106,7 +106,7 @@ void evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & c
 }
 
 // row `from` of one layer, head by head to the rows of `to`
-void evictor::move_row(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to) {
+void cell_evictor::move_row(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to) {
     if (std::all_of(to.begin(), to.end(), [&](int32_t row) { return row == from; })) {
         return;
     }

@@ -6,9 +6,9 @@
 
 namespace elastic {
 
-class evictor {
+class cell_evictor {
   public:
-    explicit evictor(cache_parts & parts) : parts(parts) {}
+    explicit cell_evictor(cache_parts & parts) : parts(parts) {}
 
     // at most one; K and V of a row may move
     void evict_one(llama_seq_id seq_id);

@@ -62,7 +62,7 @@ int32_t room_maker::make_room(llama_seq_id seq_id, int32_t n_new) {
     const auto lacks = [&] {
         return parts.kv.n_free(seq_id) < n_new;
     };
-    if (lacks() && !parts.seqs.get(seq_id).pending && parts.cfg.pol.generate == generate_rule::merge) {
+    if (lacks() && !parts.seqs.get(seq_id).pending && parts.cfg.pol.recompresses()) {
         merge_overdraft(seq_id, 0);
     }
     if (lacks() && parts.kv.n_cells(seq_id) > parts.n_held(seq_id)) {
@@ -104,10 +104,10 @@ void room_maker::before_answer(llama_seq_id seq_id, int32_t n_new) {
         or_log(seq_id, [&] { compress(seq_id); });
         parts.seqs.at(seq_id).pending = false;
     }
-    if (parts.cfg.pol.generate == generate_rule::keep) {
+    if (!parts.cfg.pol.evicts()) {
         return;
     }
-    if (parts.cfg.pol.generate == generate_rule::merge && parts.cfg.n_overdraft() > 0) {
+    if (parts.cfg.pol.recompresses() && parts.cfg.n_overdraft() > 0) {
         keep_by_merging(seq_id, n_new);
     } else {
         keep_by_evicting(seq_id);

@@ -42,7 +42,7 @@ class room_maker {
     checkpoints &   kept;
     prompt_logits & logits;
     compressor      compress_;
-    evictor         evict;
+    cell_evictor    evict;
 
     void merge_overdraft(llama_seq_id seq_id, int32_t n_new);
     void keep_by_merging(llama_seq_id seq_id, int32_t n_new);

@@ -6,16 +6,36 @@ import math
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from .errors import ConfigError, text
 
 
 @lru_cache(maxsize=1)
-def policy_names() -> tuple[str, ...]:
-    """Names of the policy table, in its order."""
+def _policy_table() -> dict[str, dict[str, Any]]:
     from . import _core
 
-    return tuple(str(row["name"]) for row in _core.core.policies())
+    return {str(row["name"]): dict(row) for row in _core.core.policies()}
+
+
+def policy_names() -> tuple[str, ...]:
+    """Names of the policy table, in its order."""
+    return tuple(_policy_table())
+
+
+def policy_row(name: str) -> dict[str, Any]:
+    """A row of the policy table: the parts of a policy, and what it can do.
+
+    Raises
+    ------
+    ConfigError
+        There is no such policy.
+    """
+    if name not in policy_names():
+        raise ConfigError(
+            text("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
+        )
+    return _policy_table()[name]
 
 
 @dataclass(frozen=True)
@@ -104,25 +124,21 @@ class ElasticConfig:
         if self.kv_cells is not None:
             cells = whole("kv_cells", self.kv_cells, self.n_sink + 2)
             object.__setattr__(self, "kv_cells", cells)
-        if self.policy not in policy_names():
-            raise ConfigError(
-                text("config", "policy", repr(self.policy), "one of " + ", ".join(policy_names()))
-            )
-
+        row = policy_row(self.policy)
         object.__setattr__(self, "layers", _layers(self.layers))
         if not isinstance(self.layers, str) and (
-            self.policy != "elastic" or self.kv_cells is not None
+            not row["can_vary_layers"] or self.kv_cells is not None
         ):
             raise ConfigError(
                 text(
                     "config",
                     "layers that keep different numbers of cells",
                     f"policy {self.policy!r}, kv_cells {self.kv_cells}",
-                    "the policy 'elastic' without kv_cells",
+                    "one of " + ", ".join(_varying()) + ", without kv_cells",
                     'pass layers="even"',
                 )
             )
-        if self.kv_cells is not None and self.policy == "full":
+        if self.kv_cells is not None and row["keeps_all"]:
             raise ConfigError(
                 text(
                     "config",
@@ -140,14 +156,16 @@ class ElasticConfig:
     @property
     def is_off(self) -> bool:
         """Whether every cell stays, so that `ElasticLlama` attaches nothing."""
-        return self.policy == "full" or (self.budget == 1 and self.kv_cells is None)
+        return bool(policy_row(self.policy)["keeps_all"]) or (
+            self.budget == 1 and self.kv_cells is None
+        )
 
     @property
     def may_be_uneven(self) -> bool:
         """Whether layers may keep different numbers of cells, where memory follows."""
         return (
             self.layers != "even"
-            and self.policy == "elastic"
+            and bool(policy_row(self.policy)["can_vary_layers"])
             and not self.is_off
             and self.kv_cells is None
             and self.release_memory
@@ -195,6 +213,11 @@ def _layers(value: object) -> str | tuple[float, ...]:
             text("config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer')
         )
     return shares
+
+
+def _varying() -> list[str]:
+    """Policies that take numbers for layers."""
+    return [name for name in policy_names() if policy_row(name)["can_vary_layers"]]
 
 
 def whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:

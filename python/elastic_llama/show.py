@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .config import policy_row
 from .errors import ConfigError, StateError, text
 from .gguf_check import Header, read_header
 from .images import ImageSource, as_images, load_image
@@ -195,17 +196,11 @@ def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:
 
 def _fate(llm: ElasticLlama, plan: Mapping[str, Any] | None) -> str:
     """What became of the cells that were not kept."""
-    from . import _core
-
     if plan is None:
         return "nothing was compressed"
     assert llm.elastic is not None
-    (row,) = (r for r in _core.core.policies() if r["name"] == llm.elastic.policy)
-    return (
-        "the others are lost"
-        if row["combine"] == "evict"
-        else "the others are merged into kept ones"
-    )
+    merges = policy_row(llm.elastic.policy)["merges"]
+    return "the others are merged into kept ones" if merges else "the others are lost"
 
 
 # -- the text

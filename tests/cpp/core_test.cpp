@@ -2,17 +2,22 @@
 // independent oracles in the Python tests.
 
 #include "core/attention.h"
+#include "core/biased_combiner.h"
 #include "core/budget.h"
-#include "core/combine.h"
+#include "core/coverage_selector.h"
+#include "core/evict_cell.h"
+#include "core/evict_per_head.h"
 #include "core/features.h"
 #include "core/generate.h"
-#include "core/layers.h"
+#include "core/layer_shares.h"
+#include "core/mean_combiner.h"
 #include "core/merge.h"
 #include "core/parallel.h"
 #include "core/policy.h"
 #include "core/rows.h"
-#include "core/score.h"
-#include "core/select.h"
+#include "core/sum_scorer.h"
+#include "core/top_selector.h"
+#include "core/window_scorer.h"
 
 #include <algorithm>
 #include <chrono>
@@ -115,8 +120,8 @@ static void test_plans() {
                 const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), make_map(3, 2, n, 0.0f, 1.0f) };
 
                 const plan p = make_plan(pol, { n_keep, 2 }, c, importance, &rows, 1);
-                validate(p, c, sink_cells(pol.select, { p.n_keep, 2 }));
-                CHECK(p.n_keep == (pol.select == select_rule::all ? n : n_keep));
+                validate(p, c, sink_cells(pol.select, { pol.keeps_all() ? n : n_keep, 2 }));
+                CHECK(pol.varies_layers() ? p.n_keep >= n_keep : p.n_keep == (pol.keeps_all() ? n : n_keep));
                 const auto pos = rank_positions(p);
                 CHECK(pos.back() == n - 1);
 
@@ -159,9 +164,12 @@ static void test_plans() {
     c.pinned.assign(16, 1);
     CHECK_THROWS(make_plan(pol, { 8, 1 }, c, importance, &rows));
 
-    const head_map layer = score_cells(score_rule::frequency_layer, make_cells(5), { make_map(2, 3, 5, 0.0f, 1.0f), {} });
+    const importance_map given = { make_map(2, 3, 5, 0.0f, 1.0f), {} };
+    const cells          five  = make_cells(5);
+    const score_view     view  = { five, given, nullptr, 1 };
+    const head_map       layer = find_policy("elastic-paper").score->score(view);
     CHECK(layer.row(1, 0)[4] == layer.row(1, 2)[4]);
-    CHECK(score_cells(score_rule::recency, make_cells(5), { layer, {} }).row(1, 2)[4] == 4.0f);
+    CHECK(find_policy("local").score->score(view).row(1, 2)[4] == 4.0f);
 }
 
 static void test_layers() {
@@ -199,8 +207,8 @@ static void test_layers() {
 }
 
 static void test_generate() {
-    for (const auto rule : { generate_rule::keep, generate_rule::distance, generate_rule::lowest, generate_rule::heavy,
-                             generate_rule::per_head, generate_rule::merge }) {
+    for (const auto & pol : policies()) {
+        const evictor & rule = pol.generate;
         for (const int32_t n : { 0, 1, 2, 3, 40 }) {
             for (const int32_t n_sink : { -1, 0, 1, 50 }) {
                 for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
@@ -220,6 +228,9 @@ static void test_generate() {
 
 // what elastic lets leave where nothing can be merged is what elastic-evict does
 static void test_merging_answer() {
+    const recompress_evictor recompress;
+    const per_head_evictor   per_head;
+    const int32_t            short_answer = per_head.short_answer;
     for (const int32_t n : { 0, 1, 2, 16, 17, 18, 40 }) {
         for (const int32_t n_sink : { -1, 0, 1, 50 }) {
             for (const int32_t n_said : { 0, short_answer, short_answer + 1 }) {
@@ -231,20 +242,110 @@ static void test_merging_answer() {
                 for (int32_t i = 0; i < n; i += 2) {
                     total[i] = HUGE_VALF;
                 }
-                const auto found = leaving_candidates(generate_rule::merge, c, n_sink, total);
-                CHECK(found == leaving_candidates(generate_rule::per_head, c, n_sink, total));
+                const auto found = leaving_candidates(recompress, c, n_sink, total);
+                CHECK(found == leaving_candidates(per_head, c, n_sink, total));
                 CHECK(found.empty() == (n - per_head_recent <= std::max(n_sink, 0)));
                 CHECK(found.empty() || (found.front() >= n_sink && found.back() < n - per_head_recent));
                 c.pinned.assign(n, 1);
-                CHECK(leaving_candidates(generate_rule::merge, c, n_sink, total).empty());
+                CHECK(leaving_candidates(recompress, c, n_sink, total).empty());
             }
         }
     }
     for (const auto & pol : policies()) {
-        CHECK(pol.overdraft() == (std::string(pol.name) == "elastic" ? merge_overdraft : 0));
-        CHECK((pol.overdraft() > 0) == (pol.generate == generate_rule::merge));
-        CHECK(pol.overdraft() == 0 || (pol.leaves_per_head() && pol.generation_interval() == score_interval));
+        CHECK(pol.overdraft() == (pol.name == "elastic" ? recompress.n_overdraft : 0));
+        CHECK(pol.recompresses() == (pol.overdraft() > 0));
+        CHECK(pol.overdraft() == 0 || (pol.leaves_per_head() && pol.generation_interval() == recompress.score_interval));
     }
+}
+
+// parts that fit together work together, and others are refused
+static void test_compose() {
+    const auto made = [](part<scorer> score, part<selector> select, part<combiner> combine, part<evictor> generate,
+                         part<layer_budget> layers = make_part<uniform_layers>()) {
+        return compose("made", "", score, layers, select, combine, generate);
+    };
+    const auto sums     = make_part<sum_scorer>();
+    const auto top      = make_part<top_selector>();
+    const auto coverage = make_part<coverage_selector>();
+    const auto biased   = make_part<biased_combiner>();
+    const auto lowest   = make_part<lowest_evictor>();
+    const auto per_head = make_part<per_head_evictor>();
+    const auto recency  = find_policy("local").score;
+
+    CHECK_THROWS(made(recency, top, biased, lowest));
+    CHECK_THROWS(made(recency, coverage, make_part<evict_combiner>(), per_head));
+    CHECK_THROWS(made(sums, coverage, biased, lowest));
+    CHECK_THROWS(made(sums, make_part<all_selector>(), make_part<evict_combiner>(), lowest));
+    CHECK_THROWS(made(sums, make_part<all_selector>(), biased, make_part<keep_evictor>()));
+    CHECK_THROWS(made(sums, part<selector>(), biased, lowest));
+    CHECK_THROWS(find_policy("snapkv").needs() | find_policy("elastic").needs());
+
+    const int32_t        n = 40, n_keep = 12;
+    const cells          c = make_cells(n);
+    const random_rows    rows(3, 2, n, 8);
+    const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), {} };
+    for (const auto & combine : { part<combiner>(biased), part<combiner>(make_part<mean_combiner>()) }) {
+        for (const auto & generate : { part<evictor>(lowest), part<evictor>(per_head) }) {
+            for (const auto & select : { part<selector>(top), part<selector>(make_part<image_first_selector>()) }) {
+                const policy pol = made(sums, select, combine, generate, make_part<measured_layers>());
+                for (const auto & share : { std::vector<float>(), std::vector<float>{ 1.0f, 4.0f, 0.5f } }) {
+                    const plan p = make_plan(pol, { n_keep, 1, share }, c, importance, &rows, 2);
+                    validate(p, c, 1);
+                    CHECK(std::count(p.bucket.begin(), p.bucket.end(), -1) == 0);  // all are merged
+                    CHECK((p.n_keep == n_keep) == share.empty());
+                    CHECK(p.weight.n_cells == (combine->weighs_scores() ? n : 0));
+                }
+            }
+        }
+    }
+}
+
+// layers of any policy keep as many cells as they are given, on average
+static void test_shares() {
+    const int32_t            n = 96, n_keep = 40;
+    const cells              c = make_cells(n);
+    const random_rows        rows(4, 2, n, 8);
+    const std::vector<float> share = { 0.5f, 2.0f, 1.0f, 0.5f };
+    for (const auto & pol : policies()) {
+        const importance_map importance = { make_map(4, 2, n, 0.0f, 1.0f), make_map(4, 2, n, 0.0f, 1.0f) };
+        if (pol.keeps_all()) {
+            CHECK_THROWS(make_plan(pol, { n_keep, 1, share }, c, importance, &rows));
+            continue;
+        }
+        const plan p = make_plan(pol, { n_keep, 1, share }, c, importance, &rows);
+        validate(p, c, sink_cells(pol.select, { n_keep, 1, share }));
+        std::vector<int32_t> held;
+        for (int32_t il = 0; il < 4; ++il) {
+            held.push_back((int32_t) std::count_if(p.kept_row(il, 0), p.kept_row(il, 0) + p.n_keep, [](int32_t i) { return i >= 0; }));
+        }
+        CHECK(std::accumulate(held.begin(), held.end(), 0) == 4 * n_keep);
+        CHECK(held[1] > held[2] && held[2] > held[0] && std::abs(held[0] - held[3]) <= 1);
+    }
+}
+
+// a scorer from outside is asked once, and what it gives is checked
+static void test_external_scorer() {
+    const int32_t        n = 12;
+    const cells          c = make_cells(n);
+    const random_rows    rows(2, 2, n, 8);
+    const importance_map importance = { make_map(2, 2, n, 0.0f, 1.0f), make_map(2, 2, n, 0.0f, 1.0f) };
+    int32_t              n_calls    = 0;
+    head_map             given      = make_map(2, 2, n, -1.0f, 1.0f);
+    const auto           score      = make_part<external_scorer>(
+        [&](const score_view & v) {
+            n_calls++;
+            CHECK(v.n_cells() == n && v.rows == &rows);
+            return given;
+        },
+        statistics());
+    const policy top = with_scorer(find_policy("h2o"), score);
+    validate(make_plan(top, { 5, 1 }, c, importance, &rows, 2), c, 1);
+    CHECK(n_calls == 1);
+    CHECK_THROWS(make_plan(with_scorer(find_policy("elastic"), score), { 5, 1 }, c, importance, &rows));  // negative weights
+    given.data[3] = std::numeric_limits<float>::quiet_NaN();
+    CHECK_THROWS(make_plan(top, { 5, 1 }, c, importance, &rows));
+    given = head_map(2, 2, n - 1);
+    CHECK_THROWS(make_plan(top, { 5, 1 }, c, importance, &rows));
 }
 
 // NaN wherever no cell lives, so that a stale read shows in what is kept
@@ -271,7 +372,7 @@ struct stream {
     }
 };
 
-static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int32_t n, int32_t n_keep, combine_rule rule) {
+static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int32_t n, int32_t n_keep, const char * name) {
     const int32_t n_layer = 2, n_head_kv = 2, d = 64, n_rows = n + 5;
 
     std::vector<int32_t> src;
@@ -285,9 +386,10 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     const random_rows rows(n_layer, n_head_kv, n, d);
     const cells       c = make_cells(n);
 
-    const char *         name = rule == combine_rule::mass ? "elastic" : rule == combine_rule::evict ? "elastic-evict" : "elastic-paper";
+    const policy &       pol        = find_policy(name);
+    const combiner &     rule       = pol.combine;
     const importance_map importance = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), make_map(n_layer, n_head_kv, n, 0.0f, 1.0f) };
-    const plan           p          = make_plan(find_policy(name), { n_keep, 1 }, c, importance, &rows);
+    const plan           p          = make_plan(pol, { n_keep, 1 }, c, importance, &rows);
 
     const cell_state in = { make_map(n_layer, n_head_kv, n, 0.0f, 1.0f), head_map(n_layer, n_head_kv, n, 1.0f),
                             head_map(n_layer, n_head_kv, n) };
@@ -307,7 +409,7 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     read_raw(k.t, dst, 0, moved.data());
     // rows that only move keep their bytes
     const bool moves_keys =
-        rule == combine_rule::nearest_mean || std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; });
+        rule.how() == merging::mean || std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; });
     CHECK(moves_keys || raw == moved);
     for (int32_t j = 0; j < n_keep; ++j) {
         const size_t bytes = head_bytes(k.t);
@@ -351,7 +453,7 @@ static void test_merges() {
             if (!rows_supported(type, transposed)) {
                 continue;
             }
-            for (const auto rule : { combine_rule::evict, combine_rule::nearest_mean, combine_rule::mass }) {
+            for (const char * rule : { "elastic-evict", "elastic-paper", "elastic" }) {
                 for (const int32_t n : { 1, 2, 24 }) {
                     for (const int32_t n_keep : { 1, n / 2, n }) {
                         if (n_keep >= 1) {
@@ -362,7 +464,7 @@ static void test_merges() {
             }
         }
     }
-    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, true, 24, 9, combine_rule::mass);
+    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, true, 24, 9, "elastic");
     CHECK(!rows_supported(GGML_TYPE_Q8_0, true));
     CHECK(!rows_supported(GGML_TYPE_Q2_K, false));
 }
@@ -651,6 +753,9 @@ int main(int argc, char ** argv) {
     test_layers();
     test_generate();
     test_merging_answer();
+    test_compose();
+    test_shares();
+    test_external_scorer();
     test_merges();
     test_halves();
     test_bounds();

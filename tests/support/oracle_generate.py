@@ -32,10 +32,6 @@ def leaving_cell(
             return min(finite, key=lambda i: (total[i], i))
         if generated:
             return generated[0]
-    if rule == "heavy":
-        old = [i for i in finite if i < n_cells - max(1, n_cells // 2)]
-        if old:
-            return min(old, key=lambda i: (total[i], i))
     place = max(n_sink, min(n_prompt - offset, n_cells - 2))
     later = [i for i in movable if i >= place]
     return later[0] if later else movable[-1]

@@ -15,7 +15,7 @@ class Cells:
     """What the cells of one head hold and stand for.
 
     ``k``, ``v`` are [n, d]; ``mass``, ``count``, ``bias`` and ``weight``, by which a merge of rule
-    "mass" weighs them, are [n].
+    "merge_biased" weighs them, are [n].
     """
 
     k: np.ndarray
@@ -58,7 +58,7 @@ def merge(
         out.bias[j] = cells.bias[a]
         if not took[-1]:
             continue
-        if rule == "nearest_mean":
+        if rule == "merge_mean":
             out.k[j] = mean(cells.k[group], cells.count[group])
             out.v[j] = mean(cells.v[group], cells.count[group])
             continue

@@ -23,9 +23,14 @@ IMAGE_POWER = 0.5  # of a score, for what an image cell weighs among those it is
 
 
 def scores(
-    rule: str, kind: np.ndarray, importance: np.ndarray, recent: np.ndarray | None = None
+    rule: str,
+    kind: np.ndarray,
+    importance: np.ndarray,
+    recent: np.ndarray | None = None,
+    keys: np.ndarray | None = None,
+    values: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Score of every cell [L, H, T]; higher is kept."""
+    """Score of every cell [L, H, T]; higher is kept. ``keys``, ``values`` are [L, H, T, d]."""
     n_layer, n_head, n_cells = importance.shape
     out = np.zeros(importance.shape, dtype=np.float32)
     for layer, head in np.ndindex(n_layer, n_head):
@@ -36,13 +41,16 @@ def scores(
                 out[layer, head, i] = sums[i]
             elif rule == "frequency_layer":
                 out[layer, head, i] = sum(float(x) for x in importance[layer, :, i]) / n_head
-            elif rule == "frequency_model":
-                rows = importance[:, :, i].reshape(-1)
-                out[layer, head, i] = sum(float(x) for x in rows) / len(rows)
             elif rule == "recency":
                 out[layer, head, i] = i
             elif rule == "random":
                 out[layer, head, i] = drawn((layer << 48) ^ (head << 32) ^ i)
+            elif rule == "key_norm":
+                out[layer, head, i] = -np.linalg.norm(keys[layer, head, i].astype(np.float64))
+            elif rule == "expected_attention":
+                seen_by = min(WINDOW, n_cells - i)  # of the last queries
+                norm = np.linalg.norm(values[layer, head, i].astype(np.float64))
+                out[layer, head, i] = float(recent[layer, head, i]) / seen_by * norm
             elif rule == "window":
                 out[layer, head, i] = pool[i]
             elif rule == "by_kind":
@@ -117,7 +125,7 @@ def question(kind: np.ndarray, old: Any) -> list[int]:
 
 
 def apart(kind: np.ndarray, n_keep: int, old: Any = None) -> set[int]:
-    """Cells that `cover` keeps as they are.
+    """Cells that `coverage` keeps as they are.
 
     The newest text, the first cells of each image, and in a later turn the present question.
     """
@@ -139,7 +147,7 @@ def protected(
     cells = set(range(max(0, n_cells - n_last), n_cells))
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
-    if rule == "cover":
+    if rule == "coverage":
         free = sorted(apart(kind, n_keep, old) - cells, reverse=True)
         cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
@@ -240,7 +248,7 @@ def quotas(
     absent: Any = None,
 ) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
-    if rule not in ("image_first", "cover"):
+    if rule not in ("image_first", "coverage"):
         return [(list(range(len(kind))), n_keep)]
     runs = segments(kind)
     image = [run for run in runs if kind[run[0]] == IMAGE]
@@ -375,7 +383,7 @@ def cover(
     """Kept cells chosen anew in every run of one kind, and buckets of the dropped ones."""
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
-    stay = protected("cover", kind, pinned, kept.shape[2], n_sink, old)
+    stay = protected("coverage", kind, pinned, kept.shape[2], n_sink, old)
     closed = apart(kind, kept.shape[2], old) | set(np.flatnonzero(pinned))
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
@@ -397,16 +405,16 @@ def cover(
 def buckets(
     rule: str, kept: np.ndarray, kind: np.ndarray, pinned: np.ndarray, found: np.ndarray
 ) -> np.ndarray:
-    """Bucket of every cell [L, H, T]; `found` is what `cover` said of the dropped cells."""
+    """Bucket of every cell [L, H, T]; `found` is what `coverage` said of the dropped cells."""
     n_layer, n_head, _ = kept.shape
-    out = found.copy() if rule == "mass" else np.full(found.shape, -1)
+    out = found.copy() if rule == "merge_biased" else np.full(found.shape, -1)
     for layer, head in np.ndindex(n_layer, n_head):
         row = list(kept[layer, head])
         anchors = [j for j in range(len(row)) if not pinned[row[j]]]
         for i in range(len(kind)):
             if i in row:
                 out[layer, head, i] = row.index(i)
-            elif rule == "nearest_mean":
+            elif rule == "merge_mean":
                 out[layer, head, i] = min(anchors, key=lambda j: (abs(row[j] - i), j), default=-1)
     return out
 
@@ -418,3 +426,17 @@ def merge_weights(kind: np.ndarray, score: np.ndarray) -> np.ndarray:
         if kind[i] == IMAGE:
             out[:, :, i] = out[:, :, i] ** IMAGE_POWER
     return out
+
+
+def pyramid(n_layer: int, n_mean: int, room: int) -> list[int]:
+    """Cells of each layer beside the window, by PyramidKV's formula with beta = 20.
+
+    The last layer has n_mean/20 cells, the first what makes the mean right, those between lie on a
+    line. Rounded down; at least one, at most `room`.
+    """
+    last = Fraction(n_mean, 20)
+    first = 2 * n_mean - last
+    exact = [first + (last - first) * il / max(n_layer - 1, 1) for il in range(n_layer)]
+    if n_layer == 1:
+        exact = [Fraction(n_mean)]
+    return [min(room, max(1, int(x))) for x in exact]

@@ -9,6 +9,7 @@ import numpy.typing
 import typing
 
 __all__ = [
+    "ScoreView",
     "budget_cells",
     "dequantize_rows",
     "leaving_candidates",
@@ -20,6 +21,49 @@ __all__ = [
     "split_budget",
     "split_with_past",
 ]
+
+class ScoreView:
+    """
+    What a scorer looks at: one sequence at one compression.
+    """
+    @staticmethod
+    def _pybind11_conduit_v1_(*args, **kwargs): ...
+    def keys(
+        self,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+        head: typing.SupportsInt | typing.SupportsIndex,
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Keys of one KV head, float32 [n_cells, n_embd_head].
+        """
+    def values(
+        self,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+        head: typing.SupportsInt | typing.SupportsIndex,
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Values of one KV head, float32 [n_cells, n_embd_head].
+        """
+    @property
+    def importance(self) -> typing.Any:
+        """
+        Attention received from all queries, float32 [n_layer, n_head_kv, n_cells].
+        """
+    @property
+    def kind(self) -> numpy.ndarray:
+        """
+        0: text, 1: image, 2: generated; uint8 [n_cells].
+        """
+    @property
+    def pinned(self) -> numpy.ndarray:
+        """
+        1: another sequence uses the cell too; uint8 [n_cells].
+        """
+    @property
+    def recent(self) -> typing.Any:
+        """
+        Attention received from the last queries, of the same shape; None where the policy needs none.
+        """
 
 def budget_cells(
     value: typing.SupportsFloat | typing.SupportsIndex,
@@ -77,9 +121,10 @@ def make_plan(
     absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
     old: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
     tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+    scorer: collections.abc.Callable | None = None,
 ) -> dict:
     """
-    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each).
+    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a callable that gets a ScoreView and returns the scores [L, H, T], in place of the policy's own.
     """
 
 def merge_layer(
@@ -107,7 +152,7 @@ def merge_layer(
 
 def policies() -> list:
     """
-    The table of policies.
+    The table of policies: their parts, and what they can do.
     """
 
 def quantize_rows(

@@ -14,14 +14,13 @@ import numpy as np
 from llama_cpp import _internals
 
 from ..batch import fill_batch
-from ..config import ElasticConfig
+from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, text
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama, attach, lazy_buffers
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these
-_OVERDRAFT = 32  # `merge_overdraft` of cpp/core/policy.h
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,10 @@ class Ideal:
 
     def overdraft(self) -> int:
         """Cells beyond these that the elastic cache takes before it merges all."""
-        if self.config.policy != "elastic":
+        made_for = int(policy_row(self.config.policy)["overdraft"])
+        if made_for == 0:
             return 0
-        return _OVERDRAFT if self.config.overdraft is None else self.config.overdraft
+        return made_for if self.config.overdraft is None else self.config.overdraft
 
     def kept(self) -> int:
         """Cells of those held that the elastic cache has left when the next token comes."""

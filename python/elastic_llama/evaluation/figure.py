@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config import ElasticConfig
 from ..stats import MIB
 
 AXES = {
@@ -117,7 +118,7 @@ def _panel(panel: Any, lines: list[dict[str, Any]], metric: str) -> None:
             marker="o",
             markersize=3,
             capsize=2,
-            linewidth=2.5 if policy == "elastic" else 1.2,
+            linewidth=2.5 if policy == ElasticConfig.policy else 1.2,
             label=_name(policy, kv_type, many_types),
         )
     if metric in LOG:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import ElasticConfig
+from ..config import ElasticConfig, policy_row
 from ..errors import ConfigError, text
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama
@@ -98,8 +98,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_config(policy: str, budget: float, given: dict[str, Any]) -> ElasticConfig:
-    """The options of a run as a policy has them: numbers for layers are for `elastic` only."""
-    if policy != "elastic":
+    """The options of a run as a policy has them: only some take numbers for layers."""
+    if not policy_row(policy)["can_vary_layers"]:
         given = {name: value for name, value in given.items() if name != "layers"}
     return ElasticConfig(budget=budget, policy=policy, **given)
 

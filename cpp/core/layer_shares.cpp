@@ -1,4 +1,4 @@
-#include "core/layers.h"
+#include "core/layer_shares.h"
 
 #include <algorithm>
 #include <numeric>

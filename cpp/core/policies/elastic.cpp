@@ -1,0 +1,18 @@
+// The default: cells that cover the others, which are merged into them; layers keep what was measured for them.
+
+#include "core/biased_combiner.h"
+#include "core/by_kind_scorer.h"
+#include "core/coverage_selector.h"
+#include "core/evict_per_head.h"
+#include "core/policy.h"
+
+namespace elastic {
+
+policy make_elastic() {
+    return compose("elastic",
+                   "text stays while it can, then cells per KV head; the others are merged and keep the attention they were to draw",
+                   make_part<by_kind_scorer>(), make_part<measured_layers>(), make_part<coverage_selector>(), make_part<biased_combiner>(),
+                   make_part<recompress_evictor>());
+}
+
+}  // namespace elastic
