@@ -2,7 +2,6 @@
 
 #include "core/generate.h"
 
-
 #include <algorithm>
 #include <cmath>
 
