@@ -2,11 +2,14 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/python_scorer.h"
 #include "runtime/attach.h"
 #include "runtime/inspect.h"
 #include "runtime/measure_layers.h"
 
 #include <pybind11/stl.h>
+
+#include <optional>
 
 namespace py = pybind11;
 
@@ -19,7 +22,7 @@ class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
             int32_t n_threads, int32_t max_cells, int32_t overdraft, int32_t checkpoints, const std::vector<float> & layer_share,
-            bool auto_layers, bool record, bool release_memory)
+            bool auto_layers, bool record, bool release_memory, const std::optional<py::function> & scorer)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
@@ -39,7 +42,12 @@ class session {
         params.n_layer_share  = (int32_t) layer_share.size();
         params.record         = record;
         params.release_memory = release_memory;
-        attach(*ctx, params);
+        part<elastic::scorer> external;
+        if (scorer) {
+            external = python_scorer(*scorer, find_policy(policy).score->needs());
+        }
+        const py::gil_scoped_release release;
+        attach(*ctx, params, external);
     }
 
     elastic_cache & cache() const {
@@ -126,12 +134,11 @@ Raises NotImplementedError for a model whose memory cannot be compressed, ValueE
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
         .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      const std::vector<float> &, bool, bool, bool>(),
+                      const std::vector<float> &, bool, bool, bool, const std::optional<py::function> &>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
              py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0,
              py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(),
-             py::arg("auto_layers") = false, py::arg("record") = false, py::arg("release_memory") = true,
-             py::call_guard<py::gil_scoped_release>(),
+             py::arg("auto_layers") = false, py::arg("record") = false, py::arg("release_memory") = true, py::arg("scorer") = py::none(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -141,7 +148,9 @@ can be taken back (0: none). `layer_share`: cells of each layer of the cache in 
 > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
 `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
-loaded under each of them.
+loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
+other parts stay.
 
 Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
 RuntimeError when the cache holds cells already.)pbdoc")

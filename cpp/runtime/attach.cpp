@@ -34,8 +34,11 @@ static std::vector<float> measured_shares(llama_context & ctx) {
     return it->second;
 }
 
-static config resolve(llama_context & ctx, const elastic_params & params) {
+static config resolve(llama_context & ctx, const elastic_params & params, const part<scorer> & external) {
     config cfg = make_config(params);
+    if (external) {
+        cfg.pol = with_scorer(cfg.pol, external);
+    }
     if (params.layers == ELASTIC_LAYERS_AUTO && cfg.may_vary_layers() && resident_memory::can_free_layers(kv_view(ctx))) {
         cfg.layer_share = params.n_layer_share > 0 ? std::vector<float>(params.layer_share, params.layer_share + params.n_layer_share)
                                                    : measured_shares(ctx);
@@ -43,8 +46,8 @@ static config resolve(llama_context & ctx, const elastic_params & params) {
     return cfg;
 }
 
-elastic_cache & attach(llama_context & ctx, const elastic_params & params) {
-    const config cfg = resolve(ctx, params);
+elastic_cache & attach(llama_context & ctx, const elastic_params & params, const part<scorer> & external) {
+    const config cfg = resolve(ctx, params, external);
 
     if (auto * old = attached(&ctx)) {
         check_layers(cfg, old->parts().kv.shape.n_layer);

@@ -13,7 +13,8 @@ struct not_empty : std::runtime_error {
 elastic_cache * attached(const llama_context * ctx);
 
 // the C++ side of elastic_attach and elastic_detach: the same, with exceptions
-elastic_cache & attach(llama_context & ctx, const elastic_params & params);
+// external: scores instead of those of the policy that params names, or empty
+elastic_cache & attach(llama_context & ctx, const elastic_params & params, const part<scorer> & external = {});
 void            detach(llama_context & ctx);
 
 }  // namespace elastic
