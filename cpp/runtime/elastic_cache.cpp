@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <numeric>
 #include <tuple>
 
@@ -164,6 +165,12 @@ static bool fused_op_masks_heads(const ggml_tensor * k, ggml_type type_v, const 
     return !dev || ggml_backend_dev_supports_op(dev, op);
 }
 
+// for tests: attention as on a device, which has no op of our own
+static bool attention_in_graph() {
+    const char * value = std::getenv("ELASTIC_ATTENTION");
+    return value && std::string(value) == "graph";
+}
+
 elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     : cfg(cfg), ctx(ctx), kv(plain_kv_cache(ctx)), shape(read_shape(ctx, kv)) {
     for (const auto & [name, type, trans] :
@@ -187,6 +194,7 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     on_host     = std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
         return ggml_backend_buffer_is_host(kv.get_k_storage(il)->buffer) && ggml_backend_buffer_is_host(kv.get_v_storage(il)->buffer);
     });
+    own_attn    = on_host && !attention_in_graph();
     masks_heads = !ctx.get_cparams().flash_attn || std::all_of(shape.layer_ids.begin(), shape.layer_ids.end(), [&](int32_t il) {
         return fused_op_masks_heads(kv.get_k_storage(il), kv.type_v(), shape);
     });
@@ -238,7 +246,7 @@ bool elastic_cache::want_sums(const llama_ubatch & ubatch) const {
         return false;
     }
     // a graph that stays the same is not built anew; where attention comes from llama.cpp's fused op they are not free
-    if (cfg.pol.scores_generation() && (on_host || !ctx.get_cparams().flash_attn)) {
+    if (cfg.pol.scores_generation() && (own_attn || !ctx.get_cparams().flash_attn)) {
         return true;
     }
     return any_scored(ubatch);

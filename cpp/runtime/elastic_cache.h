@@ -150,6 +150,7 @@ class elastic_cache : public llama_elastic_i {
     bool taking_back = false;
     bool trying      = false;  // an answer, see look_ahead
     bool on_host     = false;  // all of K and V
+    bool own_attn    = false;  // what is scored goes through an op of our own
     bool masks_heads;          // where they lie, the fused op takes a mask per head
     bool score_step = false;   // the current batch generates, and its attention is added to the scores
 

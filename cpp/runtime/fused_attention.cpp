@@ -71,7 +71,7 @@ static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 ggml_tensor * elastic_cache::build_attn(ggml_context * ctx0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
                                         ggml_tensor * sum_weights, ggml_tensor * bias, float kq_scale) const {
-    if (!on_host) {
+    if (!own_attn) {
         return nullptr;
     }
     const bool    v_trans = kv.get_v_trans();
