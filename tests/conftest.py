@@ -10,6 +10,13 @@ import pytest
 from tests.support.tiny_llama import write_tiny_llama
 
 
+@pytest.fixture(params=["own", "graph"])
+def attention_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes attention that is scored: our own op, or llama.cpp's ops as on a device."""
+    monkeypatch.setenv("ELASTIC_ATTENTION", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny_gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 layers, 4 query and 2 KV heads of 64."""
