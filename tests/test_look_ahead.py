@@ -109,7 +109,7 @@ def test_several_at_once(tiny_gqa: Path, unified: bool) -> None:
         for seq, expected in enumerate(alone):
             for ours, theirs in zip(state(e, seq), expected):
                 np.testing.assert_allclose(
-                    ours, theirs, rtol=2e-3 if N_GPU_LAYERS else 1e-4, atol=1e-6
+                    ours, theirs, rtol=2e-3 if N_GPU_LAYERS else 5e-4, atol=1e-6
                 )
 
 
