@@ -1,15 +1,15 @@
 // Preloaded into a program that knows nothing of us: each context that it makes gets an elastic cache.
-// ELASTIC_BUDGET: as in elastic_params.
+// ELASTIC_BUDGET: as in elastic_params. How often prompts were compressed is said when a context is freed.
 
 #include "runtime/elastic.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <dlfcn.h>
 
+#include <cstdio>
+#include <cstdlib>
+
 extern "C" llama_context * llama_init_from_model(llama_model * model, llama_context_params params) {
-    using fn        = llama_context * (*) (llama_model *, llama_context_params);
-    const auto real = (fn) dlsym(RTLD_NEXT, "llama_init_from_model");
+    static const auto real = (decltype(&llama_init_from_model)) dlsym(RTLD_NEXT, "llama_init_from_model");
 
     llama_context * ctx = real(model, params);
 
@@ -23,4 +23,11 @@ extern "C" llama_context * llama_init_from_model(llama_model * model, llama_cont
         std::exit(70);
     }
     return ctx;
+}
+
+extern "C" void llama_free(llama_context * ctx) {
+    static const auto real = (decltype(&llama_free)) dlsym(RTLD_NEXT, "llama_free");
+
+    std::fprintf(stderr, "elastic: %lld compressions\n", (long long) elastic_get_stats(ctx).n_compressions);
+    real(ctx);
 }
