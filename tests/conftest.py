@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import elastic_llama  # noqa: F401  (first: it decides which libraries llama_cpp loads)
+import elastic_llama  # first: it decides which libraries llama_cpp loads
 import pytest
 
 from tests.support.tiny_llama import write_tiny_llama
+
+OTHER_NATIVE = os.environ.get("ELASTIC_TEST_NATIVE")
+assert OTHER_NATIVE is None or elastic_llama.lib_dir() == Path(OTHER_NATIVE).resolve() / "lib"
 
 
 @pytest.fixture(params=["own", "graph"])
