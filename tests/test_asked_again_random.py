@@ -299,6 +299,7 @@ operations = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=N_EXAMPLES,
     deadline=None,
