@@ -375,11 +375,7 @@ def marks(policy: str, budget: str, content: str) -> list[Any]:
 
 
 def matrix(contents: Sequence[str] = CONTENTS) -> list[Any]:
-    return [
-        pytest.param(*place, marks=marks(*place))
-        for place in PLACES
-        if place[2] in contents
-    ]
+    return [pytest.param(*place, marks=marks(*place)) for place in PLACES if place[2] in contents]
 
 
 @pytest.mark.parametrize(("policy", "budget", "content"), matrix())

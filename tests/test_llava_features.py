@@ -109,7 +109,9 @@ def stock(
     files: list[Path], tower: Tower, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, np.ndarray]:
     """Features of unpatched libraries by layout."""
-    return encode(stock_lib_dir(), files[0], files[1:], tower.image, tmp_path_factory.mktemp("stock"))
+    return encode(
+        stock_lib_dir(), files[0], files[1:], tower.image, tmp_path_factory.mktemp("stock")
+    )
 
 
 def test_numpy_agrees_with_stored_transformers_features(tower: Tower) -> None:
