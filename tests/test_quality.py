@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +22,30 @@ def mean_kl(items: list[Item], model: Path, mmproj: Path) -> dict[str, float]:
         rows = [row for group in runner.run(items, lambda n: None) for row in group]
     finally:
         runner.close()
-    print(json.dumps(rows))
     return {c.policy: float(np.mean([r["cases"][c.name]["kl"] for r in rows])) for c in cases}
+
+
+def check(figures: dict[str, float], ratios: tuple[float, ...]) -> None:
+    """Each policy is better than the next by a factor that the measured one leaves room for."""
+    found = [figures[policy] for policy in POLICIES]
+    for better, worse, ratio in zip(found, found[1:], ratios):
+        assert better * ratio < worse, figures
 
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_policies_keep_their_order(embedded_model: Path, embedded_mmproj: Path) -> None:
-    import time
+def test_scenes(embedded_model: Path, embedded_mmproj: Path) -> None:
+    """Measured: 0.0013, 0.12, 0.46, 1.10."""
+    items = [item for item in scene_items("dev", 6) if item.group == "captions"]
+    check(mean_kl(items, embedded_model, embedded_mmproj), (20, 2, 1.5))
 
-    texts = [i for i in read_items(TEXTS, "dev") if i.id.startswith("raw")][:4]
-    scenes = [i for i in scene_items("dev", 6) if i.group == "captions"]
-    for items in (scenes, texts):
-        t = time.time()
-        print(mean_kl(items, embedded_model, embedded_mmproj))
-        print(time.time() - t)
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_texts_that_go_on(embedded_model: Path, embedded_mmproj: Path) -> None:
+    """Measured: 0.028, 0.057, 0.054, 0.142: of texts that go on, `h2o` and `elastic-evict` are level."""
+    items = [item for item in read_items(TEXTS, "dev") if item.id.startswith("raw")][:4]
+    figures = mean_kl(items, embedded_model, embedded_mmproj)
+    for between in ("elastic-evict", "h2o"):
+        assert figures["elastic"] * 1.5 < figures[between], figures
+        assert figures[between] * 1.8 < figures["random"], figures
