@@ -43,7 +43,7 @@ def test_scenes(embedded_model: Path, embedded_mmproj: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.model
 def test_texts_that_go_on(embedded_model: Path, embedded_mmproj: Path) -> None:
-    """Measured: 0.028, 0.057, 0.054, 0.142: of texts that go on, `h2o` and `elastic-evict` are level."""
+    """Measured: 0.028, 0.057, 0.054, 0.142; `elastic-evict` and `h2o` are level here."""
     items = [item for item in read_items(TEXTS, "dev") if item.id.startswith("raw")][:4]
     figures = mean_kl(items, embedded_model, embedded_mmproj)
     for between in ("elastic-evict", "h2o"):
