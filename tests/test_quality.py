@@ -42,10 +42,7 @@ def test_scenes(embedded_model: Path, embedded_mmproj: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_texts_that_go_on(embedded_model: Path, embedded_mmproj: Path) -> None:
-    """Measured: 0.028, 0.057, 0.054, 0.142; `elastic-evict` and `h2o` are level here."""
-    items = [item for item in read_items(TEXTS, "dev") if item.id.startswith("raw")][:4]
-    figures = mean_kl(items, embedded_model, embedded_mmproj)
-    for between in ("elastic-evict", "h2o"):
-        assert figures["elastic"] * 1.5 < figures[between], figures
-        assert figures[between] * 1.8 < figures["random"], figures
+def test_texts(embedded_model: Path, embedded_mmproj: Path) -> None:
+    """Measured: 0.10, 0.26, 0.55, 0.78. Of `raw` texts `elastic-evict` and `h2o` are level."""
+    items = [item for item in read_items(TEXTS, "dev") if item.id.startswith("document")][:4]
+    check(mean_kl(items, embedded_model, embedded_mmproj), (1.8, 1.5, 1.2))
