@@ -8,13 +8,21 @@ NATIVE := CMakeLists.txt $(wildcard cmake/* cmake/stock/* cpp/*/* cpp/core/polic
 
 export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 
-.PHONY: demo test test-matrix build lint format sanitize stubs check-stubs check-patches wheel-test clean
+# the tools of the environment, and where the libraries are that it uses
+WITH_TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+LIB_DIR     = $$($(PY) -c 'import elastic_llama; print(elastic_llama.lib_dir())')
+
+.PHONY: demo test test-fast test-matrix stock upstream build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed stock upstream
 	$(PY) -m pytest
+
+# without what takes more than a few seconds, under two minutes
+test-fast: $(VENV)/.installed
+	$(PY) -m pytest -m "not slow and not matrix"
 
 # every case of the matrix of cuts, a quarter of an hour
 test-matrix: $(VENV)/.installed
@@ -52,13 +60,43 @@ format: $(VENV)/.dev
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(shell git ls-files 'cpp/*.cpp' 'cpp/*.h' 'tests/cpp/*.cpp' 'examples/*.c')
 
+# llama.cpp without patches, for tests that compare with it; kept until the pin or the flags change
+stock: $(VENV)/.installed
+	$(PY) scripts/build_stock.py
+
+# llama.cpp's own tests, linked to our libraries
+upstream: $(VENV)/.installed
+	@$(WITH_TOOLS) cmake -S cmake/upstream -B build-upstream -G Ninja --log-level=ERROR -DCMAKE_BUILD_TYPE=Debug \
+		-DCMAKE_C_FLAGS_DEBUG=-O0 -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DUPSTREAM_LIB_DIR=$(LIB_DIR) \
+		-DUPSTREAM_TREE=$$($(PY) cmake/prepare_llama_cpp.py | sed -n 's/^tree=//p')
+	$(WITH_TOOLS) cmake --build build-upstream
+
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+SANITIZED := -G Ninja -DELASTIC_SANITIZE=address,undefined -DSKBUILD_PROJECT_VERSION=0 -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+
 # the core alone, under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: $(VENV)/.tools
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build-sanitize -G Ninja -DELASTIC_ONLY_CORE=ON \
-		-DELASTIC_BUILD_TESTS=ON -DELASTIC_SANITIZE=address,undefined \
-		-DSKBUILD_PROJECT_VERSION=0 -DPython_EXECUTABLE=$(CURDIR)/$(PY)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build-sanitize --target core_test runtime_test
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build-sanitize --output-on-failure
+	$(WITH_TOOLS) cmake -S . -B build-sanitize -DELASTIC_ONLY_CORE=ON -DELASTIC_BUILD_TESTS=ON $(SANITIZED)
+	$(WITH_TOOLS) cmake --build build-sanitize --target core_test runtime_test
+	$(WITH_TOOLS) ctest --test-dir build-sanitize --output-on-failure
+
+# the libraries and the runtime under both, and what of its tests goes through all of it
+SANITIZED_TESTS := test_stages.py test_memory.py test_probe.py
+# resident memory is the sanitizer's too; the long generation says nothing more here than the short ones
+NOT_SANITIZED   := long_context given_back giving_back long_generation
+sanitize-runtime: $(VENV)/.installed
+	$(WITH_TOOLS) cmake -S . -B build-sanitize-runtime $(SANITIZED) -DLLAMA_BUILD_MTMD=OFF \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS_RELWITHDEBINFO=-O1 -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 \
+		-Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	$(WITH_TOOLS) cmake --build build-sanitize-runtime --target _core
+	$(WITH_TOOLS) cmake --install build-sanitize-runtime --component python --prefix build-sanitize-runtime/package
+	cp $(LIB_DIR)/libmtmd.* build-sanitize-runtime/package/elastic_llama/lib  # llama_cpp loads it; no image is read here
+	PYTHONPATH=tests/support/other_native ELASTIC_TEST_NATIVE=$(CURDIR)/build-sanitize-runtime/package/elastic_llama \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(PY) -m pytest $(SANITIZED_TESTS:%=tests/%) -m "not slow and not matrix and not model" \
+		-k "not $(subst $(SPACE), and not ,$(NOT_SANITIZED))"
 
 stubs: $(VENV)/.dev
 	$(PY) scripts/make_stubs.py
@@ -75,4 +113,4 @@ check-patches:
 	$(PYTHON) scripts/check_patches.py --markdown
 
 clean:
-	rm -rf build build-sanitize $(VENV)
+	rm -rf build build-sanitize build-sanitize-runtime build-upstream $(VENV)

@@ -79,12 +79,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def folder() -> Path:
+    """Where the stock libraries lie, or will."""
+    pin = source.read_pin(ROOT / "patches" / "llama-cpp.pin")
+    return source.cache_dir() / "stock" / stock_key(pin, environment())
+
+
 def build(archive: Path | None = None, jobs: int | None = None) -> Path:
     """The folder of the stock libraries."""
     pin = source.read_pin(ROOT / "patches" / "llama-cpp.pin")
-    cache = source.cache_dir() / "stock"
     env = environment()
-    target = cache / stock_key(pin, env)
+    target = folder()
+    cache = target.parent
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import elastic_llama  # noqa: F401  (first: it decides which libraries llama_cpp loads)
+import elastic_llama  # first: it decides which libraries llama_cpp loads
 import pytest
 
 from tests.support.tiny_llama import write_tiny_llama
+
+OTHER_NATIVE = os.environ.get("ELASTIC_TEST_NATIVE")
+assert OTHER_NATIVE is None or elastic_llama.lib_dir() == Path(OTHER_NATIVE).resolve() / "lib"
+
+
+@pytest.fixture(params=["own", "graph"])
+def attention_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes attention that is scored: our own op, or llama.cpp's ops as on a device."""
+    monkeypatch.setenv("ELASTIC_ATTENTION", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

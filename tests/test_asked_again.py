@@ -368,12 +368,14 @@ def is_fast(policy: str, budget: str, content: str) -> bool:
     return (i + CONTENTS.index(content)) % 5 == BUDGETS.index(budget)
 
 
+def marks(policy: str, budget: str, content: str) -> list[Any]:
+    if not is_fast(policy, budget, content):
+        return [pytest.mark.matrix]
+    return [] if policy == "elastic" else [pytest.mark.slow]
+
+
 def matrix(contents: Sequence[str] = CONTENTS) -> list[Any]:
-    return [
-        pytest.param(*place, marks=[] if is_fast(*place) else pytest.mark.matrix)
-        for place in PLACES
-        if place[2] in contents
-    ]
+    return [pytest.param(*place, marks=marks(*place)) for place in PLACES if place[2] in contents]
 
 
 @pytest.mark.parametrize(("policy", "budget", "content"), matrix())

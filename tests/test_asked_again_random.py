@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import pytest
 from elastic_llama.config import policy_names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -299,6 +300,7 @@ operations = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=N_EXAMPLES,
     deadline=None,

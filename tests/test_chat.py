@@ -352,6 +352,7 @@ def test_plain_chatml_is_what_the_embedded_model_was_trained_with():
     assert out == "<|im_start|>user\n<image>Q?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_real_model_still_answers(embedded_model):
     with el.ElasticLlama(embedded_model, kv_budget=0.8, n_ctx=512, n_threads=1) as llm:

@@ -151,6 +151,7 @@ def rows_of(plan, items):
         runner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_lanes_say_what_one_sequence_says(embedded_model):
     """Side by side from saved prompts, or one after the other as a user does it."""
@@ -184,6 +185,7 @@ def test_lanes_say_what_one_sequence_says(embedded_model):
         llm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_image_compressed_before_the_question(embedded_model, embedded_mmproj):
     """With every cell kept, it does not matter that the question came later."""
@@ -200,6 +202,7 @@ def test_image_compressed_before_the_question(embedded_model, embedded_mmproj):
         assert b["cases"]["elastic@0.2/f16"]["kl"] > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_command_writes_goes_on_and_refuses_another_run(embedded_model, text_data, tmp_path):
     out = tmp_path / "out"

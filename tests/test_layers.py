@@ -493,6 +493,7 @@ def test_levelled_before_a_context_overflows(embedded_model: Path) -> None:
 
 
 @overdrafts
+@pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("budget", [32, 40])
 def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> None:
     """Even where no row that may leave is held by all layers, and the budget holds."""

@@ -19,6 +19,7 @@ import pytest
 from tests.support.clip_numpy import image_features, normalize
 from tests.support.encode_images import encode
 from tests.support.mmproj import Layout, Tower, write_mmproj
+from tests.support.stock import stock_lib_dir
 from tests.support.tiny_llama import write_tiny_llama
 
 HERE = Path(__file__).parent
@@ -108,13 +109,9 @@ def stock(
     files: list[Path], tower: Tower, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, np.ndarray]:
     """Features of unpatched libraries by layout."""
-    lib_dir = os.environ.get("ELASTIC_STOCK_LIB_DIR")
-    if lib_dir is None:
-        support = pytest.importorskip("tests.support.stock")
-        lib_dir = support.stock_lib_dir()
-    if lib_dir is None:
-        pytest.skip("no stock build of llama.cpp to compare with")
-    return encode(lib_dir, files[0], files[1:], tower.image, tmp_path_factory.mktemp("stock"))
+    return encode(
+        stock_lib_dir(), files[0], files[1:], tower.image, tmp_path_factory.mktemp("stock")
+    )
 
 
 def test_numpy_agrees_with_stored_transformers_features(tower: Tower) -> None:
@@ -151,6 +148,7 @@ def test_patched_features_are_right(
     assert cosines(patched[layout], expected[layout]).min() >= 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", BROKEN_IN_STOCK)
 def test_stock_features_are_wrong(
     layout: str, stock: dict[str, np.ndarray], expected: dict[str, np.ndarray]
@@ -159,6 +157,7 @@ def test_stock_features_are_wrong(
     assert cosines(stock[layout], expected[layout]).min() < 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", NEVER_BROKEN)
 def test_stock_was_right_about_the_others(
     layout: str, stock: dict[str, np.ndarray], expected: dict[str, np.ndarray]
@@ -166,6 +165,7 @@ def test_stock_was_right_about_the_others(
     assert cosines(stock[layout], expected[layout]).min() >= 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", NEVER_BROKEN + ("glm_edge",))
 def test_patches_leave_the_others_alone(
     layout: str, stock: dict[str, np.ndarray], patched: dict[str, np.ndarray]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from elastic_llama import lib_dir
 
-from tests.support.engine import Engine, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
 from tests.support.oracle_plan import left_free
 from tests.support.tiny_llama import write_tiny_llama
 from tests.test_oracles import N_VOCAB, feed, image_rows
@@ -122,6 +122,7 @@ def test_long_generation_holds_its_cells(
 DELAY = {**ELASTIC, "delay": 5}
 
 
+@pytest.mark.usefixtures("attention_op")
 def test_an_answer_begins_with_all_cells(tiny_gqa: Path) -> None:
     """The first tokens are those of a cache that keeps all; then the prompt is compressed."""
     tokens = random_tokens(9, N_VOCAB, 3)
@@ -196,6 +197,7 @@ def test_answers_to_a_shared_prompt_stay(tiny_gqa: Path) -> None:
             assert pos[-5:] == list(range(216, 221))
 
 
+@pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("policy", ["snapkv", "elastic-paper", "h2o"])
 def test_what_comes_before_the_compression_is_scored(tiny_gqa: Path, policy: str) -> None:
     """By every policy that looks at attention; the newest cell draws some of its own."""
@@ -205,6 +207,7 @@ def test_what_comes_before_the_compression_is_scored(tiny_gqa: Path, policy: str
         assert (e.session.mass(0)[..., -5:] > 0).all()
 
 
+@pytest.mark.usefixtures("attention_op")
 def test_a_prompt_that_waits_is_saved(tiny_gqa: Path) -> None:
     tokens = random_tokens(9, N_VOCAB, 3)
     with Engine(tiny_gqa, elastic=DELAY) as e:
@@ -226,6 +229,7 @@ def test_short_prompts_are_left_alone(tiny_gqa: Path) -> None:
         assert e.session.stats()["compressions"] == 0
 
 
+@pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("policy", ["elastic", "elastic-paper"])
 def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
     """Merged cells go in with the weight of what they stand for."""
@@ -478,6 +482,7 @@ def test_c_interface(tiny_gqa: Path) -> None:
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)
 
 
+@pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("fa", [False, True], ids=["plain", "fa"])
 @pytest.mark.parametrize(("policy", "interval"), [("h2o", 1), ("elastic", 4)])
 def test_generated_tokens_are_scored_now_and_then(
@@ -492,10 +497,11 @@ def test_generated_tokens_are_scored_now_and_then(
             e.token(20 + i, n + i)
             after = e.session.mass(0).sum(axis=-1)
             added = interval if (i + 1) % interval == 0 else 0
-            np.testing.assert_allclose(after - before, added, atol=2e-3)
+            np.testing.assert_allclose(after - before, added, atol=2e-3 if N_GPU_LAYERS else 1e-4)
             before = after
 
 
+@pytest.mark.usefixtures("attention_op")
 def test_sequences_that_generate_together_are_scored_together(tiny_gqa: Path) -> None:
     """Each by the tokens it decoded since, so that none waits for ever for its turn."""
     config = {"policy": "elastic", "budget": 0.99, "min_cells": 500}
@@ -509,4 +515,5 @@ def test_sequences_that_generate_together_are_scored_together(tiny_gqa: Path) ->
             assert e.decode([(20, n + 2 + i, 0, True), (20, n + i, 1, True)]) == 0
         for seq, added in ((0, 4), (1, 2)):
             after = e.session.mass(seq).sum(axis=-1)
-            np.testing.assert_allclose(after - before[seq], added, atol=2e-2)
+            tol = 2e-2 if N_GPU_LAYERS else 1e-4
+            np.testing.assert_allclose(after - before[seq], added, atol=tol)

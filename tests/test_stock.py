@@ -10,6 +10,8 @@ from elastic_llama import lib_dir
 from scripts.compare_stock import RUNS, compare
 from tests.support.stock import stock_lib_dir
 
+pytestmark = pytest.mark.slow  # and needs another build
+
 
 def check(model: Path, mmproj: Path | None = None) -> None:
     tower = None if mmproj is None else str(mmproj)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 namespace elastic {
 
@@ -97,8 +98,14 @@ static bool all_mask_heads(const kv_view & kv) {
     return true;
 }
 
+// for tests: attention as on a device, which has no op of our own
+static bool graph_only() {
+    const char * value = std::getenv("ELASTIC_ATTENTION");
+    return value && std::string(value) == "graph";
+}
+
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits)
-    : parts(parts), logits(logits), on_host(parts.kv.on_host()), masks_heads(all_mask_heads(parts.kv)) {}
+    : parts(parts), logits(logits), own_op(parts.kv.on_host() && !graph_only()), masks_heads(all_mask_heads(parts.kv)) {}
 
 //
 // what is wanted
@@ -114,7 +121,7 @@ bool attention_graph::wants_sums(const llama_ubatch & ubatch) const {
     }
     // the largest graph is reserved between batches; and one that stays the same is not built anew, but where attention comes from
     // llama.cpp's fused op, sums are not free
-    const bool always = on_host && parts.cfg.pol.scores_generation();
+    const bool always = own_op && parts.cfg.pol.scores_generation();
     return always || !logits.in_batch() || any_scored(ubatch);
 }
 
@@ -203,7 +210,7 @@ ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llam
     const attention_inputs in = { graph, il, il_cache, q, k, v, q_perm, k_perm, v_perm, kq_b, kq_mask, sinks, bias, kq_scale };
 
     ggml_tensor * res;
-    if (on_host && sums.wanted && !kq_b && !sinks && !graph.hparams.attn_soft_cap) {
+    if (own_op && sums.wanted && !kq_b && !sinks && !graph.hparams.attn_soft_cap) {
         res = build_with_op(in, sums);
     } else if (!kq_b && (masks_heads || !bias)) {
         res = build_fused(in, sums);

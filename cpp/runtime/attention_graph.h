@@ -38,7 +38,7 @@ class attention_graph {
   private:
     cache_parts &         parts;
     const prompt_logits & logits;
-    const bool            on_host;      // all of K and V
+    const bool            own_op;       // one op computes attention and sums: all of K and V lie in host memory
     const bool            masks_heads;  // the fused op takes a mask per head
 
     std::set<float> scales;  // of logits: nodes stay where they are, as long as graphs may live

@@ -40,11 +40,13 @@ class Capture:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        self.names: set[str] = set()  # of all tensors, without their layer
         self.seen: dict[str, list[np.ndarray]] = {}
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
 
     def _on_tensor(self, tensor: int, ask: bool, _data: object) -> bool:
         name = _ggml.ggml_get_name(tensor).decode()
+        self.names.add(name.rsplit("-", 1)[0])
         if name.rsplit("-", 1)[0] != self.prefix:
             return not ask
         if not ask:
