@@ -74,7 +74,7 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
     problem = problem_of(seed)
     plan = core.make_plan(**problem)
     kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
-    score = oracle.scores("by_kind", kind, problem["importance"], problem["recent"])
+    score = oracle.scores("by_kind_damped", kind, problem["importance"], problem["recent"])
     stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
     closed = oracle.apart(kind, n_keep)
     n_of_run = oracle.quotas("coverage", kind, stay, n_keep)

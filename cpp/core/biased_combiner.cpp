@@ -1,7 +1,5 @@
 #include "core/biased_combiner.h"
 
-#include <cmath>
-
 namespace elastic {
 
 void biased_combiner::join(const head_plan & h, int32_t * bucket) const {
@@ -18,11 +16,6 @@ void biased_combiner::weigh(const cells & c, head_map score, plan & p) const {
         p.key_weight.push_back(c.is_image(i) ? key_weight : 0.0f);
     }
     p.weight = std::move(score);
-    for (size_t i = 0; i < p.weight.data.size(); ++i) {
-        if (c.is_image((int32_t) (i % c.size()))) {
-            p.weight.data[i] = std::pow(p.weight.data[i], image_weight_power);
-        }
-    }
 }
 
 }  // namespace elastic

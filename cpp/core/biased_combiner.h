@@ -16,15 +16,11 @@ class biased_combiner : public combiner {
     void         weigh(const cells & c, head_map score, plan & p) const override;
 
     // How far the key of an image's anchor moves to the mean of its group's. Chosen on the dev scenes with the embedded model.
-    float key_weight         = 0.4f;
-    // The power of the attention expected of a cell of an image that it counts for in its group: what an image is asked later is not
-    // known. Chosen on 20 conversations of the dev split (embedded model, budget 0.2): captions after five questions 156 of 180
-    // objects right, 144 with a power of 1, questions the same.
-    float image_weight_power = 0.5f;
+    float key_weight       = 0.4f;
     // Whether text is merged where there are earlier turns about an image. Merged, it draws attention that the image needs. Chosen on
     // 12 conversations of the dev split (embedded model, budget 0.2): captions after five questions 108 of 108 objects right,
     // merged 88; questions 43 and 40 of 48.
-    bool  merges_past_text   = false;
+    bool  merges_past_text = false;
 };
 
 }  // namespace elastic

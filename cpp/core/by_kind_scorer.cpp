@@ -2,6 +2,8 @@
 
 #include "core/pooling.h"
 
+#include <cmath>
+
 namespace elastic {
 
 // What is looked at moves on through a text, so each cell gets what it and those before it got, less and less with the distance.
@@ -37,6 +39,9 @@ void by_kind_scorer::score_head(const cells & c, const float * recent, float * s
     for (int32_t i = 0; i < n; ++i) {
         const double asked = c.is_image(i) ? share(of_image[i], n_image) : share(of_text[i], n_text) + share(next[i], n_next);
         score[i]           = (float) (share(score[i], n_sum) + asked);
+        if (c.is_image(i) && image_power != 1.0f) {
+            score[i] = std::pow(score[i], image_power);
+        }
     }
 }
 

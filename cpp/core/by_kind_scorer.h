@@ -11,7 +11,9 @@ namespace elastic {
 //   for a question that is still to come will look where the words around the image do, not where patches do.
 class by_kind_scorer : public scorer {
   public:
-    const char * name() const override { return "by_kind"; }
+    explicit by_kind_scorer(float image_power = 1.0f) : image_power(image_power) {}
+
+    const char * name() const override { return image_power == 1.0f ? "by_kind" : "by_kind_damped"; }
     statistics   needs() const override { return { true, 0, decay, false }; }
     bool         is_attention() const override { return true; }
     int32_t      lookahead() const override { return n_lookahead; }
@@ -28,6 +30,10 @@ class by_kind_scorer : public scorer {
     // Tokens of an answer that are tried first, so that the recent score says what an answer looks at. Chosen on the dev texts with the
     // embedded model.
     int32_t n_lookahead = 16;
+
+    // The power to which the score of an image cell is raised. Below 1 a cell that this question does not look at is worth more: what the
+    // image is asked later is not known.
+    float image_power;
 
   private:
     void score_head(const cells & c, const float * recent, float * score) const;

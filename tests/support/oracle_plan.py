@@ -19,7 +19,7 @@ TEXT, IMAGE, GENERATED = 0, 1, 2
 
 WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
 FOLLOW = np.float64(np.float32(0.94))
-IMAGE_POWER = 0.5  # of a score, for what an image cell weighs among those it is merged with
+IMAGE_POWER = 0.5  # of the score of an image cell, rule by_kind_damped
 
 
 def scores(
@@ -53,7 +53,7 @@ def scores(
                 out[layer, head, i] = float(recent[layer, head, i]) / seen_by * norm
             elif rule == "window":
                 out[layer, head, i] = pool[i]
-            elif rule == "by_kind":
+            elif rule in ("by_kind", "by_kind_damped"):
                 row = recent[layer, head]
                 if kind[i] == IMAGE:
                     near = pooled(np.where(kind == IMAGE, row, 0), KIND_POOL)[i]
@@ -63,6 +63,8 @@ def scores(
                     near, next_ = pooled(row, KIND_POOL), followed(row)
                     asked = (share_of(near[i], near) + share_of(next_[i], next_)) / 2
                 out[layer, head, i] = share_of(sums[i], sums) + asked
+                if rule == "by_kind_damped" and kind[i] == IMAGE:
+                    out[layer, head, i] = out[layer, head, i] ** IMAGE_POWER
     return out
 
 
@@ -416,15 +418,6 @@ def buckets(
                 out[layer, head, i] = row.index(i)
             elif rule == "merge_mean":
                 out[layer, head, i] = min(anchors, key=lambda j: (abs(row[j] - i), j), default=-1)
-    return out
-
-
-def merge_weights(kind: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """What each cell counts for among those it is merged with: its score, an image's is damped."""
-    out = score.astype(np.float64)
-    for i in range(len(kind)):
-        if kind[i] == IMAGE:
-            out[:, :, i] = out[:, :, i] ** IMAGE_POWER
     return out
 
 
