@@ -2,8 +2,8 @@
 
 Each library folder answers in a process of its own: a prompt of tokens, embeddings (as an image
 comes in) and tokens, then forced tokens, with and without flash attention, for several KV types.
-`budget 1.0` has an elastic cache attached that keeps everything, which takes flash attention. With --mmproj the embeddings are
-an image's, encoded by the libraries under test.
+`budget 1.0` has an elastic cache attached that keeps everything, with flash attention only. With
+--mmproj the embeddings are an image's, encoded by the libraries under test.
 
     python scripts/compare_stock.py [--model FILE [--mmproj FILE]]
 """

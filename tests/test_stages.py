@@ -128,6 +128,18 @@ def test_what_comes_before_the_compression_is_scored(tiny_gqa: Path, policy: str
         assert (e.session.mass(0)[..., -5:] > 0).all()
 
 
+def test_a_prompt_that_is_not_compressed_is_saved(tiny_gqa: Path) -> None:
+    tokens = random_tokens(7, N_VOCAB, 3)
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        state = e.save()
+        expected = e.forced(tokens, n)
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        assert e.load(state) == len(state)
+        np.testing.assert_array_equal(e.forced(tokens, n), expected)
+        assert e.session.stats()["compressions"] == 1
+
+
 def test_short_prompts_are_left_alone(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic={**ELASTIC, "min_cells": 100}) as e:
         e.prompt(random_tokens(80, N_VOCAB, 1))
