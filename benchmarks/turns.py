@@ -43,7 +43,6 @@ class Table:
             n_ctx=256,  # replaced by the streams'
             n_threads=args.threads,
             n_threads_batch=args.threads,
-            flash_attn=True,  # which the elastic cache asks for
         )
         self.streams = Streams(llm, 1, args.n_ctx)
         self.chat = Conversation(llm)

@@ -103,7 +103,7 @@ class Attention:
     def mass(self, seq: int) -> np.ndarray:
         return self.sum[..., : self.n].copy()
 
-    def hold(self, value: bool) -> None:
+    def set_prefill(self, value: bool) -> None:
         assert value
 
     def forget(self) -> None:

@@ -260,7 +260,7 @@ class Runner:
                 n_threads=plan.n_threads,
                 n_threads_batch=plan.n_threads,
                 n_ubatch=plan.n_ubatch,
-                flash_attn=True,  # which the elastic cache asks for
+                flash_attn=True,  # which a quantized V asks for, too
                 type_k=KV_TYPES[kv_type],
                 type_v=KV_TYPES[kv_type],
             )
