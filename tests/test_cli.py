@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 import pytest
+from elastic_llama.cli import options
 from PIL import Image
 
 
@@ -112,6 +114,20 @@ def test_chat(model, image):
 def test_chat_ends_with_its_input(model):
     done = run("chat", *model, stdin="")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["--probe", "--lookahead"])
+def test_the_probe_has_an_old_name_too(name, capsys):
+    parser = argparse.ArgumentParser()
+    options.add_elastic_options(parser)
+    options.add_answer_options(parser)
+    assert options.elastic_config(parser.parse_args([name, "3"])).probe == 3
+    assert options.elastic_config(parser.parse_args([])).probe is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    help_text = capsys.readouterr().out
+    assert "--probe" in help_text
+    assert "--lookahead" not in help_text
 
 
 def test_info():

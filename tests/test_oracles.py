@@ -23,7 +23,7 @@ LAYOUTS = [  # K, V
     ("iq4_nl", "q4_1"),
 ]
 LAYOUT_IDS = [f"{k}-{v}" for k, v in LAYOUTS]
-# a V of f16 is summed in f16, so that the order of the rows is heard, and quantizing by K adds to it
+# a V of f16 is summed in f16, row by row: the order of rows counts, the more with a quantized K
 EXACT = [layout for layout in LAYOUTS if layout != ("q8_0", "f16")]
 
 
