@@ -55,7 +55,7 @@ def main() -> None:
     for name, elastic in {
         "full": None,
         "elastic": ElasticConfig(budget=args.budget),
-        "elastic --lookahead 0": ElasticConfig(budget=args.budget, lookahead=0),
+        "elastic --probe 0": ElasticConfig(budget=args.budget, probe=0),
         "snapkv": ElasticConfig(budget=args.budget, policy="snapkv"),
         "h2o": ElasticConfig(budget=args.budget, policy="h2o"),
     }.items():

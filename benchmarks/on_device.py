@@ -20,7 +20,9 @@ from elastic_llama.bench.contexts import Context, Setting, llama_cpp
 from elastic_llama.evaluation.metrics import kl, log_softmax
 from elastic_llama.native_log import silence
 
-POLICIES = (None, "elastic", "elastic-evict", "elastic-paper", "h2o", "snapkv", "local")
+POLICIES = ("elastic", "elastic-evict", "elastic-paper", "h2o", "snapkv", "local")
+# flash attention, and a policy or stock; an elastic cache has flash attention
+RUNS = ((False, None), (True, None), *((True, policy) for policy in POLICIES))
 
 
 @dataclass
@@ -68,22 +70,20 @@ def main() -> None:
         ElasticLlama(args.model, n_gpu_layers=0, **kw) as host,
         ElasticLlama(args.model, n_gpu_layers=99, **kw) as device,
     ):
-        for fa in (False, True):
+        for fa, policy in RUNS:
             setting = Setting(flash_attn=fa, n_threads=args.threads)
-            for policy in POLICIES:
-                ours, theirs = (
-                    log_softmax(answer(x, policy, setting, 640, 32).logits) for x in (host, device)
-                )
-                print(f"fa {fa} {policy or 'stock'}: KL of host to device {kl(ours, theirs):.1e}")
-        for fa in (False, True):
+            ours, theirs = (
+                log_softmax(answer(x, policy, setting, 640, 32).logits) for x in (host, device)
+            )
+            print(f"fa {fa} {policy or 'stock'}: KL of host to device {kl(ours, theirs):.1e}")
+        for fa, policy in RUNS:
             setting = Setting(flash_attn=fa, n_threads=args.threads)
-            for policy in POLICIES:
-                answer(device, policy, setting, 2944, 4)  # the first one loads kernels
-                a = answer(device, policy, setting, 2944, 60)
-                print(
-                    f"fa {fa} {policy or 'stock'}: prompt {a.prompt:.3f} s, first token "
-                    f"{a.first:.1f} ms, then {a.rest:.2f} ms per token, {a.n_cells} cells"
-                )
+            answer(device, policy, setting, 2944, 4)  # the first one loads kernels
+            a = answer(device, policy, setting, 2944, 60)
+            print(
+                f"fa {fa} {policy or 'stock'}: prompt {a.prompt:.3f} s, first token "
+                f"{a.first:.1f} ms, then {a.rest:.2f} ms per token, {a.n_cells} cells"
+            )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
@@ -43,25 +44,27 @@ def main() -> None:
     prompts = Prompts(llm, scenario)
     turn = prompts.tokens[scenario.n_text : scenario.n_text + N_TURN]
     n_cells = scenario.n_prompt + N_TURN + 1
-    for fa in (False, True):
-        setting = Setting(flash_attn=fa, n_threads=os.cpu_count() or 1)
-        contexts = {
-            "stock": Context(llm, setting, 1, n_cells),
-            "elastic": Context(llm, setting, 1, n_cells, ElasticConfig()),
-        }
-        ms: dict[str, list[float]] = {name: [] for name in contexts}
-        for context in contexts.values():
-            context.prefill(prompts.parts(), 0)
-            context.step(turn[0], scenario.n_prompt)
-        for i in range(2 * args.repetitions):
-            name = ("stock", "elastic")[(i + i // 2) % 2]
+    setting = Setting(n_threads=os.cpu_count() or 1)
+    contexts = {
+        "stock, fa off": Context(llm, replace(setting, flash_attn=False), 1, n_cells),
+        "stock, fa on": Context(llm, setting, 1, n_cells),
+        "elastic": Context(llm, setting, 1, n_cells, ElasticConfig()),
+    }
+    ms: dict[str, list[float]] = {name: [] for name in contexts}
+    for context in contexts.values():
+        context.prefill(prompts.parts(), 0)
+        context.step(turn[0], scenario.n_prompt)
+    names = list(contexts)
+    for i in range(args.repetitions):
+        for name in names if i % 2 == 0 else names[::-1]:
             ms[name].append(read(contexts[name], turn, scenario.n_prompt + 1))
-        for name, own in ms.items():
-            print(f"fa {fa} {name}: {np.median(own):.0f} ms ({min(own):.0f}-{max(own):.0f})")
-        ratio = np.array(ms["elastic"]) / np.array(ms["stock"])
-        print(f"fa {fa} elastic / stock: {np.median(ratio):.3f}")
-        for context in contexts.values():
-            context.close()
+    for name, own in ms.items():
+        print(f"{name}: {np.median(own):.0f} ms ({min(own):.0f}-{max(own):.0f})")
+    for name in names[:2]:
+        ratio = np.array(ms["elastic"]) / np.array(ms[name])
+        print(f"elastic / {name}: {np.median(ratio):.3f}")
+    for context in contexts.values():
+        context.close()
 
 
 if __name__ == "__main__":

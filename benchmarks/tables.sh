@@ -1,6 +1,6 @@
 #!/bin/bash
 # The tables of docs/results.md, one command each: benchmarks/tables.sh images|images-layers|images-query-agnostic|pareto|text|
-#   text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|delay|determinism
+#   text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
 # An interrupted table goes on where it stopped. Two processes, one core each. At the end the folder is made what is committed.
 set -e
 cd "$(dirname "$0")/.."
@@ -8,7 +8,7 @@ out=benchmarks/results/$1
 python=${PYTHON:-.venv/bin/python}
 rivals=random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic
 text="--data benchmarks/text_set/text.json --budgets 0.2"
-even="--layers even -fa off"
+even="--layers even"
 case $1 in
 images)        args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 $even --metrics forced,exact" ;;
 images-layers) args="--limit 100 --policies elastic --budgets 0.5,0.3,0.2,0.1 --metrics forced,exact" ;;
@@ -16,12 +16,11 @@ images-query-agnostic)
                args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto)        args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 --metrics forced,exact" ;;
 text)          args="$text --policies local,h2o,snapkv,elastic --metrics forced,exact" ;;
-text-probe32)  args="$text --policies elastic --lookahead 32 $even --metrics forced,exact" ;;
-text-noprobe)  args="$text --policies elastic --lookahead 0 --metrics forced,exact" ;;
-text-noprobe-uniform) args="$text --policies elastic --lookahead 0 $even --metrics forced,exact" ;;
+text-probe32)  args="$text --policies elastic --probe 32 $even --metrics forced,exact" ;;
+text-noprobe)  args="$text --policies elastic --probe 0 --metrics forced,exact" ;;
+text-noprobe-uniform) args="$text --policies elastic --probe 0 $even --metrics forced,exact" ;;
 uniform-layers)       args="$text --policies elastic --layers even --metrics forced,exact" ;;
-baselines-probe16)    args="$text --policies h2o,snapkv --lookahead 16 $even --metrics forced,exact" ;;
-delay)         args="$text --policies h2o,snapkv,elastic --delay 16 $even --metrics forced" ;;
+baselines-probe16)    args="$text --policies h2o,snapkv --probe 16 $even --metrics forced,exact" ;;
 determinism)   args="--split dev --limit 20 --policies h2o,elastic --budgets 0.2 --metrics forced,exact" ;;
 *)             sed -n 2,3p "$0" >&2; exit 2 ;;
 esac
@@ -63,8 +62,4 @@ again
 threads -t 2
 ubatch -ub 64
 alone --parallel 1
-RUNS
-compare benchmarks/results/determinism-uniform <<'RUNS'
-base --layers even
-fa-off --layers even -fa off
 RUNS

@@ -43,7 +43,6 @@ class Table:
             n_ctx=256,  # replaced by the streams'
             n_threads=args.threads,
             n_threads_batch=args.threads,
-            flash_attn=args.flash_attn == "on",
         )
         self.streams = Streams(llm, 1, args.n_ctx)
         self.chat = Conversation(llm)
@@ -127,7 +126,7 @@ def settings(policies: str, budgets: str, given: dict[str, Any]) -> list[Elastic
 
 
 def fields(text: str) -> dict[str, Any]:
-    """ "layers=even delay=4" as fields of `ElasticConfig`."""
+    """ "layers=even probe=4" as fields of `ElasticConfig`."""
     out = {}
     for part in text.split():
         name, value = part.split("=", 1)
@@ -206,7 +205,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "config": args.config,
         "model": Path(args.model).name if args.model else "embedded",
         "mmproj": hashlib.sha256(mmproj.read_bytes()).hexdigest()[:12],
-        "flash_attn": args.flash_attn,
+        "flash_attn": "on",
         "max_tokens": args.max_tokens,
     }
 
@@ -228,7 +227,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mmproj", help="GGUF of a vision tower (default: the embedded one)")
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=True,
                         help="read a first prompt once for all settings")  # fmt: skip
-    parser.add_argument("--flash-attn", choices=("on", "off"), default="on")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
     parser.add_argument("--n-ctx", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)

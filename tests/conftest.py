@@ -14,9 +14,13 @@ OTHER_NATIVE = os.environ.get("ELASTIC_TEST_NATIVE")
 assert OTHER_NATIVE is None or elastic_llama.lib_dir() == Path(OTHER_NATIVE).resolve() / "lib"
 
 
-@pytest.fixture(params=["own", "graph"])
+@pytest.fixture(params=["own", "graph", "plain"])
 def attention_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What computes attention that is scored: our own op, or llama.cpp's ops as on a device."""
+    """What computes attention that is scored or biased.
+
+    own: our own op. graph: llama.cpp's, as on a device. plain: as on one whose fused op takes no mask
+    per head.
+    """
     monkeypatch.setenv("ELASTIC_ATTENTION", request.param)
     return str(request.param)
 

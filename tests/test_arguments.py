@@ -191,7 +191,20 @@ def test_kv_types_by_name_and_number(tiny_gqa: Path, name: str) -> None:
 
 def test_a_quantized_v_by_name_needs_flash_attention(tiny_gqa: Path) -> None:
     with pytest.raises(el.ConfigError, match="flash_attn=True"):
-        el.ElasticLlama(tiny_gqa, type_v="q8_0", flash_attn=False)
+        el.ElasticLlama(tiny_gqa, type_v="q8_0", flash_attn=False, elastic=None)
+
+
+@pytest.mark.parametrize("given", [{}, {"flash_attn": False}, {"flash_attn": True}], ids=str)
+def test_an_elastic_cache_has_flash_attention(tiny_gqa: Path, given: dict[str, bool]) -> None:
+    """Whatever is passed: wrappers pass llama-cpp-python's default on."""
+    for more in ({}, {"type_v": "q8_0"}):
+        with el.ElasticLlama(tiny_gqa, kv_budget=0.5, **given, **more, **SMALL) as llm:
+            assert llm.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            assert llm.session is not None
+    for off in ({"elastic": None}, {"kv_budget": 1.0}):
+        with el.ElasticLlama(tiny_gqa, **given, **off, **SMALL) as llm:
+            on = llm.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            assert on == given.get("flash_attn", False)
 
 
 def complete(llm: Any, text: str = TEXT) -> str:

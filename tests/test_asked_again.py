@@ -18,6 +18,7 @@ import pytest
 from elastic_llama.config import policy_names
 from elastic_llama.images import to_data_uri
 from elastic_llama.pieces import ImagePiece, TextPiece, common_prefix
+from elastic_llama.probe import probe
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from PIL import Image
 
@@ -95,11 +96,11 @@ class CCaller(Caller):
             "max_cells": elastic.kv_cells or 0,
             "overdraft": -1 if elastic.overdraft is None else elastic.overdraft,
             "checkpoints": elastic.checkpoints,
-            "delay": elastic.delay,
         }
+        self.config = elastic
         self.e = Engine(str(path), options, n_ctx=N_CTX, n_ubatch=64)
         self.twin = Engine(str(path), options, n_ctx=N_CTX, n_ubatch=64)
-        self.record = Record(lambda: self.e.session.is_waiting(0))
+        self.record = Record()
         self.n_least = int(elastic.is_off)
         self.ids = np.empty(0, np.int64)
         self.logits = np.empty(0)
@@ -153,8 +154,8 @@ class CCaller(Caller):
         self.said = self.said[-1:]
         while len(answer) < n_answer:
             answer.append(int(self.logits.argmax()))
-            if len(answer) == 1 and self.e.session.look_ahead(answer):
-                self.record.add(Step("look", first, answer[0]))
+            if len(answer) == 1 and probe(self.e.ctx, self.e.session, self.config, {0: answer[0]}):
+                self.record.add(Step("probe", first, answer[0]))
             self.decode(np.array(answer[-1:]), first, True)
             first += 1
         self.ids = np.concatenate([ids, answer])
@@ -164,7 +165,7 @@ class CCaller(Caller):
         return np.stack(self.said)
 
     def check(self, what: str) -> int:
-        pairs = self.record.replay(self.twin.ctx, self.twin.session)
+        pairs = self.record.replay(self.twin.ctx, self.twin.session, self.config)
         n = compare(pairs, what, 2)
         same_cells(self.e.session, self.twin.session, what)
         return n
@@ -244,7 +245,7 @@ class LlamaCaller(Caller):
 
     def check(self, what: str) -> int:
         assert self.llm.record.end() == self.llm.n_tokens, what
-        pairs = self.llm.record.replay(self.twin._ctx.ctx, self.twin.session)
+        pairs = self.llm.record.replay(self.twin._ctx.ctx, self.twin.session, self.twin.elastic)
         n = compare(pairs, what)
         same_cells(self.llm.session, self.twin.session, what)
         return n
@@ -598,7 +599,8 @@ def test_what_was_removed_does_not_come_back(
     stream = llm.generate([*prompt, *rest], temp=0.0, repeat_penalty=1.0)
     next(stream)
     stream.close()
-    pairs = llm.record.replay(caller.twin._ctx.ctx, caller.twin.session)
+    twin = caller.twin
+    pairs = llm.record.replay(twin._ctx.ctx, twin.session, twin.elastic)
     after, never = log_p(llm.answer[-1]), log_p(pairs[-1][2])
     assert abs(after - never) <= 1e-4
     assert llm.record.end() == len(prompt) + len(rest)
@@ -669,21 +671,28 @@ class Program:
     """A program that uses llama.h and elastic.h."""
 
     def __init__(self, lib: Any, path: Path, n_checkpoints: int = 2) -> None:
-        self.lib, self.e = lib, Engine(str(path))
+        self.lib, self.e = lib, Engine(str(path), flash_attn=True)
         self.ctx = ctypes.cast(self.e.ctx, ctypes.c_void_p)
         params = lib.elastic_default_params()
         params.min_cells, params.n_checkpoints = 8, n_checkpoints
         assert lib.elastic_attach(self.ctx, ctypes.byref(params)) == 0
 
+    def probe(self, token: int, pos: int) -> None:
+        """As elastic.h shows it."""
+        if self.lib.elastic_n_to_leave(self.ctx, 0) == 0:
+            return
+        assert self.lib.elastic_begin_probe(self.ctx) == 0
+        for i in range(4):
+            token = int(self.e.token(token, pos + i).argmax())
+        self.lib.elastic_end_probe(self.ctx)
+
     def answer(self, pos: int, n: int = 50) -> list[np.ndarray]:
         """Logits of the prompt's end and of a greedy answer."""
         out = [self.e.logits(-1)]
-        seq = (ctypes.c_int32 * 1)(0)
         while len(out) <= n:
             token = int(out[-1].argmax())
             if len(out) == 1:
-                first = (ctypes.c_int32 * 1)(token)
-                assert self.lib.elastic_look_ahead(self.ctx, seq, first, 1) >= 0
+                self.probe(token, pos)
             out.append(self.e.token(token, pos + len(out) - 1))
         return out
 

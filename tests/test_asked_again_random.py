@@ -13,7 +13,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from elastic_llama.config import policy_names
+from elastic_llama.config import ElasticConfig, policy_names
+from elastic_llama.probe import probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,12 @@ class World:
         # the last queries of a stream are those of whichever sequence came last
         context["unified"] &= elastic["policy"] != "snapkv"
         self.unified = context["unified"]
+        self.config = ElasticConfig(
+            policy=elastic["policy"],
+            probe=options["probe"],
+            kv_cells=elastic["max_cells"] or None,
+            n_sink=elastic["n_sink"],
+        )
         self.n_checkpoints = elastic["checkpoints"]
         self.e = Engine(str(path), elastic, n_ctx=N_CTX, n_seq_max=2, **context)
         self.twin = Engine(str(path), elastic, n_ctx=N_CTX, n_seq_max=2, **context)
@@ -69,7 +76,7 @@ class World:
         """Steps since the sequence was last empty."""
         own = [step for s, step in self.steps if s == seq]
         gone = [i for i, step in enumerate(own) if step.what == "remove"]
-        return Record(lambda: self.e.session.is_waiting(seq), own[max(gone, default=-1) + 1 :])
+        return Record(own[max(gone, default=-1) + 1 :])
 
     def end(self, seq: int) -> int:
         return self.of(seq).end()
@@ -105,7 +112,7 @@ class World:
             if s == seq and gone > 0:
                 gone -= 1
             elif s == seq:
-                one = Record(lambda: False, [step])
+                one = Record([step])
                 one.cut(pos)
                 out += [(s, new) for new in one.steps]
                 continue
@@ -121,9 +128,9 @@ class World:
 
     def decode(self, seq: int, data: np.ndarray, wants: bool, hold: bool = False) -> None:
         pos = self.end(seq)
-        self.e.session.hold(hold)
+        self.e.session.set_prefill(hold)
         code = decode(self.e.ctx, data, pos, wants, seq)
-        self.e.session.hold(False)
+        self.e.session.set_prefill(False)
         assert code == 0, f"llama_decode returned {code}"
         self.add(seq, Step("decode", pos, data, hold, wants))
         if wants:
@@ -145,8 +152,9 @@ class World:
                 self.decode(seq, self.tokens(1), x % 2 > 0, hold=True)
         elif what == "generate" and end > 0 and room > 30:
             tokens = self.tokens(1 + x % 30)
-            if x % 3 and self.e.session.look_ahead([int(tokens[0])], [seq]):
-                self.add(seq, Step("look", end, int(tokens[0])))
+            first = int(tokens[0])
+            if x % 3 and probe(self.e.ctx, self.e.session, self.config, {seq: first}):
+                self.add(seq, Step("probe", end, first))
             for i in range(len(tokens)):
                 self.decode(seq, tokens[i : i + 1], True)
         elif what == "cut" and end > 0:
@@ -186,8 +194,7 @@ class World:
         llama_cpp.llama_memory_seq_cp(self.e.memory, seq, other, -1, -1)
         own = self.of(seq)
         if self.unified:
-            state = (own.pending(), own.waits())
-            self.steps.append((other, Step("copy", own.end(), seq, *state)))
+            self.steps.append((other, Step("copy", own.end(), seq, own.pending())))
             self.floor = {0: own.end(), 1: own.end()}
         else:
             self.steps += [(other, step) for step in own.steps]
@@ -237,16 +244,16 @@ class World:
         for seq, step in steps:
             where = f"sequence {seq} at {step.pos}"
             if step.what == "decode":
-                e.session.hold(step.hold)
+                e.session.set_prefill(step.hold)
                 assert decode(e.ctx, step.data, step.pos, step.wants, seq) == 0, where
-                e.session.hold(False)
+                e.session.set_prefill(False)
                 last.pop(seq, None)
                 if step.wants:
                     last[seq] = (step.pos + len(step), e.logits(-1))
             elif step.what == "compress":
                 e.session.compress(seq)
-            elif step.what == "look":
-                e.session.look_ahead([step.data], [seq])
+            elif step.what == "probe":
+                probe(e.ctx, e.session, self.config, {seq: step.data})
             elif step.what == "remove":
                 assert e.seq_rm(seq, -1, -1)
             elif step.what == "copy":
@@ -258,7 +265,7 @@ class World:
     def compare(self, seq: int) -> None:
         ours, theirs = self.e.session, self.twin.session
         assert ours.n_tokens(seq) == theirs.n_tokens(seq)
-        assert ours.is_waiting(seq) == theirs.is_waiting(seq)
+        assert ours.n_to_leave(seq) == theirs.n_to_leave(seq)
         for name in ("pos", "kind"):
             assert ours.cells(seq)[name].tolist() == theirs.cells(seq)[name].tolist(), name
         for name in ("count", "bias") if self.cut_shared else ("mass", "count", "bias"):
@@ -273,19 +280,17 @@ configs = st.fixed_dictionaries(
                 "policy": st.sampled_from([p for p in policy_names() if p != "full"]),
                 "budget": st.sampled_from([0.1, 0.2, 0.5, 0.9, 60.0]),
                 "min_cells": st.sampled_from([8, 24]),
-                "delay": st.sampled_from([0, 0, 0, 3]),
                 "overdraft": st.sampled_from([-1, 0, 5, 12]),
                 "max_cells": st.sampled_from([0, 0, 0, 50]),
                 "checkpoints": st.sampled_from([2, 2, 2, 2, 1, 0, 3]),
-                "lookahead": st.sampled_from([-1, -1, 3]),
                 "n_sink": st.sampled_from([1, 4]),
                 "n_threads": st.just(1),
             }
         ),
+        "probe": st.sampled_from([None, None, 3]),
         "context": st.fixed_dictionaries(
             {
                 "unified": st.booleans(),
-                "flash_attn": st.booleans(),
                 "n_ubatch": st.sampled_from([32, 512]),
                 "type_k": st.sampled_from(["f32", "f16"]),
                 "type_v": st.sampled_from(["f32", "f16"]),

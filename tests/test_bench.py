@@ -33,16 +33,15 @@ def llm(tiny_gqa: Path) -> Any:
 
 @pytest.mark.parametrize("scenario", [ONE, TWO, CAPPED], ids=lambda s: s.name)
 @pytest.mark.parametrize("overdraft", [None, 0, 5])
-@pytest.mark.parametrize("flash_attn", [False, True])
-def test_runs(
-    llm: ElasticLlama, scenario: Scenario, flash_attn: bool, overdraft: int | None
-) -> None:
+def test_runs(llm: ElasticLlama, scenario: Scenario, overdraft: int | None) -> None:
     ticks: list[str] = []
     config = ElasticConfig(budget=0.5, min_cells=8, overdraft=overdraft)
-    setting = Setting("f16", flash_attn, n_ubatch=64)
-    runs = {r.kind: r for r in measure(llm, scenario, setting, [config], 2, ticks.append)}
-    assert list(runs) == ["stock", "elastic", "ideal"]
-    assert len(ticks) == n_steps(scenario, 1, 2)
+    setting = Setting("f16", n_ubatch=64)
+    measured = measure(llm, scenario, setting, [config], 2, ticks.append, [False, True])
+    kinds = [("stock", False), ("stock", True), ("elastic", True), ("ideal", True)]
+    assert [(run.kind, run.setting.flash_attn) for run in measured] == kinds
+    assert len(ticks) == n_steps(scenario, 2, 1, 2)
+    runs = {run.kind: run for run in measured}
 
     n = scenario.n_prompt
     kept = min(math.ceil(0.5 * n), scenario.kv_cells or n)
@@ -56,13 +55,13 @@ def test_runs(
     assert (runs["stock"].cells_kept, runs["stock"].cells_end) == (n, n + 18)
     assert (runs["elastic"].cells_kept, runs["elastic"].cells_end) == (kept, end)
     assert (runs["ideal"].cells_kept, runs["ideal"].cells_end) == (kept, end)
-    for run in runs.values():
+    for run in measured:
         assert len(run.decode_tps) == scenario.n_parts
         assert min(run.decode_tps + run.prefill_s) > 0
         assert run.n_steps == 16
     assert [len(r.prefill_s) for r in runs.values()] == [2, 2, 1]
     assert runs["elastic"].plan_s > 0
-    assert (runs["elastic"].look_s > 0) == (scenario is TWO)  # text only
+    assert (runs["elastic"].probe_s > 0) == (scenario is TWO)  # text only
     bias = 3 * 2 * 4  # bytes of a cell, beside K and V
     per_cell = runs["stock"].kv_bytes // (n * scenario.n_seqs)
     assert runs["elastic"].kv_bytes == (per_cell + bias) * kept * scenario.n_seqs
@@ -108,7 +107,7 @@ def test_ideal_holds_what_elastic_does_at_every_token(
 def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "scenario": {"name": "x"},
-        "setting": {"kv_type": "f16", "flash_attn": False},
+        "setting": {"kv_type": "f16", "flash_attn": True},
         "kind": kind,
         "budget": None if kind == "stock" else 0.2,
         "cells_prompt": 640,
@@ -117,6 +116,7 @@ def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict
         "decode_tps": tps,
         "plan_s": 0.0,
         "merge_s": 0.0,
+        "probe_s": 0.0,
         "kv_bytes": 1 << 20,
         "bytes_freed": 2 << 20,
         "rss": {"prompt": 2 << 20, "compressed": 1 << 20},
@@ -126,22 +126,36 @@ def _row(kind: str, tps: list[float], prefill: list[float], **more: Any) -> dict
 
 def test_ratios_compare_the_same_part() -> None:
     """Part by part, so that a disturbance that hits all of a part cancels."""
+    plain = {"kv_type": "f16", "flash_attn": False}
     rows = [
+        _row("stock", [8.0, 4.0, 10.0], [1.0, 2.0], setting=plain),
         _row("stock", [10.0, 5.0, 10.0], [2.0, 4.0]),
-        _row("elastic", [12.0, 6.0, 13.0], [2.0, 4.2], plan_s=0.1, merge_s=0.1, look_s=0.3),
+        _row("elastic", [12.0, 6.0, 13.0], [2.0, 4.2], plan_s=0.1, merge_s=0.1, probe_s=0.3),
         _row("ideal", [12.0, 6.0, 10.0], [1.0]),
     ]
     own = ratios(rows)
-    assert own[0] == own[2] == {}
-    assert own[1]["stock"] == pytest.approx(1.2)
-    assert own[1]["ideal"] == pytest.approx(1.0)
-    assert own[1]["cost"] == pytest.approx((0.1 + 0.1) / 2)
-    assert own[1]["look"] == pytest.approx(0.1)
-    cells = dict(zip(COLUMNS, table(rows)[1]))
-    assert cells["look ahead"] == "+10.0 %"
-    assert cells["x stock"] == "1.200"
+    assert own[0] == own[1] == own[3] == {}
+    assert own[2]["stock off"] == pytest.approx(1.5)
+    assert own[2]["stock on"] == pytest.approx(1.2)
+    assert own[2]["ideal"] == pytest.approx(1.0)
+    assert own[2]["cost"] == pytest.approx((0.1 + 0.1) / 2)
+    assert own[2]["probe"] == pytest.approx(0.1)
+    cells = dict(zip(COLUMNS, table(rows)[2]))
+    assert cells["probe"] == "+10.0 %"
+    assert cells["x stock, fa off"] == "1.500"
+    assert cells["x stock, fa on"] == "1.200"
     assert cells["RSS freed MiB"] == "1.0 of 2.0"
-    assert markdown(rows).count("\n") == 4
+    assert markdown(rows).count("\n") == 5
+
+
+def test_the_cost_is_that_of_the_only_stock_there_is() -> None:
+    plain = {"kv_type": "f16", "flash_attn": False}
+    rows = [
+        _row("stock", [10.0], [2.0], setting=plain),
+        _row("elastic", [12.0], [2.0], plan_s=0.2),
+    ]
+    assert ratios(rows)[1]["cost"] == pytest.approx(0.1)
+    assert "stock on" not in ratios(rows)[1]
 
 
 def test_other_settings_are_no_partners() -> None:
@@ -155,12 +169,12 @@ def test_command(tiny_gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     command = ["bench", "-m", str(tiny_gqa), "--scenarios", "image", "-n", "20", "-r", "1"]
     assert main([*command, "-t", "1", "-fa", "off", "--budgets", "0.5,0.2", "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [(r["kind"], r["budget"]) for r in rows] == [
-        ("stock", None),
-        ("elastic", 0.5),
-        ("elastic", 0.2),
-        ("ideal", 0.5),
-        ("ideal", 0.2),
+    assert [(r["kind"], r["budget"], r["setting"]["flash_attn"]) for r in rows] == [
+        ("stock", None, False),
+        ("elastic", 0.5, True),
+        ("elastic", 0.2, True),
+        ("ideal", 0.5, True),
+        ("ideal", 0.2, True),
     ]
     assert rows[2]["cells_kept"] == 128 - 4
     assert capsys.readouterr().out.count("| image |") == 5
@@ -181,9 +195,11 @@ def test_what_was_measured_is_shown_on_ctrl_c(
 
     real = module.measure
     monkeypatch.setattr(module, "measure", interrupted)
-    command = ["bench", "-m", str(tiny_gqa), "-n", "20", "-r", "1", "-t", "1", "-fa", "off,on"]
-    assert main(command) == 130
-    assert capsys.readouterr().out.count("| image | f16 | off |") == 3
+    command = ["bench", "-m", str(tiny_gqa), "-n", "20", "-r", "1", "-t", "1"]
+    assert main([*command, "--kv-types", "f16,q8_0"]) == 130
+    out = capsys.readouterr().out
+    assert out.count("| image | f16 | off |") == 1
+    assert out.count("| image | f16 | on |") == 3
 
 
 @pytest.mark.parametrize(

@@ -232,33 +232,6 @@ def test_conversation_keeps_its_turns(vlm):
         talk.close()
 
 
-def test_conversation_compresses_late(vlm):
-    """With all cells until token `delay`; a shorter answer's prompt goes with the next one."""
-    with vlm(elastic=el.ElasticConfig(budget=0.5, min_cells=8, delay=4)) as llm:
-        talk = el.Conversation(llm)
-        "".join(talk.ask(TEXT, [picture("red")], max_tokens=3))
-        s = talk.stats
-        assert s.cells_kept == s.cells_prompt == s.n_text + s.n_image
-        assert s.bytes_kept == s.bytes_prompt > 0
-        assert llm.stats.compressions == 0
-        "".join(talk.ask("and then", max_tokens=9))
-        assert llm.stats.compressions == 2
-        assert talk.stats.cells_kept < talk.stats.cells_prompt
-        assert talk.stats.bytes_kept < talk.stats.bytes_prompt
-        if talk.stats.finish == "length":
-            assert talk.stats.n_answer == 9
-
-
-def test_a_waiting_prompt_makes_room(vlm):
-    """It is compressed sooner where the next prompt would not fit."""
-    config = el.ElasticConfig(budget=0.2, min_cells=8, delay=100)
-    with vlm(elastic=config, n_ctx=256) as llm:
-        talk = el.Conversation(llm)
-        for _ in range(4):
-            assert "".join(talk.ask(TEXT[:150], max_tokens=4)) or talk.stats.n_answer
-        assert llm.stats.compressions == 3
-
-
 def test_conversation_says_what_the_handler_says(vlm):
     for elastic in (None, el.ElasticConfig(budget=0.5)):
         with vlm(elastic=elastic) as llm:

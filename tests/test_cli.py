@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 import pytest
+from elastic_llama.cli import options
 from PIL import Image
 
 
@@ -114,6 +116,20 @@ def test_chat_ends_with_its_input(model):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["--probe", "--lookahead"])
+def test_the_probe_has_an_old_name_too(name, capsys):
+    parser = argparse.ArgumentParser()
+    options.add_elastic_options(parser)
+    options.add_answer_options(parser)
+    assert options.elastic_config(parser.parse_args([name, "3"])).probe == 3
+    assert options.elastic_config(parser.parse_args([])).probe is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    help_text = capsys.readouterr().out
+    assert "--probe" in help_text
+    assert "--lookahead" not in help_text
+
+
 def test_info():
     done = run("info")
     assert done.returncode == 0
@@ -145,7 +161,8 @@ def test_help(command):
         (["describe", "IMAGE", "-m", "IMAGE"], "magic"),
         (["describe", "IMAGE", "--mmproj", "x.gguf"], "--mmproj without -m"),
         (["describe", "IMAGE", "--hf-repo", "a/b"], "--hf-file"),
-        (["describe", "IMAGE", "-ctv", "q8_0", "-fa", "off"], "flash"),
+        (["describe", "IMAGE", "-fa", "off"], "--kv-budget 1"),
+        (["describe", "IMAGE", "-ctv", "q8_0", "-fa", "off", "--kv-budget", "1"], "-fa on"),
         (["describe", "IMAGE", "-c", "0"], "ctx-size"),
         (["describe", "IMAGE", "--seed", "-2"], "--seed"),
         (["describe", "IMAGE", "--seed", "x"], "--seed"),

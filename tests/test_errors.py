@@ -145,7 +145,7 @@ def test_header_without_weights(tmp_path, tiny_gqa):
         {"n_ctx": -1},
         {"n_ctx": 2.5},
         {"n_batch": 0},
-        {"type_v": 8, "flash_attn": False},
+        {"type_v": 8, "flash_attn": False, "elastic": None},
         {"type_k": 8, "type_v": 2, "elastic": None},
     ],
 )

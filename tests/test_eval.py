@@ -159,12 +159,12 @@ def test_lanes_say_what_one_sequence_says(embedded_model):
     # the evaluation scores every prompt, in an op that rounds differently: policies that score, too
     policies = ("elastic", "elastic-paper")
     cases = [Case("full", 1.0), *(Case(policy, 0.2) for policy in policies)]
-    rows = rows_of(small_plan(embedded_model, cases=cases, flash_attn=True), items)
+    rows = rows_of(small_plan(embedded_model, cases=cases), items)
     full = [r["cases"]["full@1/f16"] for r in rows]
     assert max(f["kl"] for f in full) == 0
     for policy in policies:
         config = ElasticConfig(budget=0.2, policy=policy)
-        options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True}
+        options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1}
         llm = ElasticLlama(embedded_model, elastic=config, **options)
         chat = Conversation(llm)
         for item, row in zip(items, rows):
@@ -262,7 +262,7 @@ def test_pruned_results_say_the_same_and_go_on(tmp_path):
         (["--budgets", "much"], "--budgets"),
         (["--budgets", "1.5"], "budget"),
         (["--policies", "magic"], "policy"),
-        (["--kv-type", "q8_0", "-fa", "off"], "-fa on"),
+        (["-fa", "off"], "--flash-attn"),
         (["--kv-type", "q9_0", "-fa", "on"], "--kv-type"),
         (["--metrics", "beauty"], "--metrics"),
         (["--parallel", "0"], "--parallel"),

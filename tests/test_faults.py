@@ -591,11 +591,12 @@ def test_sampling_without_logits(load):
 
 
 def test_states_of_stock(tiny_gqa, load):
-    stock = Llama(str(tiny_gqa), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+    one = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    stock = Llama(str(tiny_gqa), n_ctx=256, flash_attn=True, **one)
     expected = complete(stock, TEXT[:120], 1)
     complete(stock, TEXT[:120])
     stock_state = stock.save_state()
-    with load(kv_budget=0.5, n_ctx=1024, flash_attn=False) as llm:
+    with load(kv_budget=0.5, n_ctx=1024) as llm:
         llm.load_state(stock_state)
         assert llm.n_tokens == stock_state.n_tokens
         assert complete(llm, TEXT[:120], 1) == expected
@@ -607,7 +608,7 @@ def test_states_of_stock(tiny_gqa, load):
 
 
 def test_a_state_with_another_setting_says_which(load):
-    with load(kv_budget=0.5, flash_attn=False) as plain, load(kv_budget=0.5, flash_attn=True) as fa:
+    with load(elastic=None, flash_attn=False) as plain, load(kv_budget=0.5) as fa:
         expected = complete(fa)
         complete(plain)
         for one, other in ((plain, fa), (fa, plain)):
@@ -624,7 +625,7 @@ def test_a_state_of_a_cache_that_is_off(load, off):
         first = complete(llm, n=1)
         expected = complete(llm)
         state = llm.save_state()
-    with load(flash_attn=True, kv_budget=0.5) as llm:
+    with load(kv_budget=0.5) as llm:
         llm.load_state(state)
         assert llm.n_tokens == state.n_tokens
         assert complete(llm, n=1) == first

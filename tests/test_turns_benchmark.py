@@ -99,12 +99,12 @@ def test_score(turns):
 
 
 def test_settings(turns):
-    given = turns.fields("layers=even delay=4")
-    assert given == {"layers": "even", "delay": 4}
+    given = turns.fields("layers=even probe=4")
+    assert given == {"layers": "even", "probe": 4}
     made = turns.settings(turns.POLICIES, turns.BUDGETS, given)
     assert len(made) == 29
     assert made[0].is_off
-    assert {config.delay for config in made[1:]} == {4}
+    assert {config.probe for config in made[1:]} == {4}
 
 
 def test_shards_share_the_conversations(turns):
@@ -152,7 +152,7 @@ def test_a_shared_prompt_says_what_one_of_its_own_says(run, turns, tiny_vlm):
     """A user's conversation, whose first prompt is decoded, not loaded."""
     lines = {x["policy"]: x for x in run("--budgets", "0.5")}
     config = ElasticConfig(budget=0.5, min_cells=8, layers="even", n_threads=1)
-    options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True}
+    options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1}
     with ElasticLlama(tiny_vlm[0], mmproj_path=tiny_vlm[1], elastic=config, **options) as llm:
         chat = Conversation(llm)
         for turn, found in zip(make_scenario("dev", "two-images", 0, 3), lines["elastic"]["turns"]):

@@ -98,14 +98,15 @@ static bool all_mask_heads(const kv_view & kv) {
     return true;
 }
 
-// for tests: attention as on a device, which has no op of our own
-static bool graph_only() {
+// For tests: attention as on a device, which has no op of ours ("graph"), or whose fused op takes no mask per head either ("plain").
+static std::string attention_switch() {
     const char * value = std::getenv("ELASTIC_ATTENTION");
-    return value && std::string(value) == "graph";
+    return value ? value : "";
 }
 
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits)
-    : parts(parts), logits(logits), own_op(parts.kv.on_host() && !graph_only()), masks_heads(all_mask_heads(parts.kv)) {}
+    : parts(parts), logits(logits), own_op(parts.kv.on_host() && attention_switch() != "graph" && attention_switch() != "plain"),
+      masks_heads(attention_switch() != "plain" && all_mask_heads(parts.kv)) {}
 
 //
 // what is wanted
@@ -276,6 +277,7 @@ ggml_tensor * attention_graph::build_fused(const attention_inputs & in, graph_su
         ggml_tensor * kq = ggml_mul_mat(ctx, k, in.q_perm);
         ggml_prec_set_acc(kq, GGML_PREC_F32);
         kq = ggml_soft_max_ext(ctx, kq, mask, in.kq_scale, graph.hparams.f_max_alibi_bias);
+        graph.cb(kq, "attn_beside", in.il);
         add_sums(graph, sums, ggml_out_prod(ctx, kq, weights_of(graph, sums, kq)), in.il, in.il_cache);
     }
     return graph.build_attn_mha(in.q, in.k, in.v, nullptr, mask, in.sinks, nullptr, 0, in.kq_scale, in.il);

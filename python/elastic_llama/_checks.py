@@ -8,7 +8,6 @@ import numbers
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -93,13 +92,13 @@ def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> El
 
 
 def with_flash(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Flash attention unless it is said otherwise, where layers may keep different numbers of
-    cells: its V lies row by row, so that what a layer does without is memory."""
-    if kwargs.get("flash_attn") is not None:
-        return kwargs
-    on_host = sys.platform.startswith("linux") and kwargs.get("n_gpu_layers", 0) == 0
-    uneven = elastic is not None and elastic.may_be_uneven
-    return {**kwargs, "flash_attn": on_host and uneven}
+    """Flash attention while the elastic cache is on, whose V lies in rows.
+
+    Callers of llama-cpp-python pass its own default on, False, so that it says nothing.
+    """
+    if elastic is not None and not elastic.is_off:
+        return {**kwargs, "flash_attn": True}
+    return {**kwargs, "flash_attn": bool(kwargs.get("flash_attn"))}
 
 
 def check_arguments(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from .errors import ConfigError, text
@@ -62,10 +63,6 @@ class ElasticConfig:
     kv_cells : int, optional
         A hard cap: the sequence never holds more cells than these and one ubatch, neither while a
         prompt is read, which is then compressed on the way, nor while generating. >= n_sink + 2.
-    delay : int
-        Tokens of an answer that are generated with all cells before its prompt is compressed, >= 0.
-        What they attend to is part of the importance, and a short answer sees everything; its
-        prompt is compressed when the next one begins. `kv_cells` comes first.
     overdraft : int, optional
         Cells beyond the budget that an answer may take before it is compressed with all that came
         before it (policy "elastic"); under `kv_cells` they are a part of those. None: what the
@@ -75,11 +72,12 @@ class ElasticConfig:
         reading the prompt again: before the last prompt and after its compression. Each takes as
         much memory as the sequence did then (`ElasticStats.checkpoint_bytes`). 0: none, and a
         prompt that is asked again is read again.
-    lookahead : int, optional
-        Before a prompt of text is compressed, this many tokens of its answer are tried with all
-        cells and taken back; what they attend to is part of the importance. None where an image is
-        among the cells, or with a delay. >= 0. None: what the policy is made for, 16 for `elastic`
-        and `elastic-evict`, else 0, and one for 24 cells that have to leave at most.
+    probe : int, optional
+        Before a prompt of text is compressed, this many likely tokens of its answer are decoded
+        with all cells and taken back; what they attend to is part of the importance. Not where an
+        image is among the cells. >= 0. None: what the policy is made for, 16 for `elastic` and
+        `elastic-evict`, else 0, and one for 24 cells that have to leave at most. Its name was
+        `lookahead`, which is still taken, with a DeprecationWarning.
     layers : "auto", "even" or sequence of float
         Cells of each layer of the cache in relation to the others'; the budget holds on average.
         "auto": layers that look words up keep more (`retrieval.py`), for the policy `elastic` where
@@ -104,8 +102,7 @@ class ElasticConfig:
     min_cells: int = 64
     n_threads: int = 0
     kv_cells: int | None = None
-    delay: int = 0
-    lookahead: int | None = None
+    probe: int | None = None
     overdraft: int | None = None
     checkpoints: int = 2
     layers: str | tuple[float, ...] = "auto"
@@ -113,14 +110,14 @@ class ElasticConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
-        leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0, "delay": 0}
+        leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0}
         for name, least in leasts.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
         if self.overdraft is not None:
             object.__setattr__(self, "overdraft", whole("overdraft", self.overdraft, 0))
         object.__setattr__(self, "checkpoints", whole("checkpoints", self.checkpoints, 0))
-        if self.lookahead is not None:
-            object.__setattr__(self, "lookahead", whole("lookahead", self.lookahead, 0))
+        if self.probe is not None:
+            object.__setattr__(self, "probe", whole("probe", self.probe, 0))
         if self.kv_cells is not None:
             cells = whole("kv_cells", self.kv_cells, self.n_sink + 2)
             object.__setattr__(self, "kv_cells", cells)
@@ -154,6 +151,12 @@ class ElasticConfig:
         return cls(budget=1.0, policy="full")
 
     @property
+    def lookahead(self) -> int | None:
+        """Deprecated: `probe`."""
+        _warn_lookahead()
+        return self.probe
+
+    @property
     def is_off(self) -> bool:
         """Whether every cell stays, so that `ElasticLlama` attaches nothing."""
         return bool(policy_row(self.policy)["keeps_all"]) or (
@@ -183,6 +186,26 @@ class ElasticConfig:
                     "raise n_ctx or lower the budget",
                 )
             )
+
+
+def _warn_lookahead() -> None:
+    warnings.warn("lookahead is now probe", DeprecationWarning, stacklevel=3)
+
+
+_init = ElasticConfig.__init__
+
+
+@wraps(_init)
+def _init_renamed(self: ElasticConfig, *args: Any, **kwargs: Any) -> None:
+    """Takes `lookahead` for `probe`. It is no field, so that `replace` passes only one of them."""
+    if "lookahead" in kwargs:
+        _warn_lookahead()
+        value = kwargs.pop("lookahead")
+        kwargs["probe"] = kwargs.get("probe") if value is None else value
+    _init(self, *args, **kwargs)
+
+
+ElasticConfig.__init__ = _init_renamed  # type: ignore[method-assign]
 
 
 def _budget(value: object) -> float | int:

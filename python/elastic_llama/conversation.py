@@ -299,10 +299,8 @@ class Conversation:
             if stats.n_answer > 0:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
-            if stats.n_answer == (llm.elastic.delay if llm.elastic else 0):
+            if stats.n_answer == 0:
                 self._compress(token)
-            elif stats.n_answer == 0:
-                self._note_cells()
             if llama_cpp.llama_vocab_is_eog(vocab, token):
                 stats.finish = "stop"
                 break
@@ -336,19 +334,19 @@ class Conversation:
         stats.bytes_prompt = stats.bytes_kept = n_bytes
 
     def _compress(self, token: int) -> None:
-        """The prompt's compression, when the token that it is due for is about to be decoded."""
+        """The prompt's compression, before `token`, the answer's first, is decoded."""
         stats, session = self.stats, self.llm.session
         self._note_cells()
         if session is None:
             return
-        before = session.stats()
-        self.llm._look_ahead(token)
+        before, probe_ms = session.stats(), self.llm._probe_ms
+        self.llm._probe(token)
+        stats.probe_ms = self.llm._probe_ms - probe_ms
         start = time.perf_counter()
         session.compress(0)
         stats.cells_kept = session.n_held(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
-        stats.look_ms = (after["look_us"] - before["look_us"]) / 1000
         if after["compressions"] > before["compressions"]:
             stats.bytes_prompt, stats.bytes_kept = after["bytes_before"], after["bytes_after"]
 

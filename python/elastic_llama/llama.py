@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -42,6 +43,7 @@ from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
 from .pieces import ImagePiece, Piece, piece_ids
+from .probe import probe
 from .retrieval import measured_shares
 from .rewind import Rewinder
 from .stats import ElasticStats
@@ -72,8 +74,8 @@ class ElasticLlama(llama_cpp.Llama):
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
-        what `elastic.kv_cells` takes; `verbose` is False; `flash_attn` is True on the CPU under
-        Linux if layers may keep different numbers of cells (`ElasticConfig.layers`).
+        what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
+        cache is, whatever is passed: its V lies in rows.
 
     Raises
     ------
@@ -108,6 +110,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._phase = _Phase.FREE
         self._in_chat = False
         self._closed = False
+        self._probe_ms = 0.0
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
         self._rewind = Rewinder(self)
         self._guard = Guard()
@@ -198,7 +201,7 @@ class ElasticLlama(llama_cpp.Llama):
             score_ms=s["score_us"] / 1000,
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
-            look_ms=s["look_us"] / 1000,
+            probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_held(0),
             tokens=self.n_tokens,
@@ -218,11 +221,11 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
-        self._hold(phase is _Phase.PROMPT)
+        self._set_prefill(phase is _Phase.PROMPT)
 
-    def _hold(self, value: bool) -> None:
+    def _set_prefill(self, value: bool) -> None:
         if self._session is not None:
-            self._session.hold(value)
+            self._session.set_prefill(value)
 
     def _cells_used(self) -> int:
         """Cells held once those behind `n_tokens` are gone, which `eval` removes."""
@@ -230,12 +233,18 @@ class ElasticLlama(llama_cpp.Llama):
             return int(self.n_tokens)
         return min(int(self.n_tokens), int(self._session.n_cells(0)))
 
-    def _look_ahead(self, token: int) -> None:
-        """Before the prompt is compressed, try the answer that begins with `token`."""
-        if self._session is None or not 0 <= token < self.n_vocab():
+    def _probe(self, token: int) -> None:
+        """Before the prompt is compressed, see what an answer that begins with `token` looks at."""
+        if self._session is None or self.elastic is None:
             return
-        if self._session.look_ahead([token]):
-            self._requires_eval = True  # the logits are not the prompt's any more
+        start = time.perf_counter()
+        n_steps = -1
+        try:
+            n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+        finally:
+            if n_steps != 0:
+                self._requires_eval = True  # the logits are not the prompt's any more
+                self._probe_ms += 1000 * (time.perf_counter() - start)
 
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
@@ -325,7 +334,7 @@ class ElasticLlama(llama_cpp.Llama):
             self._phase = _Phase.FREE
         in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
         if not in_prompt and tokens:
-            self._look_ahead(tokens[0])
+            self._probe(tokens[0])
         self._decode(tokens, in_prompt)
 
     def _decode(self, tokens: list[int], in_prompt: bool) -> None:
@@ -333,12 +342,12 @@ class ElasticLlama(llama_cpp.Llama):
         take_log()
         self._grow_scores(self.n_tokens + len(tokens))
         try:
-            self._hold(in_prompt)
+            self._set_prefill(in_prompt)
             super().eval(tokens)
         except RuntimeError as e:
             raise decode_error(e, take_log()) from e
         finally:
-            self._hold(self._phase is _Phase.PROMPT)
+            self._set_prefill(self._phase is _Phase.PROMPT)
 
     def _grow_scores(self, n: int) -> None:
         """Rows for `n` positions, which may be more than the cells (`logits_all`)."""
@@ -619,8 +628,6 @@ def _open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()
             min_cells=elastic.min_cells,
             n_threads=elastic.n_threads,
             max_cells=elastic.kv_cells or 0,
-            delay=elastic.delay,
-            lookahead=-1 if elastic.lookahead is None else elastic.lookahead,
             layer_share=shares if isinstance(elastic.layers, str) else elastic.layers,
             overdraft=-1 if elastic.overdraft is None else elastic.overdraft,
             checkpoints=elastic.checkpoints,

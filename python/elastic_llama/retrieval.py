@@ -75,7 +75,7 @@ def retrieval_scores(llm: ElasticLlama) -> NDArray[np.float64]:
     is divided by the query heads of a KV head when it is added up, so a query adds 1 to each KV
     head and no other division is due.
     """
-    with _probe(llm) as (ctx, session):
+    with _context(llm) as (ctx, session):
         vocab = llama_cpp.llama_model_get_vocab(llm._model.model)
         start = [llama_cpp.llama_vocab_bos(vocab)] * llama_cpp.llama_vocab_get_add_bos(vocab)
         tokens = _random_tokens(vocab)
@@ -164,13 +164,13 @@ def cached_shares(llm: ElasticLlama) -> list[float]:
 
 
 @contextmanager
-def _probe(llm: ElasticLlama) -> Iterator[tuple[Any, Any]]:
+def _context(llm: ElasticLlama) -> Iterator[tuple[Any, Any]]:
     """A llama_context of the same model and its session, which takes everything for a prompt."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = N_CTX
     params.n_seq_max = 1
     params.n_threads, params.n_threads_batch = llm.n_threads, llm.n_threads_batch
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     ctx = llama_cpp.llama_init_from_model(llm._model.model, params)
     if not ctx:
         raise StateError(text("retrieval", "llama.cpp refused a context", f"{N_CTX} cells"))
@@ -183,7 +183,7 @@ def _probe(llm: ElasticLlama) -> Iterator[tuple[Any, Any]]:
             raise UnsupportedModelError(str(e)) from e
         except RuntimeError as e:
             raise StateError(str(e)) from e
-        session.hold(True)  # a prompt is not compressed
+        session.set_prefill(True)  # a prompt is not compressed
         yield ctx, session
     finally:
         if session is not None:

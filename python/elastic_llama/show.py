@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import llama_cpp
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -147,23 +148,16 @@ def look(
         As from `Conversation.prefill`.
     """
     llm = chat.llm
-    session = _session(llm)
-    if session is None:
+    if llm.elastic is None:
         raise ConfigError(text("show", "the model has no elastic cache", do="pass elastic"))
     loaded = [load_image(image) for image in as_images(images)]
-    n_layer, n_head = (int(n) for n in session.mass().shape[:2])
+    n_layer, n_head = _shape(llm)
     if layer is not None:
         check_layer(layer, n_layer)
 
     chat.clear()
     chat.prefill(question, loaded)
-    ids = llm.input_ids[session.cells()["pos"]]
-    n_done = session.stats()["compressions"]
-    session.compress()
-    n_after = int(session.n_held())
-    # where nothing was compressed, the last plan is that of an earlier prompt
-    plan = session.last_plan() if session.stats()["compressions"] > n_done else None
-
+    ids, plan, n_after = _compress(llm)
     n_cells = len(ids)
     rows = f"the {n_layer} layers × {n_head} KV heads"
     if layer is not None:
@@ -178,13 +172,27 @@ def look(
     )
 
 
-def _session(llm: ElasticLlama) -> Any:
-    """Of the model; one that keeps every cell is not there before somebody looks."""
-    if llm.session is None and llm.elastic is not None:
-        llm.reset()
-        llm._ctx.kv_cache_clear()
-        llm._attach(llm.elastic)
-    return llm.session
+def _shape(llm: ElasticLlama) -> tuple[int, int]:
+    """Layers and KV heads."""
+    if llm.session is not None:
+        n_layer, n_head = llm.session.mass().shape[:2]
+    else:
+        n_layer = llama_cpp.llama_model_n_layer(llm.model)
+        n_head = llama_cpp.llama_model_n_head_kv(llm.model)
+    return int(n_layer), int(n_head)
+
+
+def _compress(llm: ElasticLlama) -> tuple[np.ndarray, Any, int]:
+    """Ids of the prompt's cells, the plan, None where nothing was compressed, and cells after."""
+    session = llm.session
+    if session is None:  # every cell stays
+        return llm.input_ids[: llm.n_tokens], None, llm.n_tokens
+    ids = llm.input_ids[session.cells()["pos"]]
+    n_done = session.stats()["compressions"]
+    session.compress()
+    # where nothing was compressed, the last plan is that of an earlier prompt
+    plan = session.last_plan() if session.stats()["compressions"] > n_done else None
+    return ids, plan, int(session.n_held())
 
 
 def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:

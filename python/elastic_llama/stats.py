@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 MIB = 1024 * 1024
 
 
+class _Renamed:
+    """Old names, for one release."""
+
+    probe_ms: float
+
+    @property
+    def look_ms(self) -> float:
+        """Deprecated: `probe_ms`."""
+        warnings.warn("look_ms is now probe_ms", DeprecationWarning, stacklevel=2)
+        return self.probe_ms
+
+
 @dataclass(frozen=True)
-class ElasticStats:
+class ElasticStats(_Renamed):
     """What the elastic cache did since the model was loaded or its figures were reset.
 
     `cells_before`, `cells_after` and the bytes are those of the last compressed prompt. Cells are
@@ -24,15 +37,15 @@ class ElasticStats:
     score_ms: float = 0.0
     plan_ms: float = 0.0
     merge_ms: float = 0.0
-    look_ms: float = 0.0  # trying answers (lookahead)
+    probe_ms: float = 0.0  # decoding what answers begin with, to compress by it (probe)
     checkpoint_bytes: int = 0  # held outside of the cache, to take answers back (checkpoints)
     cells: int = 0  # held now
     tokens: int = 0  # seen by the sequence
 
     def __str__(self) -> str:
         cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f}"
-        if self.look_ms:
-            cost += f" + look ahead {self.look_ms:.1f}"
+        if self.probe_ms:
+            cost += f" + probe {self.probe_ms:.1f}"
         return (
             f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
             f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
@@ -41,7 +54,7 @@ class ElasticStats:
 
 
 @dataclass
-class TurnStats:
+class TurnStats(_Renamed):
     """One question and its answer. Times in milliseconds, sizes in bytes."""
 
     n_text: int = 0  # prompt tokens of this turn
@@ -52,7 +65,7 @@ class TurnStats:
     bytes_kept: int = 0
     encode_ms: float = 0.0  # vision tower and projector
     prefill_ms: float = 0.0  # llama_decode of text and image embeddings
-    look_ms: float = 0.0  # trying the answer (lookahead)
+    probe_ms: float = 0.0  # decoding what the answer begins with, to compress by it (probe)
     compress_ms: float = 0.0
     decode_ms: float = 0.0
     n_decoded: int = 0  # llama_decode calls behind decode_ms

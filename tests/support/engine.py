@@ -44,6 +44,8 @@ class Engine:
         GGUF file of the language model.
     elastic : dict, optional
         Keyword arguments of `_core.Session`; None leaves the context as llama.cpp made it.
+    flash_attn : bool, optional
+        None: on with an elastic cache, which has no other, else off.
     """
 
     path: str
@@ -51,7 +53,7 @@ class Engine:
     n_ctx: int = 1024
     n_ubatch: int = 512
     n_batch: int = 2048
-    flash_attn: bool = False
+    flash_attn: bool | None = None
     type_k: str = "f16"
     type_v: str = "f16"
     n_seq_max: int = 1
@@ -72,7 +74,8 @@ class Engine:
         params.n_seq_max = self.n_seq_max
         params.kv_unified = self.unified
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.flash_attn_type = int(self.flash_attn)
+        flash = self.elastic is not None if self.flash_attn is None else self.flash_attn
+        params.flash_attn_type = int(flash)
         params.type_k = GGML_TYPES[self.type_k]
         params.type_v = GGML_TYPES[self.type_v]
         params.no_perf = False

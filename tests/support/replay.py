@@ -7,14 +7,15 @@ context, whose logits the recorded ones must equal.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from elastic_llama import ElasticLlama
+from elastic_llama import ElasticConfig, ElasticLlama
+from elastic_llama.probe import probe
 from llama_cpp import mtmd_cpp
 
 from tests.support.engine import nmse
@@ -29,9 +30,9 @@ NMSE = 1e-4
 class Step:
     """Something that happened when the sequence ended at `pos`.
 
-    `what`: decode (data: ids [n] or embeddings [n, n_embd]), compress, look (data: token),
+    `what`: decode (data: ids [n] or embeddings [n, n_embd]), compress, probe (data: token),
     room (data: tokens), logits (data: [n_vocab]), copy (data: of which sequence; hold: whether its
-    prompt was not compressed; wants: whether its answer had begun).
+    prompt was not compressed).
     """
 
     what: str
@@ -52,15 +53,8 @@ class Step:
 
 @dataclass
 class Record:
-    """Steps of one sequence that survive.
+    """Steps of one sequence that survive."""
 
-    Parameters
-    ----------
-    is_waiting : callable
-        Whether an answer has begun whose prompt is still to be compressed.
-    """
-
-    is_waiting: Callable[[], bool]
     steps: list[Step] = field(default_factory=list)
 
     def copy(self) -> list[Step]:
@@ -78,19 +72,10 @@ class Record:
                 return True
         return False
 
-    def waits(self) -> bool:
-        """Whether the last that was decoded is a part of an answer."""
-        for step in reversed(self.steps):
-            if step.what in ("decode", "copy"):
-                return step.is_generated or (step.what == "copy" and step.wants)
-        return False
-
     def add(self, step: Step) -> None:
         """What has just happened. Compressions that came with it get a step of their own."""
-        if step.what == "decode" and self.pending():
-            waited = self.waits()
-            if (waited and not step.is_generated) or (step.is_generated and not self.is_waiting()):
-                self.steps.append(Step("compress", step.pos))
+        if step.is_generated and self.pending():
+            self.steps.append(Step("compress", step.pos))
         self.steps.append(step)
 
     def cut(self, pos: int) -> None:
@@ -105,7 +90,9 @@ class Record:
                 kept.append(replace(step, data=step.data[: pos - step.pos], wants=False))
         self.steps = kept
 
-    def replay(self, ctx: Any, session: Any) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def replay(
+        self, ctx: Any, session: Any, config: ElasticConfig
+    ) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Do it all again in a context of the same kind, which is emptied first.
 
         Returns
@@ -118,7 +105,7 @@ class Record:
         session = _Off() if session is None else session
         for step in self.steps:
             if step.what == "decode":
-                session.hold(step.hold)
+                session.set_prefill(step.hold)
                 code = decode(ctx, step.data, step.pos, step.wants)
                 assert code == 0, f"replay: llama_decode returned {code} at {step.pos}"
                 last = None
@@ -130,13 +117,13 @@ class Record:
                     last = (step.pos + len(step), np.ctypeslib.as_array(row, (n_vocab,)).copy())
             elif step.what == "compress":
                 session.compress(0)
-            elif step.what == "look":
-                session.look_ahead([step.data])
+            elif step.what == "probe":
+                probe(ctx, session, config, {0: step.data})
             elif step.what == "room":
                 session.make_room(step.data)
             elif last is not None and last[0] == step.pos:  # else of a prompt whose end was cut off
                 out.append((step.pos, step.data, last[1]))
-        session.hold(False)
+        session.set_prefill(False)
         return out
 
 
@@ -193,7 +180,7 @@ def decode(ctx: Any, data: np.ndarray, pos: int, wants: bool, seq: int = 0) -> i
 class _Off:
     """The session of a cache that keeps everything."""
 
-    def hold(self, value: bool) -> None: ...
+    def set_prefill(self, value: bool) -> None: ...
 
     def compress(self, seq_id: int) -> None: ...
 
@@ -207,19 +194,13 @@ class _Session:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.native, name)
 
-    def hold(self, value: bool) -> None:
+    def set_prefill(self, value: bool) -> None:
         self.held[0] = value
-        self.native.hold(value)
+        self.native.set_prefill(value)
 
     def compress(self, seq_id: int = 0) -> int:
         n = int(self.native.compress(seq_id))
         self.record.add(Step("compress", self.record.end()))
-        return n
-
-    def look_ahead(self, tokens: list[int]) -> int:
-        n = int(self.native.look_ahead(tokens))
-        if n:
-            self.record.add(Step("look", self.record.end(), tokens[0]))
         return n
 
     def make_room(self, n_new: int) -> int:
@@ -245,10 +226,15 @@ class WatchedLlama(ElasticLlama):
         self.taken = 0
         self.answer = []
         self._held = [False]
-        native = self._session
-        self.record = Record(lambda: native is not None and native.is_waiting(0))
-        if native is not None:
-            self._session = _Session(native, self.record, self._held)
+        self.record = Record()
+        if self._session is not None:
+            self._session = _Session(self._session, self.record, self._held)
+
+    def _probe(self, token: int) -> None:
+        before = self._probe_ms
+        super()._probe(token)
+        if self._probe_ms > before:
+            self.record.add(Step("probe", self.record.end(), token))
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         row = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),)).copy()

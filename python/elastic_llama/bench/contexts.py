@@ -25,10 +25,10 @@ _PAD = 256  # llama.cpp attends to whole multiples of these
 
 @dataclass(frozen=True)
 class Setting:
-    """How a context holds its cells."""
+    """How a context holds its cells. Those of the elastic cache have flash attention only."""
 
     kv_type: str = "f16"
-    flash_attn: bool = False
+    flash_attn: bool = True
     unified: bool = False
     n_threads: int = 1
     n_ubatch: int = 512
@@ -117,7 +117,7 @@ class Context:
         """Decode a prompt; returns the seconds it took."""
         start, pos = time.perf_counter(), 0
         if self.session is not None:
-            self.session.hold(True)  # a last piece of one token belongs to the prompt too
+            self.session.set_prefill(True)  # a last piece of one token belongs to the prompt too
         for part in parts:
             for first in range(0, len(part), self.n_batch):
                 piece = part[first : first + self.n_batch]
@@ -129,7 +129,7 @@ class Context:
                 pos += len(piece)
         llama_cpp.llama_synchronize(self.ctx)
         if self.session is not None:
-            self.session.hold(False)
+            self.session.set_prefill(False)
         return time.perf_counter() - start
 
     def step(self, token: int, pos: int) -> None:

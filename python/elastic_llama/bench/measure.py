@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import ElasticConfig
 from ..llama import ElasticLlama
+from ..probe import probe
 from .contexts import Context, Ideal, Prompts, Setting
 from .memory import resident_bytes
 from .scenarios import Scenario
@@ -30,8 +31,8 @@ class Run:
     score_s, plan_s, merge_s : float
         Reading the importance; plan and merge of the compression after the prompt. The graph's
         share of scoring is in `prefill_s` (compare it with stock's), as are compressions under way.
-    look_s : float
-        Trying answers before that compression, prompts of text only.
+    probe_s : float
+        Probes of the answers before that compression, prompts of text only.
     kv_bytes : int
         K, V and bias of the cells in use after the prompt.
     rss : dict
@@ -41,6 +42,7 @@ class Run:
 
     kind: str
     budget: float | None
+    setting: Setting
     cells_prompt: int = 0
     cells_kept: int = 0
     cells_end: int = 0
@@ -49,7 +51,7 @@ class Run:
     score_s: float = 0.0
     plan_s: float = 0.0
     merge_s: float = 0.0
-    look_s: float = 0.0
+    probe_s: float = 0.0
     kv_bytes: int = 0
     bytes_freed: int = 0
     rss: dict[str, int] = field(default_factory=dict)
@@ -60,8 +62,15 @@ class Run:
 class Racer:
     """A context and its figures. Contexts take turns, so each counts its own growth in memory."""
 
-    def __init__(self, kind: str, budget: float | None, make: Callable[[], Context]) -> None:
-        self.run = Run(kind, budget)
+    def __init__(
+        self,
+        kind: str,
+        setting: Setting,
+        config: ElasticConfig | None,
+        make: Callable[[], Context],
+    ) -> None:
+        self.run = Run(kind, None if config is None else float(config.budget), setting)
+        self.config = config
         self._own = 0
         with self._counted("made"):
             self.context = make()
@@ -101,16 +110,19 @@ class Racer:
 
     def _compress(self, first_token: int) -> None:
         context, run = self.context, self.run
+        assert self.config is not None
         run.cells_prompt = context.n_cells()
         run.score_s = context.session.stats()["score_us"] / 1e6
         with self._counted("compressed"):
-            context.session.look_ahead([first_token] * context.n_seqs, list(range(context.n_seqs)))
+            first = dict.fromkeys(range(context.n_seqs), first_token)
+            start = time.perf_counter()
+            n_steps = probe(context.ctx, context.session, self.config, first)
+            run.probe_s = time.perf_counter() - start if n_steps else 0.0
             before = context.session.stats()
             for seq in range(context.n_seqs):
                 context.session.compress(seq)
         stats = context.session.stats()
         run.cells_kept = context.n_cells()
-        run.look_s = before["look_us"] / 1e6
         run.plan_s, run.merge_s = (
             (stats[name] - before[name]) / 1e6 for name in ("plan_us", "merge_us")
         )
@@ -151,7 +163,7 @@ class Racer:
 
 def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:
     """Bytes of K and V of one cell in all layers, read from a context of one ubatch."""
-    context = Context(llm, Setting(kv_type, flash_attn=True), 1, 256, ElasticConfig(policy="h2o"))
+    context = Context(llm, Setting(kv_type), 1, 256, ElasticConfig(policy="h2o"))
     try:
         assert context.session is not None
         return int(context.session.kv_bytes_per_cell())
@@ -159,9 +171,10 @@ def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:
         context.close()
 
 
-def n_steps(scenario: Scenario, n_budgets: int, n_prefills: int) -> int:
+def n_steps(scenario: Scenario, n_stock: int, n_budgets: int, n_prefills: int) -> int:
     """Calls of `tick` in `measure`."""
-    return (1 + n_budgets) * n_prefills + n_budgets + (1 + 2 * n_budgets) * scenario.n_parts
+    n_generate = (n_stock + 2 * n_budgets) * scenario.n_parts
+    return (n_stock + n_budgets) * n_prefills + n_budgets + n_generate
 
 
 def measure(
@@ -171,8 +184,9 @@ def measure(
     configs: list[ElasticConfig],
     n_prefills: int,
     tick: Callable[[str], None],
+    stock_flash: Sequence[bool] = (True,),
 ) -> list[Run]:
-    """Stock, and elastic and ideal for every config.
+    """Stock for each of `stock_flash`; elastic and ideal, with flash attention, for each config.
 
     A context's prefills alternate with the others'; so do the parts of the generation, and who
     comes first changes from part to part.
@@ -180,28 +194,27 @@ def measure(
     racers: list[Racer] = []
     prompts = Prompts(llm, scenario)
     n_cells = scenario.n_prompt + scenario.n_gen
-    used: list[ElasticConfig] = []
-
-    def start(kind: str, budget: float | None, make: Callable[[], Context]) -> Racer:
-        racers.append(Racer(kind, budget, make))
-        return racers[-1]
-
+    setting = replace(setting, flash_attn=True)
     try:
-        start("stock", None, lambda: Context(llm, setting, scenario.n_seqs, n_cells))
+        for flash_attn in stock_flash:
+            stock = replace(setting, flash_attn=flash_attn)
+            make = partial(Context, llm, stock, scenario.n_seqs, n_cells)
+            racers.append(Racer("stock", stock, None, make))
         for config in configs:
             own = replace(config, kv_cells=scenario.kv_cells)
             size = n_cells if own.kv_cells is None else own.kv_cells + setting.n_ubatch
-            used.append(own)
             make = partial(Context, llm, setting, scenario.n_seqs, size, own)
-            start("elastic", float(own.budget), make)
+            racers.append(Racer("elastic", setting, own, make))
         for racer in racers:
             racer.warm_up(prompts.parts()[0])
         for turn in range(n_prefills):
             for racer in racers if turn % 2 == 0 else racers[::-1]:
                 racer.prefill(prompts.parts(), prompts.tokens[scenario.n_text])
                 tick(f"{scenario.name} {racer.run.kind}: prompt")
-        for elastic, config in zip([r for r in racers if r.run.kind == "elastic"], used):
-            _start_ideal(llm, scenario, setting, prompts, elastic, config, start)
+        for elastic in [r for r in racers if r.run.kind == "elastic"]:
+            make = partial(_ideal_context, llm, scenario, elastic)
+            racers.append(Racer("ideal", setting, elastic.config, make))
+            _fill_ideal(scenario, prompts, elastic, racers[-1])
             tick(f"{scenario.name} ideal: prompt")
         _generate(scenario, prompts, racers, tick)
         size = cell_bytes(llm, setting.kv_type)
@@ -213,24 +226,18 @@ def measure(
     return [racer.run for racer in racers]
 
 
-def _start_ideal(
-    llm: ElasticLlama,
-    scenario: Scenario,
-    setting: Setting,
-    prompts: Prompts,
-    elastic: Racer,
-    config: ElasticConfig,
-    start: Callable[..., Racer],
-) -> None:
+def _ideal_context(llm: ElasticLlama, scenario: Scenario, elastic: Racer) -> Context:
+    n_cells = elastic.run.cells_kept + scenario.n_gen
+    return Context(llm, elastic.run.setting, scenario.n_seqs, n_cells)
+
+
+def _fill_ideal(scenario: Scenario, prompts: Prompts, elastic: Racer, ideal: Racer) -> None:
+    """As many cells as `elastic` has after its prompt."""
+    assert ideal.config is not None
     held = elastic.run.cells_kept
-    racer = start(
-        "ideal",
-        elastic.run.budget,
-        lambda: Context(llm, setting, scenario.n_seqs, held + scenario.n_gen),
-    )
     tokens = (prompts.tokens * (1 + held // len(prompts.tokens)))[:held]
-    racer.prefill([tokens])
-    racer.ideal = Ideal(racer.context, config, scenario.n_prompt, held)
+    ideal.prefill([tokens])
+    ideal.ideal = Ideal(ideal.context, ideal.config, scenario.n_prompt, held)
 
 
 def _generate(
@@ -249,10 +256,10 @@ def _generate(
             tick(f"{scenario.name} {racer.run.kind}: generation")
 
 
-def as_row(run: Run, scenario: Scenario, setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
+def as_row(run: Run, scenario: Scenario, about: dict[str, Any]) -> dict[str, Any]:
     """A line of results: everything that is needed to read the figures later."""
     shape = {k: v for k, v in asdict(scenario).items() if k != "about"}
-    return {**about, "scenario": shape, "setting": asdict(setting), **asdict(run)}
+    return {**about, "scenario": shape, **asdict(run)}
 
 
 def median(values: list[float]) -> float:

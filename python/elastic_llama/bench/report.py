@@ -16,10 +16,11 @@ COLUMNS = (
     "cells",
     "prompt s",
     "t/s",
-    "x stock",
+    "x stock, fa off",
+    "x stock, fa on",
     "x ideal",
     "score+plan+merge",
-    "look ahead",
+    "probe",
     "KV MiB",
     "RSS freed MiB",
 )
@@ -35,31 +36,41 @@ def spread(values: list[float], digits: int) -> str:
 def ratios(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     """For each row, by its place: decode speed against stock and ideal, and the cost in prefill.
 
-    Parts of the generation are compared with the same part of the other, and the median is taken.
-    `cost` is what elastic took longer than stock for the prompt, plan and merge included, as a
-    share of stock's; `look` what trying answers took, likewise.
+    An elastic row is compared with stock without flash attention ("stock off") and with it ("stock
+    on"), and with ideal. Parts of the generation are compared with the same part of the other, and
+    the median is taken. `cost` is what elastic took longer than stock for the prompt, plan and
+    merge included, as a share of stock's, of the one with flash attention if there are two;
+    `probe` what the probes took, likewise.
     """
     out: dict[int, dict[str, float]] = {}
     for i, row in enumerate(rows):
-        own = {}
-        for kind in ("stock", "ideal"):
-            other = _partner(rows, row, kind)
-            if other is not None and row["kind"] == "elastic":
+        own = out[i] = {}
+        if row["kind"] != "elastic":
+            continue
+        others = {
+            "stock off": _partner(rows, row, "stock", False),
+            "stock on": _partner(rows, row, "stock", True),
+            "ideal": _partner(rows, row, "ideal", row["setting"]["flash_attn"]),
+        }
+        for name, other in others.items():
+            if other is not None:
                 pairs = zip(row["decode_tps"], other["decode_tps"])
-                own[kind] = median([a / b for a, b in pairs])
-        stock = _partner(rows, row, "stock")
-        if row["kind"] == "elastic" and stock is not None:
+                own[name] = median([a / b for a, b in pairs])
+        stock = others["stock on"] or others["stock off"]
+        if stock is not None:
             compress = row["plan_s"] + row["merge_s"]
             pairs = zip(row["prefill_s"], stock["prefill_s"])
             own["cost"] = median([(a + compress) / b - 1 for a, b in pairs])
-            own["look"] = row.get("look_s", 0.0) / median(stock["prefill_s"])
-        out[i] = own
+            own["probe"] = row["probe_s"] / median(stock["prefill_s"])
     return out
 
 
-def _partner(rows: list[dict[str, Any]], row: dict[str, Any], kind: str) -> dict[str, Any] | None:
+def _partner(
+    rows: list[dict[str, Any]], row: dict[str, Any], kind: str, flash_attn: bool
+) -> dict[str, Any] | None:
+    setting = {**row["setting"], "flash_attn": flash_attn}
     for other in rows:
-        same = other["scenario"] == row["scenario"] and other["setting"] == row["setting"]
+        same = other["scenario"] == row["scenario"] and other["setting"] == setting
         if same and other["kind"] == kind and (kind == "stock" or other["budget"] == row["budget"]):
             return other
     return None
@@ -83,10 +94,11 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 else str(row["cells_kept"]),
                 spread(row["prefill_s"], 2),
                 spread(row["decode_tps"], 2),
-                f"{own['stock']:.3f}" if "stock" in own else "",
+                f"{own['stock off']:.3f}" if "stock off" in own else "",
+                f"{own['stock on']:.3f}" if "stock on" in own else "",
                 f"{own['ideal']:.3f}" if "ideal" in own else "",
                 f"{100 * own['cost']:+.1f} %" if "cost" in own else "",
-                f"{100 * own['look']:+.1f} %" if row.get("look_s") and "look" in own else "",
+                f"{100 * own['probe']:+.1f} %" if own.get("probe") else "",
                 f"{row['kv_bytes'] / MIB:.1f}",
                 "" if freed is None else f"{freed:.1f} of {row['bytes_freed'] / MIB:.1f}",
             ]

@@ -29,7 +29,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--budgets", default="0.2", metavar="B,B", help="what is kept (0.2)")
     parser.add_argument("--policy", default="elastic", help="row of the policy table (elastic)")
     parser.add_argument("--kv-types", default="f16", metavar="T,T", help="e.g. f16,q8_0,q4_0 (f16)")
-    parser.add_argument("-fa", "--flash-attn", default="off,on", metavar="off,on")
+    parser.add_argument(
+        "-fa",
+        "--flash-attn",
+        default="off,on",
+        metavar="off,on",
+        help="of stock (off,on); elastic and ideal have it on, and elastic is compared with each",
+    )
     parser.add_argument("-r", "--repeat", type=int, default=3, metavar="N", help="prompts (3)")
     parser.add_argument("-n", "--predict", type=int, metavar="N", help="tokens to generate")
     parser.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N")
@@ -91,16 +97,18 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
         raise ConfigError(
             text("bench", "a cache that keeps every cell", f"{args.policy}, {args.budgets}")
         )
+    flash = _flash(args.flash_attn)
     settings = [
-        Setting(
-            kv_type,
-            flash_attn,
-            n_threads=_at_least("--threads", args.threads, 1),
-            n_ubatch=_at_least("--ubatch-size", args.ubatch_size, 1),
+        (
+            Setting(
+                kv_type,
+                n_threads=_at_least("--threads", args.threads, 1),
+                n_ubatch=_at_least("--ubatch-size", args.ubatch_size, 1),
+            ),
+            [on for on in flash if on or kv_type in PLAIN_TYPES],
         )
         for kv_type in _known("--kv-types", args.kv_types, tuple(KV_TYPES))
-        for flash_attn in _flash(args.flash_attn)
-        if flash_attn or kv_type in PLAIN_TYPES
+        if True in flash or kv_type in PLAIN_TYPES
     ]
     if not settings:
         raise ConfigError(
@@ -116,7 +124,11 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-    total = len(settings) * sum(n_steps(s, len(configs), n_prefills) for s in scenarios)
+    total = sum(
+        n_steps(scenario, len(stock_flash), len(configs), n_prefills)
+        for scenario in scenarios
+        for _, stock_flash in settings
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -128,9 +140,11 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
                 bar.update(task, advance=1, description=what)
 
             for scenario in scenarios:
-                for setting in settings:
-                    for one in measure(llm, scenario, setting, configs, n_prefills, tick):
-                        add(as_row(one, scenario, setting, about))
+                for setting, stock_flash in settings:
+                    for one in measure(
+                        llm, scenario, setting, configs, n_prefills, tick, stock_flash
+                    ):
+                        add(as_row(one, scenario, about))
     finally:
         llm.close()
 

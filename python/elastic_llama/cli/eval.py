@@ -56,7 +56,13 @@ def add_parser(commands: Any) -> None:
         help="cells of each sequence (1024)",
     )
     parser.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N")
-    parser.add_argument("-fa", "--flash-attn", choices=("on", "off"), default="on")
+    parser.add_argument(
+        "-fa",
+        "--flash-attn",
+        choices=("on", "off"),
+        default="on",
+        help="on: the caches that are compared are elastic, which have no other",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
     parser.set_defaults(run=run)
 
@@ -114,22 +120,17 @@ def _plan(args: argparse.Namespace) -> Any:
     from ..evaluation.runner import Case, Plan, make_config
     from ..kv_types import KV_TYPES
 
+    options.check_flash(args)
     kv_types = _list(args.kv_type)
     for name in kv_types:
         if name not in KV_TYPES:
             raise ConfigError(text("eval", "--kv-type", name, "some of " + ", ".join(KV_TYPES)))
-    quantized = any(name != "f16" for name in kv_types)
-    if quantized and args.flash_attn == "off":
-        raise ConfigError(
-            text("eval", "--kv-type", args.kv_type, "f16 without flash attention", "add -fa on")
-        )
     try:
         budgets = [float(b) for b in _list(args.budgets)]
     except ValueError as e:
         raise ConfigError(text("eval", "--budgets", args.budgets, "numbers and commas")) from e
     asked = {
-        "delay": args.delay or None,
-        "lookahead": args.lookahead,
+        "probe": args.probe,
         "layers": args.layers if isinstance(args.layers, str) else list(args.layers),
     }
     when = {name: value for name, value in asked.items() if value is not None}
@@ -162,7 +163,6 @@ def _plan(args: argparse.Namespace) -> Any:
         metrics,
         args.parallel,
         args.threads,
-        args.flash_attn == "on",
         args.ctx_size,
         args.ubatch_size,
         when,

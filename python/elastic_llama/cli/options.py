@@ -30,7 +30,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
     )
-    group.add_argument("-fa", "--flash-attn", choices=("on", "off", "auto"), default="auto")
+    group.add_argument(
+        "-fa",
+        "--flash-attn",
+        choices=("on", "off", "auto"),
+        default="auto",
+        help="auto: on while the elastic cache is, which has no other (auto)",
+    )
     group.add_argument("-ctk", "--cache-type-k", choices=tuple(KV_TYPES), default="f16")
     group.add_argument("-ctv", "--cache-type-v", choices=tuple(KV_TYPES), default="f16")
     group.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's own log")
@@ -92,26 +98,20 @@ def add_layers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         default="auto",
         metavar="auto|even|X,X,...",
         help="cells of each layer in relation to the others'; auto: more where words are looked up "
-        "(on the CPU, with flash attention); even: the same in all (auto)",
+        "(on the CPU); even: the same in all (auto)",
     )
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """When a prompt is compressed; for the commands that go on to answer."""
     parser.add_argument(
-        "--delay",
-        type=int,
-        default=0,
-        metavar="N",
-        help="compress a prompt after N tokens of its answer (0)",
-    )
-    parser.add_argument(
-        "--lookahead",
+        "--probe",
         type=int,
         metavar="N",
-        help="try N tokens of an answer before its prompt, if it is text, is compressed "
-        "(16 for elastic and elastic-evict where enough cells leave, else 0)",
+        help="before a prompt of text is compressed, decode N likely tokens of its answer to see "
+        "what they look at (16 for elastic and elastic-evict where enough cells leave, else 0)",
     )
+    parser.add_argument("--lookahead", dest="probe", type=int, help=argparse.SUPPRESS)  # old name
     parser.add_argument(
         "--overdraft",
         type=int,
@@ -178,13 +178,26 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig:
         offset=args.offset,
         min_cells=args.min_cells,
         kv_cells=args.kv_cells,
-        delay=getattr(args, "delay", 0),
-        lookahead=getattr(args, "lookahead", None),
+        probe=getattr(args, "probe", None),
         overdraft=getattr(args, "overdraft", None),
         checkpoints=getattr(args, "checkpoints", 2),
         layers=args.layers,
         release_memory=not args.no_release_memory,
     )
+
+
+def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
+    """Refuse -fa off, for the elastic cache."""
+    if args.flash_attn == "off":
+        raise ConfigError(
+            text(
+                "options",
+                "--flash-attn",
+                "off",
+                "on: the V of an elastic cache lies in rows, as flash attention has them",
+                do,
+            )
+        )
 
 
 def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
@@ -210,6 +223,9 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     if not args.verbose:
         silence()  # main() reports what went wrong
     flash = {"on": True, "off": False, "auto": None}[args.flash_attn]
+    if not elastic.is_off:
+        check_flash(args, "leave it out, or turn the cache off (--kv-budget 1)")
+        flash = True
     if args.cache_type_v not in PLAIN_TYPES and not flash:
         if args.flash_attn == "off":
             raise ConfigError(

@@ -12,6 +12,7 @@ import numpy as np
 from ..batch import fill_batch
 from ..config import ElasticConfig
 from ..errors import StateError, text
+from ..probe import probe
 from .prompts import Prompt
 from .streams import Streams
 
@@ -41,7 +42,7 @@ class Lanes:
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
         self.n_vocab = streams.llm.n_vocab()
-        self.delay = 0
+        self.config = ElasticConfig.off()
         self.batch = llama_cpp.llama_batch_init(streams.llm.n_batch, 0, 1)
 
     def close(self) -> None:
@@ -71,7 +72,7 @@ class Lanes:
         """Load the prompts; where the question comes after compression, compress and decode it."""
         assert len(prompts) <= self.streams.n_seqs
         self.streams.attach(config)
-        self.delay = config.delay
+        self.config = config
         lanes = []
         for i, prompt in enumerate(prompts):
             buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
@@ -81,20 +82,13 @@ class Lanes:
                 raise StateError(text("eval", "llama.cpp refused a saved prompt"))
             lane = Lane([prompt.logits], [])
             if prompt.tail:
-                self._reopen(i, prompt)
+                self.streams.session.compress(i)
                 lane.logits = [self._feed(i, prompt)]
             lanes.append(lane)
         return lanes
 
-    def _reopen(self, i: int, prompt: Prompt) -> None:
-        """Take the proxy question back and compress what is left."""
-        last = prompt.n_tokens - prompt.n_drop
-        self.streams.session.take_back(last, i)
-        self.streams.session.compress(i)
-
     def _feed(self, i: int, prompt: Prompt) -> np.ndarray:
-        first = prompt.n_tokens - prompt.n_drop
-        rows = [(t, first + k, i) for k, t in enumerate(prompt.tail)]
+        rows = [(t, prompt.n_tokens + k, i) for k, t in enumerate(prompt.tail)]
         return self._decode(rows, {len(rows) - 1})[0]
 
     def _run(
@@ -119,21 +113,19 @@ class Lanes:
                 lane.tokens.append(token)
                 if n == last[i]:
                     continue
-                start = prompts[i].n_tokens - prompts[i].n_drop + len(prompts[i].tail)
+                start = prompts[i].n_tokens + len(prompts[i].tail)
                 rows.append((token, start + n, i))
                 going.append(i)
             if not rows:
                 break
-            # nothing is tried but before an answer's first token
-            self.streams.session.look_ahead([row[0] for row in rows], going)
+            # nothing has to leave but before an answer's first token
+            first = {i: token for token, _, i in rows}
+            probe(self.streams.ctx, self.streams.session, self.config, first)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 lanes[i].logits.append(logits)
                 held = self.streams.session.n_held(i)
-                late = len(lanes[i].tokens) > self.delay
-                lanes[i].cells = ((lanes[i].cells[0] or held - 1) if late else 0, held)
+                lanes[i].cells = (lanes[i].cells[0] or held - 1, held)
             active = going
-        for lane in lanes:  # an answer may end before its prompt is compressed
-            lane.cells = (lane.cells[0] or lane.cells[1], lane.cells[1])
 
     def _decode(self, rows: list[tuple[int, int, int]], wanted: set[int]) -> list[np.ndarray]:
         fill_batch(self.batch, rows, wanted)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp
 import numpy as np
 
 from ..conversation import Conversation
 from ..errors import ConfigError, text
+from ..pieces import TextPiece
 from ..vision import MARKER
 from .items import Item
 from .streams import Streams
@@ -26,11 +28,9 @@ class Prompt:
     state : bytes
         Of the sequence, with every score that a policy may look at.
     n_tokens : int
-        Positions it takes.
+        Positions it takes. A proxy question is not among them, only what it looked at.
     logits : ndarray [n_vocab], f32
         After its last token.
-    n_drop : int
-        Tokens at its end that are taken back before compression (a proxy question).
     tail : list of int
         Tokens to decode after compression (the true question), empty when it was known before.
     target : ndarray of int
@@ -42,7 +42,6 @@ class Prompt:
     state: bytes
     n_tokens: int
     logits: np.ndarray
-    n_drop: int
     tail: list[int]
     target: np.ndarray
     end: int
@@ -62,7 +61,7 @@ class Prefiller:
         chat.clear()
         end = llm.token_eos()
         target = llm.tokenize(item.answer.encode(), add_bos=False, special=False)
-        n_drop, tail = 0, []
+        tail: list[int] = []
         if item.raw:
             with llm.prompt_phase():
                 llm.eval(llm.tokenize(item.text.encode(), add_bos=True, special=False))
@@ -74,14 +73,25 @@ class Prefiller:
                     raise ConfigError(
                         text("eval", f"item {item.id} has no image to compress beforehand")
                     )
-                chat.prefill(self.proxy, images)
-                n_drop = len(self._after_image(self.proxy))
+                self._prefill_before(images)
                 tail = self._after_image(item.prompt)
             else:
                 chat.prefill(item.prompt, images)
-        return Prompt(
-            self._save(), llm.n_tokens, self._logits(), n_drop, tail, np.array(target), end
-        )
+        return Prompt(self._save(), llm.n_tokens, self._logits(), tail, np.array(target), end)
+
+    def _prefill_before(self, images: list[Any]) -> None:
+        """Decode images, and what the proxy question looks at in them."""
+        llm, chat = self.llm, self.chat
+        *start, question = chat._extended(*chat._question(self.proxy, images))[1]
+        assert isinstance(question, TextPiece)
+        llm.prefill(start)
+        with llm.prompt_phase():
+            llm.session.begin_probe()
+            try:
+                llm.eval(question.tokens)
+            finally:
+                llm.session.end_probe()
+                llm.n_tokens -= len(question)
 
     def _after_image(self, question: str) -> list[int]:
         message = {"role": "user", "content": MARKER + question}

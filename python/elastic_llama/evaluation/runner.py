@@ -56,7 +56,6 @@ class Plan:
     metrics: tuple[str, ...] = ("forced", "exact", "rouge")
     parallel: int = 1
     n_threads: int = 1
-    flash_attn: bool = False
     n_ctx: int = 2048
     n_ubatch: int = 512
     elastic: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +68,7 @@ class Plan:
             "mmproj": _identity(self.mmproj),
             "before": self.before,
             "metrics": list(self.metrics),
-            "flash_attn": self.flash_attn,
+            "flash_attn": True,  # the elastic cache has no other
             "elastic": self.elastic,
         }
 
@@ -265,7 +264,7 @@ class Runner:
                 n_threads=plan.n_threads,
                 n_threads_batch=plan.n_threads,
                 n_ubatch=plan.n_ubatch,
-                flash_attn=plan.flash_attn,
+                flash_attn=True,  # which a quantized V asks for, too
                 type_k=KV_TYPES[kv_type],
                 type_v=KV_TYPES[kv_type],
             )

@@ -27,6 +27,7 @@ class Streams:
         params.n_ctx = n_seqs * n_cells
         params.n_seq_max = n_seqs
         params.kv_unified = False
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED  # the elastic cache's
         try:
             ctx = _internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
         except ValueError as e:

@@ -1,4 +1,4 @@
-"""A transposed V whose stride follows the cells in use: the same bits as where it does not."""
+"""An elastic cache that keeps everything, or is detached again: the same bits as llama.cpp's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.support.engine import Engine, random_tokens
 from tests.test_oracles import N_VOCAB, feed
 
-KEEPING: dict[str, Any] = {"policy": "local", "budget": 100000.0}  # moves V, drops nothing
+KEEPING: dict[str, Any] = {"policy": "local", "budget": 100000.0}
 # decodes as stock does
 SNAPKV: dict[str, Any] = {"policy": "snapkv", "budget": 0.1, "min_cells": 8}
 N_CTX = 8192
@@ -22,7 +22,7 @@ Steps = Callable[[Engine], list[np.ndarray]]
 
 
 def one_sequence(e: Engine) -> list[np.ndarray]:
-    """Grows in a prompt and in an answer, shrinks when much is removed, and is filled anew."""
+    """A prompt, an answer, much of which is removed, and another; then all anew."""
     said = []
     e.prompt(random_tokens(3000, N_VOCAB, 1))
     said.append(e.logits(-1))
@@ -37,7 +37,7 @@ def one_sequence(e: Engine) -> list[np.ndarray]:
 
 
 def streams(e: Engine) -> list[np.ndarray]:
-    """A stride serves all sequences: a long one, a short one, and a copy."""
+    """A long one, a short one, and a copy."""
     said = []
     e.prompt(random_tokens(700, N_VOCAB, 1), seq=0)
     e.prompt(random_tokens(30, N_VOCAB, 2), seq=1)
@@ -81,6 +81,7 @@ def test_same_bits_as_stock(tiny_gqa: Path, steps: Steps, unified: bool, type_v:
         "n_seq_max": 1 if steps is one_sequence else 3,
         "unified": unified,
         "type_v": type_v,
+        "flash_attn": True,
     }
     said = []
     for elastic in (None, KEEPING):
@@ -106,7 +107,9 @@ def test_detached_while_a_copy_waits(tiny_gqa: Path) -> None:
     """llama.cpp copies between streams at the next batch, when the source may be gone."""
     said = []
     for elastic in (None, KEEPING):
-        with Engine(tiny_gqa, n_ctx=N_CTX, n_seq_max=2, unified=False, elastic=elastic) as e:
+        with Engine(
+            tiny_gqa, n_ctx=N_CTX, n_seq_max=2, unified=False, elastic=elastic, flash_attn=True
+        ) as e:
             e.prompt(random_tokens(300, N_VOCAB, 1))
             llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
             assert e.seq_rm(0, -1, -1)
