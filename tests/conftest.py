@@ -18,8 +18,8 @@ assert OTHER_NATIVE is None or elastic_llama.lib_dir() == Path(OTHER_NATIVE).res
 def attention_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes attention that is scored or biased.
 
-    own: our own op. graph: llama.cpp's, as on a device. plain: as on one whose fused op takes no mask
-    per head.
+    own: our own op. graph: llama.cpp's, as on a device. plain: as on one whose fused op takes no
+    mask per head.
     """
     monkeypatch.setenv("ELASTIC_ATTENTION", request.param)
     return str(request.param)

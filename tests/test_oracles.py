@@ -112,9 +112,7 @@ def test_importance_is_the_column_sum(
             close(found[il], expected, rtol=RTOL)
 
 
-def test_every_fourth_generated_token_counts_for_four(
-    tiny_gqa: Path, attention_op: str
-) -> None:
+def test_every_fourth_generated_token_counts_for_four(tiny_gqa: Path, attention_op: str) -> None:
     """Its attention is added to the importance and to the recent score, which fades by four."""
     capture = Capture("Qcur")
     with Engine(
