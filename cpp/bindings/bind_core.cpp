@@ -52,8 +52,7 @@ static py::dict to_dict(const policy & p) {
     return py::dict("name"_a = p.name, "scorer"_a = p.score->name(), "layer_budget"_a = p.layers->name(), "selector"_a = p.select->name(),
                     "combiner"_a = p.combine->name(), "evictor"_a = p.generate->name(), "summary"_a = p.summary,
                     "needs"_a = to_dict(p.needs()), "keeps_all"_a = p.keeps_all(), "merges"_a = p.merges(), "evicts"_a = p.evicts(),
-                    "overdraft"_a = p.overdraft(), "lookahead"_a = p.lookahead(), "varies_layers"_a = p.varies_layers(),
-                    "can_vary_layers"_a = p.can_vary_layers());
+                    "overdraft"_a = p.overdraft(), "varies_layers"_a = p.varies_layers(), "can_vary_layers"_a = p.can_vary_layers());
 }
 
 static ggml_type type_from(const std::string & name) {

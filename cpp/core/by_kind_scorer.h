@@ -16,7 +16,6 @@ class by_kind_scorer : public scorer {
     const char * name() const override { return image_power == 1.0f ? "by_kind" : "by_kind_damped"; }
     statistics   needs() const override { return { true, 0, decay, false }; }
     bool         is_attention() const override { return true; }
-    int32_t      lookahead() const override { return n_lookahead; }
     head_map     score(const score_view & v) const override;
 
     // How much the weight of a query of text shrinks with every later one. Chosen on the dev texts with the embedded model.
@@ -27,9 +26,6 @@ class by_kind_scorer : public scorer {
     int32_t n_near      = 13;
     // What the recent score counts for image cells while the question is still to come. Chosen on the dev scenes with the embedded model.
     float   asked_ahead = 3.0f;
-    // Tokens of an answer that are tried first, so that the recent score says what an answer looks at. Chosen on the dev texts with the
-    // embedded model.
-    int32_t n_lookahead = 16;
 
     // The power to which the score of an image cell is raised. Below 1 a cell that this question does not look at is worth more: what the
     // image is asked later is not known.

@@ -57,8 +57,6 @@ struct policy {
     // whether the tokens that a cell stands for are counted
     bool    needs_counts() const { return combine->how() == merging::mean; }
     bool    merges() const { return combine->merges(); }
-    // tokens that are tried before a prompt of text is compressed
-    int32_t lookahead() const { return score->lookahead(); }
     // whether layers may keep different numbers of cells
     bool    varies_layers() const { return layers->varies(); }
     // whether its layer budget says by itself which layers keep more

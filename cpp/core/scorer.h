@@ -31,8 +31,6 @@ class scorer {
     virtual statistics   needs() const { return {}; }
     // whether scores stand for expected attention: never negative, and twice as much is worth twice as much
     virtual bool         is_attention() const { return false; }
-    // tokens of an answer that are tried before a prompt of text is compressed
-    virtual int32_t      lookahead() const { return 0; }
     // pure; finite  [n_layer][n_head_kv][n_cells]
     virtual head_map     score(const score_view & v) const = 0;
 };

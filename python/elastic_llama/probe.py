@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
 from .batch import fill_batch
-from .config import ElasticConfig
+from .config import ElasticConfig, policy_row
 from .errors import ConfigError, text
-
-PROBE_TOKENS = 16
-# On a CPU a token takes as long as about eight of a prompt: a third of the prompt's time at most.
-CELLS_PER_PROBE_TOKEN = 24
 
 _IMAGE = 1  # kind of a cell
 
@@ -101,36 +96,21 @@ def n_probe_tokens(
 ) -> int:
     """Tokens of its answer that are decoded for a sequence, one of `n_seqs` at once."""
     n_gone = int(session.n_to_leave(seq_id))
-    if config.probe == 0 or n_gone == 0 or not _looks(config.policy):
+    if not config.probe or n_gone == 0 or not _looks(config):
         return 0
-    n = config.probe
-    if n is None:
-        n = min(probe_tokens(config.policy), n_gone // CELLS_PER_PROBE_TOKEN)
-    if n == 0 or (session.cells(seq_id)["kind"] == _IMAGE).any():
+    if (session.cells(seq_id)["kind"] == _IMAGE).any():
         return 0
-    n = min(n, _n_free(ctx, session, seq_id) // n_seqs)
+    n = min(config.probe, _n_free(ctx, session, seq_id) // n_seqs)
     if config.kv_cells is not None:  # beyond these the prompt would be compressed on the way
         n_most = config.kv_cells + int(llama_cpp.llama_n_ubatch(ctx))
         n = min(n, n_most - int(session.n_cells(seq_id)))
     return max(0, n)
 
 
-@cache
-def _row(policy: str) -> dict[str, Any]:
-    from . import _core
-
-    return next(dict(row) for row in _core.core.policies() if row["name"] == policy)
-
-
-def probe_tokens(policy: str) -> int:
-    """Tokens of an answer that the policy is made for."""
-    row = _row(policy)
-    return int(row.get("lookahead", PROBE_TOKENS if row["score"] == "by_kind" else 0))
-
-
-def _looks(policy: str) -> bool:
+def _looks(config: ElasticConfig) -> bool:
     """Whether the policy goes by attention at all."""
-    return _row(policy)["score"] not in ("none", "random", "recency")
+    needs = policy_row(config.policy)["needs"]
+    return bool(needs["sum"] or needs["n_window"] or needs["decay"])
 
 
 def _n_free(ctx: Any, session: Any, seq_id: int) -> int:
