@@ -217,7 +217,7 @@ class head_attention {
             bit[l] = 1 << l;
         }
         for (int32_t c = begin; c < end; ++c) {
-            const float more = a.bias ? a.bias_scale * a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
+            const float more = a.bias ? a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
             for (int32_t p = 0; p < n_parts; ++p) {
                 float *         w    = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
                 const int_lanes open = ((int32_t) (may_see[c] >> (p * N_LANES) & ((1u << N_LANES) - 1)) & bit) != 0;

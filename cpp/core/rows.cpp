@@ -10,19 +10,18 @@ static bool is_plain(ggml_type type) {
     return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
 }
 
-bool rows_supported(ggml_type type, bool transposed) {
+bool rows_supported(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:
         case GGML_TYPE_F16:
         case GGML_TYPE_BF16:
-            return true;
         case GGML_TYPE_Q8_0:
         case GGML_TYPE_Q5_0:
         case GGML_TYPE_Q5_1:
         case GGML_TYPE_Q4_0:
         case GGML_TYPE_Q4_1:
         case GGML_TYPE_IQ4_NL:
-            return !transposed;
+            return true;
         default:
             return false;
     }
@@ -115,13 +114,9 @@ static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n
     }
 }
 
-// where head ih of a row begins, in the row layout
+// where head ih of a row begins
 static uint8_t * head_ptr(const kv_rows & t, int64_t row, int32_t ih) {
     return t.data + row * t.row_bytes + ih * head_bytes(t);
-}
-
-uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e) {
-    return t.data + ((int64_t) ih * t.n_embd_head + e) * t.n_rows * (int64_t) ggml_type_size(t.type);
 }
 
 // rows of one head lie far apart, each on another page
@@ -133,30 +128,7 @@ void prefetch(const uint8_t * data, size_t size) {
     }
 }
 
-template <typename T> static void read_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {
-    for (int32_t e = 0; e < t.n_embd_head; ++e) {
-        const T * column = (const T *) column_ptr(t, ih, e);
-        T *       out    = (T *) dst + e;
-        for (size_t i = 0; i < rows.size(); ++i) {
-            out[i * t.n_embd_head] = column[rows[i]];
-        }
-    }
-}
-
-template <typename T> static void write_columns(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src) {
-    for (int32_t e = 0; e < t.n_embd_head; ++e) {
-        T *       column = (T *) column_ptr(t, ih, e);
-        const T * in     = (const T *) src + e;
-        for (size_t i = 0; i < rows.size(); ++i) {
-            column[rows[i]] = in[i * t.n_embd_head];
-        }
-    }
-}
-
 void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, uint8_t * dst) {
-    if (t.transposed) {
-        return t.type == GGML_TYPE_F32 ? read_columns<uint32_t>(t, rows, ih, dst) : read_columns<uint16_t>(t, rows, ih, dst);
-    }
     const size_t n = head_bytes(t);
     for (size_t i = 0; i < rows.size(); ++i) {
         std::memcpy(dst + i * n, head_ptr(t, rows[i], ih), n);
@@ -164,45 +136,23 @@ void read_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, 
 }
 
 void write_raw(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const uint8_t * src) {
-    if (t.transposed) {
-        return t.type == GGML_TYPE_F32 ? write_columns<uint32_t>(t, rows, ih, src) : write_columns<uint16_t>(t, rows, ih, src);
-    }
     const size_t n = head_bytes(t);
     for (size_t i = 0; i < rows.size(); ++i) {
         std::memcpy(head_ptr(t, rows[i], ih), src + i * n, n);
     }
 }
 
-template <typename T> static void copy_column(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) {
-    T * column = (T *) column_ptr(t, ih, 0);
-    for (int32_t e = 0; e < t.n_embd_head; ++e, column += t.n_rows) {
-        column[row_dst] = column[row_src];
-    }
-}
-
 void copy_head(const kv_rows & t, int32_t row_src, int32_t row_dst, int32_t ih) {
-    if (!t.transposed) {
-        std::memmove(head_ptr(t, row_dst, ih), head_ptr(t, row_src, ih), head_bytes(t));
-    } else if (t.type == GGML_TYPE_F32) {
-        copy_column<uint32_t>(t, row_src, row_dst, ih);
-    } else {
-        copy_column<uint16_t>(t, row_src, row_dst, ih);
-    }
+    std::memmove(head_ptr(t, row_dst, ih), head_ptr(t, row_src, ih), head_bytes(t));
 }
 
 void read_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, float * dst) {
-    if (!t.transposed) {
-        for (size_t i = 0; i < rows.size(); ++i) {
-            if (i + N_AHEAD < rows.size()) {
-                prefetch(head_ptr(t, rows[i + N_AHEAD], ih), head_bytes(t));
-            }
-            to_f32(t.type, head_ptr(t, rows[i], ih), dst + i * t.n_embd_head, t.n_embd_head);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (i + N_AHEAD < rows.size()) {
+            prefetch(head_ptr(t, rows[i + N_AHEAD], ih), head_bytes(t));
         }
-        return;
+        to_f32(t.type, head_ptr(t, rows[i], ih), dst + i * t.n_embd_head, t.n_embd_head);
     }
-    std::vector<uint8_t> raw(rows.size() * head_bytes(t));
-    read_raw(t, rows, ih, raw.data());
-    to_f32(t.type, raw.data(), dst, (int64_t) rows.size() * t.n_embd_head);
 }
 
 void write_f32(const kv_rows & t, const std::vector<int32_t> & rows, int32_t ih, const float * src) {

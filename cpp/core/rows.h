@@ -1,20 +1,15 @@
 #pragma once
 
-// Reads and writes one head of some rows of K or V. Many rows at a time, because the transposed layout keeps
-// an element of all rows together: going element by element there touches each cache line once.
+// Reads and writes one head of some rows of K or V.
 
 #include "core/types.h"
 
 namespace elastic {
 
-// true when the core can read and write this type in this layout:
-// f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl; transposed: f32, f16, bf16
-bool rows_supported(ggml_type type, bool transposed);
+// f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl
+bool rows_supported(ggml_type type);
 
 size_t head_bytes(const kv_rows & t);
-
-// where element e of head ih of all rows begins, in the transposed layout
-uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e);
 
 // into the second cache
 void prefetch(const uint8_t * data, size_t size);

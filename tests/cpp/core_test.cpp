@@ -353,12 +353,11 @@ struct stream {
     std::vector<uint8_t> bytes;
     kv_rows              t;
 
-    stream(ggml_type type, bool transposed, int32_t n_head_kv, int32_t d, int64_t n_rows, const std::vector<int32_t> & rows) {
+    stream(ggml_type type, int32_t n_head_kv, int32_t d, int64_t n_rows, const std::vector<int32_t> & rows) {
         t.type        = type;
         t.n_head_kv   = n_head_kv;
         t.n_embd_head = d;
         t.n_rows      = n_rows;
-        t.transposed  = transposed;
         t.row_bytes   = (int64_t) ggml_row_size(type, (int64_t) n_head_kv * d);
         bytes.assign(n_rows * t.row_bytes, 0xFF);
         t.data = bytes.data();
@@ -372,7 +371,7 @@ struct stream {
     }
 };
 
-static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int32_t n, int32_t n_keep, const char * name) {
+static void test_merge(ggml_type type_k, ggml_type type_v, int32_t n, int32_t n_keep, const char * name) {
     const int32_t n_layer = 2, n_head_kv = 2, d = 64, n_rows = n + 5;
 
     std::vector<int32_t> src;
@@ -381,8 +380,8 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     }
     std::vector<int32_t> dst(src.rbegin(), src.rbegin() + n_keep);
 
-    stream            k(type_k, false, n_head_kv, d, n_rows, src);
-    stream            v(type_v, transposed, n_head_kv, d, n_rows, src);
+    stream            k(type_k, n_head_kv, d, n_rows, src);
+    stream            v(type_v, n_head_kv, d, n_rows, src);
     const random_rows rows(n_layer, n_head_kv, n, d);
     const cells       c = make_cells(n);
 
@@ -448,25 +447,19 @@ static void test_merges() {
     const ggml_type types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0,  GGML_TYPE_Q5_0,
                                 GGML_TYPE_Q5_1, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_IQ4_NL };
     for (const auto type : types) {
-        for (const bool transposed : { false, true }) {
-            CHECK(rows_supported(type, false));
-            if (!rows_supported(type, transposed)) {
-                continue;
-            }
-            for (const char * rule : { "elastic-evict", "elastic-paper", "elastic" }) {
-                for (const int32_t n : { 1, 2, 24 }) {
-                    for (const int32_t n_keep : { 1, n / 2, n }) {
-                        if (n_keep >= 1) {
-                            test_merge(type, type, transposed, n, n_keep, rule);
-                        }
+        CHECK(rows_supported(type));
+        for (const char * rule : { "elastic-evict", "elastic-paper", "elastic" }) {
+            for (const int32_t n : { 1, 2, 24 }) {
+                for (const int32_t n_keep : { 1, n / 2, n }) {
+                    if (n_keep >= 1) {
+                        test_merge(type, type, n, n_keep, rule);
                     }
                 }
             }
         }
     }
-    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, true, 24, 9, "elastic");
-    CHECK(!rows_supported(GGML_TYPE_Q8_0, true));
-    CHECK(!rows_supported(GGML_TYPE_Q2_K, false));
+    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, 24, 9, "elastic");
+    CHECK(!rows_supported(GGML_TYPE_Q2_K));
 }
 
 // the bits of ggml's own conversions: all halves, and of floats what lies around and halfway between them
@@ -494,7 +487,7 @@ static void test_halves() {
         floats.push_back(-floats[i]);
     }
     const auto one_row = [](ggml_type type, void * data, size_t n) {
-        return kv_rows{ type, (uint8_t *) data, 1, (int32_t) n, 1, (int64_t) ggml_row_size(type, (int64_t) n), false };
+        return kv_rows{ type, (uint8_t *) data, 1, (int32_t) n, 1, (int64_t) ggml_row_size(type, (int64_t) n) };
     };
 
     std::vector<float> read(halves.size());
@@ -557,7 +550,7 @@ static void test_bounds() {
 }
 
 // against the same in f64, number by number
-static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int32_t n_q, int32_t n_kv, bool with_bias) {
+static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int32_t n_kv, bool with_bias) {
     const int32_t n_head = 4, n_head_kv = 2, d_k = 32, d_v = 40, n_rows = n_kv + 3, n_sums = 2;
 
     const auto random = [](size_t n, float scale) {
@@ -575,15 +568,15 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
     a.n_q    = n_q;
     a.n_kv   = n_kv;
     a.n_head = n_head;
-    a.k      = { type_k, k_data.data(), n_head_kv, d_k, n_rows, (int64_t) ggml_row_size(type_k, d_k * n_head_kv), false };
-    a.v      = { type_v, v_data.data(), n_head_kv, d_v, n_rows, (int64_t) ggml_row_size(type_v, d_v * n_head_kv), v_trans };
+    a.k      = { type_k, k_data.data(), n_head_kv, d_k, n_rows, (int64_t) ggml_row_size(type_k, d_k * n_head_kv) };
+    a.v      = { type_v, v_data.data(), n_head_kv, d_v, n_rows, (int64_t) ggml_row_size(type_v, d_v * n_head_kv) };
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
         write_f32(a.k, all, ih, random((size_t) n_kv * d_k, 1.0f).data());
         write_f32(a.v, all, ih, random((size_t) n_kv * d_v, 1.0f).data());
     }
     const auto q       = random((size_t) n_q * n_head * d_k, 3.0f);
     const auto weights = random((size_t) n_q * n_sums, 1.0f);
-    const auto bias    = random((size_t) n_head_kv * n_rows, 4.0f);
+    const auto bias    = random((size_t) n_head_kv * n_rows, 1.0f);
 
     // causal, but for cells that nobody sees and a query that sees nothing
     const auto sees = [&](int32_t i, int32_t c) {
@@ -608,7 +601,6 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
     a.mask_stride   = n_rows;
     a.bias          = with_bias ? bias.data() : nullptr;
     a.bias_stride   = n_rows;
-    a.bias_scale    = 0.25f;
     a.weights       = weights.data();
     a.n_sums        = n_sums;
     a.out           = out.data();
@@ -629,7 +621,7 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
                 for (int32_t e = 0; e < d_k; ++e) {
                     x += (double) q[((size_t) i * n_head + h) * d_k + e] * k[(size_t) c * d_k + e];
                 }
-                x    = 0.5 * x + (with_bias ? 0.25 * bias[(size_t) (h / 2) * n_rows + c] : 0.0);
+                x    = 0.5 * x + (with_bias ? bias[(size_t) (h / 2) * n_rows + c] : 0.0);
                 w[c] = sees(i, c) ? std::exp(x) : 0.0;
                 sum += w[c];
             }
@@ -655,11 +647,9 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
 static void test_attentions() {
     for (const bool with_bias : { false, true }) {
         for (const int32_t n_q : { 1, 7, 20, 64, 150 }) {
-            for (const bool v_trans : { false, true }) {
-                test_attention(GGML_TYPE_F16, GGML_TYPE_F16, v_trans, n_q, 203, with_bias);
-                test_attention(GGML_TYPE_F32, GGML_TYPE_F32, v_trans, n_q, 150, with_bias);
-            }
-            test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, false, n_q, 203, with_bias);
+            test_attention(GGML_TYPE_F16, GGML_TYPE_F16, n_q, 203, with_bias);
+            test_attention(GGML_TYPE_F32, GGML_TYPE_F32, n_q, 150, with_bias);
+            test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, n_q, 203, with_bias);
         }
     }
 }
@@ -686,7 +676,7 @@ static double now_ms() {
 
 // plan and merge of all layers at LLaVA-1.5-7B's shape, f16, one thread: median of 5 with the least and the most.
 // Four layers' rows take turns, more than the caches hold.
-static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed) {
+static void bench(const char * name, int32_t n, int32_t n_keep) {
     const int32_t n_layer = 32, n_head_kv = 32, d = 128, n_stream = 4, n_text = 32;
 
     const policy &       pol = find_policy(name);
@@ -701,8 +691,8 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
 
     std::vector<stream> k, v;
     for (int32_t i = 0; i < n_stream; ++i) {
-        k.emplace_back(GGML_TYPE_F16, false, n_head_kv, d, n, src);
-        v.emplace_back(GGML_TYPE_F16, transposed, n_head_kv, d, n, src);
+        k.emplace_back(GGML_TYPE_F16, n_head_kv, d, n, src);
+        v.emplace_back(GGML_TYPE_F16, n_head_kv, d, n, src);
     }
     struct stream_rows : row_source {
         const std::vector<stream> &  k;
@@ -733,18 +723,16 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
     }
     std::sort(t_plan.begin(), t_plan.end());
     std::sort(t_merge.begin(), t_merge.end());
-    printf("%4d -> %3d  %-14s V %-10s  plan %7.1f ms (%.1f - %.1f)  merge %7.1f ms (%.1f - %.1f)\n", n, n_keep, name,
-           transposed ? "transposed" : "in rows", t_plan[2], t_plan[0], t_plan[4], t_merge[2], t_merge[0], t_merge[4]);
+    printf("%4d -> %3d  %-14s  plan %7.1f ms (%.1f - %.1f)  merge %7.1f ms (%.1f - %.1f)\n", n, n_keep, name, t_plan[2], t_plan[0],
+           t_plan[4], t_merge[2], t_merge[0], t_merge[4]);
 }
 
 // core_test --bench: milliseconds instead of tests
 int main(int argc, char ** argv) {
     if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
         for (const char * name : { "elastic-evict", "elastic-paper", "elastic" }) {
-            for (const bool transposed : { false, true }) {
-                bench(name, 640, 128, transposed);
-                bench(name, 2944, 589, transposed);
-            }
+            bench(name, 640, 128);
+            bench(name, 2944, 589);
         }
         return 0;
     }

@@ -9,7 +9,16 @@ import numpy.typing
 import typing
 from . import core
 
-__all__ = ["Session", "build_info", "core", "lazy_buffers", "route_log", "take_log"]
+__all__ = [
+    "Session",
+    "build_info",
+    "core",
+    "layer_shares",
+    "lazy_buffers",
+    "measure_layers",
+    "route_log",
+    "take_log",
+]
 
 class Session:
     """
@@ -28,11 +37,10 @@ class Session:
         min_cells: typing.SupportsInt | typing.SupportsIndex = 64,
         n_threads: typing.SupportsInt | typing.SupportsIndex = 0,
         max_cells: typing.SupportsInt | typing.SupportsIndex = 0,
-        delay: typing.SupportsInt | typing.SupportsIndex = 0,
-        lookahead: typing.SupportsInt | typing.SupportsIndex = -1,
         overdraft: typing.SupportsInt | typing.SupportsIndex = -1,
         checkpoints: typing.SupportsInt | typing.SupportsIndex = 2,
         layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
+        auto_layers: bool = False,
         record: bool = False,
         release_memory: bool = True,
     ) -> None:
@@ -40,16 +48,24 @@ class Session:
         Attach an elastic cache to the llama_context at address `ctx`.
 
         A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
-        larger (0: no such cap). A prompt is compressed after `delay` tokens of its answer; without a delay
-        look_ahead tries `lookahead` tokens of it (-1: what the policy is made for, and one for 24 cells that
-        have to leave at most). `checkpoints`: states that are kept of each sequence so that what came later
+        larger (0: no such cap). `overdraft`: cells beyond the budget that an answer may take (-1: what the
+        policy is made for). `checkpoints`: states that are kept of each sequence so that what came later
         can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
-        > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
+        > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
+        `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
         loaded under each of them.
 
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
         RuntimeError when the cache holds cells already.
+        """
+    def begin_probe(self) -> None:
+        """
+        What is decoded from now on is taken back by end_probe, as if it had never been decoded.
+
+        What its tokens attended to stays part of the importance of the prompts that are there.
+
+        Raises ValueError while a probe is running.
         """
     def bias(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -83,6 +99,11 @@ class Session:
         """
         Switch the elastic cache off. RuntimeError while some cell carries an attention bias.
         """
+    def end_probe(self) -> None: ...
+    def equalize_layers(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Give all layers of a sequence as many cells, on average as many as before; returns n_cells.
+        """
     def forget(self) -> None:
         """
         Forget the context without touching it; for when it is about to be freed.
@@ -97,14 +118,6 @@ class Session:
         """
         Cells that each layer holds of the sequence, int32 [n_layer].
         """
-    def hold(self, value: bool) -> None:
-        """
-        While held, one-token batches belong to the prompt, which is compressed for max_cells only; an earlier one that still waits is compressed first.
-        """
-    def is_waiting(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
-        """
-        Whether an answer has begun whose prompt is still to be compressed (delay).
-        """
     def kv_bytes(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Bytes of K, V and bias that the layers hold of the sequence.
@@ -117,24 +130,9 @@ class Session:
         """
         Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].
         """
-    def level(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    def layer_share(self) -> list[float]:
         """
-        Give all layers of a sequence as many cells, on average as many as before; returns n_cells.
-        """
-    def look_ahead(
-        self,
-        tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-        seq_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [0],
-    ) -> int:
-        """
-        Try the answers that begin with `tokens`, one for each of `seq_ids`, and take them back.
-
-        To be called when the first token of an answer is known and not yet decoded. What the tokens that
-        are tried attend to becomes part of the importance. Nothing is tried where a sequence holds image
-        cells, where no cell (or, with a lookahead of -1, few) has to leave, or with a delay. Returns the
-        decode steps it took; the logits of the context are other ones then.
-
-        Raises ValueError for a token that does not exist, a sequence given twice, or lists that differ in length.
+        Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.
         """
     def make_room(
         self,
@@ -158,6 +156,10 @@ class Session:
         """
         Cells that a layer holds of the sequence, on average over the layers, rounded up.
         """
+    def n_to_leave(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Cells that the compression of the sequence's prompt is going to take away; 0 if it has been compressed.
+        """
     def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Tokens decoded since the sequence was last empty.
@@ -170,9 +172,7 @@ class Session:
         """
         K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).
         """
-    def recent(
-        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
-    ) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
+    def recent(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> tuple:
         """
         Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
         """
@@ -181,17 +181,13 @@ class Session:
         """
         Make the logits after a prompt's last token, which is the sequence's last, those of the context; False: not known.
         """
+    def set_prefill(self, value: bool) -> None:
+        """
+        While set, batches of one token are part of a prompt, which is compressed for max_cells only.
+        """
     def stats(self) -> dict:
         """
         Counters since the last reset; times in microseconds, sizes in bytes.
-        """
-    def take_back(
-        self,
-        p0: typing.SupportsInt | typing.SupportsIndex,
-        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
-    ) -> None:
-        """
-        Remove the end of a prompt that is not compressed yet; what its tokens looked at stays part of the importance.
         """
     @property
     def is_attached(self) -> bool: ...
@@ -201,9 +197,28 @@ def build_info() -> dict:
     What this build is made of: llama.cpp commit, patches, backends, CPU features.
     """
 
+def layer_shares(
+    scores: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+) -> list[float]:
+    """
+    Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.
+    """
+
 def lazy_buffers(value: bool) -> None:
     """
-    Whether the K and V buffers of contexts made from now on are left untouched until they are used.
+    Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used.
+    """
+
+def measure_layers(
+    model: typing.SupportsInt | typing.SupportsIndex,
+    n_threads: typing.SupportsInt | typing.SupportsIndex,
+) -> list[float]:
+    """
+    How much each layer of the cache looks words up, list of float [n_layer] in [0, 1].
+
+    Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
+
+    Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.
     """
 
 def route_log(level: typing.SupportsInt | typing.SupportsIndex) -> int:
