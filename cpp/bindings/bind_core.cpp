@@ -7,7 +7,7 @@
 #include "core/kind_split.h"
 #include "core/merge.h"
 #include "core/policy.h"
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
 
 #include <pybind11/stl.h>
 

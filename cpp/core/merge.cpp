@@ -1,7 +1,5 @@
 #include "core/merge.h"
 
-#include "core/rows.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>

@@ -1,7 +1,5 @@
 #include "runtime/kv_view.h"
 
-#include "core/rows.h"
-
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-impl.h"

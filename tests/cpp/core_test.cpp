@@ -1,23 +1,23 @@
 // Every function of the core on small inputs and at the edges, for the sanitizers. Values are compared with
 // independent oracles in the Python tests.
 
-#include "core/attention.h"
 #include "core/biased_combiner.h"
 #include "core/budget.h"
 #include "core/coverage_selector.h"
 #include "core/evict_cell.h"
 #include "core/evict_per_head.h"
-#include "core/features.h"
 #include "core/generate.h"
 #include "core/layer_shares.h"
 #include "core/mean_combiner.h"
 #include "core/merge.h"
-#include "core/parallel.h"
 #include "core/policy.h"
-#include "core/rows.h"
 #include "core/sum_scorer.h"
 #include "core/top_selector.h"
 #include "core/window_scorer.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/distances.h"
+#include "kernels/kv_rows.h"
+#include "kernels/parallel.h"
 
 #include <algorithm>
 #include <chrono>
@@ -519,7 +519,7 @@ static void test_bounds() {
             v.push_back(i % 10 == 0 ? 0.0f : uniform(0.0f, 1.0f));
         }
     }
-    features f;
+    kv_points f;
     f.fill(cells, k, d, v, d);
     for (int32_t r = 0; r < N_ANCHORS - 1; ++r) {
         anchors.push_back(7 * r);

@@ -4,7 +4,7 @@
 // The paper spares the first two layers; here all layers are compressed.
 
 #include "core/evict_cell.h"
-#include "core/parallel.h"
+#include "kernels/parallel.h"
 #include "core/policy.h"
 #include "core/top_selector.h"
 

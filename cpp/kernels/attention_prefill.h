@@ -4,7 +4,7 @@
 // out has no sums of them, and one that does writes n_kv * n_tokens * n_head numbers: here a few queries are finished at a
 // time, their weights are summed while they are in the cache, and cells that none of them may see are skipped.
 
-#include "core/types.h"
+#include "kernels/kv_rows.h"
 
 #include <cstdint>
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Distances between the cells of a run, in keys and values. A cell has to be compared with all anchors, of which few are
-// nearer than what it has found already: a quick bound tells which, and their distances are computed exactly.
+// Distances between cells, in keys and values. A cell has to be compared with all anchors, of which few are nearer than what it
+// has found already: a quick bound tells which, and their distances are computed exactly.
 
 #include <cstddef>
 #include <cstdint>
@@ -13,10 +13,10 @@ namespace elastic {
 constexpr int32_t N_ANCHORS = 16;
 constexpr int32_t N_CELLS   = 8;
 
-// Keys and values side by side, moved and scaled so that squared distances are the ones of coverage_selector.h.
-class features {
+// A point per cell: its key and its value side by side, each less its mean and divided by the root of its variance in these cells.
+class kv_points {
   public:
-    // of the given rows of k [.., d_k] and v [.., d_v]; memory is kept from run to run
+    // of the given rows of k [.., d_k] and v [.., d_v]; memory is kept from call to call
     void fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v);
 
     // squared distance between two cells
@@ -45,10 +45,11 @@ class features {
 // up to N_ANCHORS anchors side by side
 class anchor_block {
   public:
-    void set(const features & f, const int32_t * anchors, int32_t n);
+    void set(const kv_points & points, const int32_t * anchors, int32_t n);
 
     // bounds below the squared distances of up to N_CELLS cells; any[q]: one of cell q is below than[q]
-    void bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS], bool * any) const;
+    void bound(const kv_points & points, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
+               bool * any) const;
 
   private:
     float norms[N_ANCHORS];  // squared

@@ -1,7 +1,7 @@
-#include "core/attention_few.h"
+#include "kernels/attention_decode.h"
 
-#include "core/lanes.h"
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
+#include "kernels/simd.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,14 +24,14 @@ template <int... I> eight shuffle(eight x, eight y) {
 #endif
 }
 
-eight fold(lanes x) {
-    eight parts[N_LANES / 8];
+eight fold(simd_f32 x) {
+    eight parts[N_SIMD / 8];
     std::memcpy(parts, &x, sizeof(parts));
-    return N_LANES == 8 ? parts[0] : parts[0] + parts[N_LANES / 8 - 1];
+    return N_SIMD == 8 ? parts[0] : parts[0] + parts[N_SIMD / 8 - 1];
 }
 
 // the total of each of 8
-eight totals(const lanes (&x)[8]) {
+eight totals(const simd_f32 (&x)[8]) {
     eight pairs[4];
     for (int32_t i = 0; i < 4; ++i) {
         const eight a = fold(x[2 * i]), b = fold(x[2 * i + 1]);
@@ -55,10 +55,10 @@ float number(uint16_t half) {
 
 // dst[j] = x times row j, of N_TILE rows
 template <typename T> void dots(float * dst, const float * x, const T * const * rows, int32_t n) {
-    lanes   acc[N_TILE] = {};
-    int32_t e           = 0;
-    for (; e + N_LANES <= n; e += N_LANES) {
-        const lanes y = load(x + e);
+    simd_f32 acc[N_TILE] = {};
+    int32_t  e           = 0;
+    for (; e + N_SIMD <= n; e += N_SIMD) {
+        const simd_f32 y = load(x + e);
         for (int32_t j = 0; j < N_TILE; ++j) {
             acc[j] += y * load(rows[j] + e);
         }
@@ -75,8 +75,8 @@ template <typename T> void dots(float * dst, const float * x, const T * const * 
 // dst[e] += sum of w[j] * rows[j][e] over N_TILE rows
 template <typename T> void add_rows(float * dst, const float * w, const T * const * rows, int32_t n) {
     int32_t e = 0;
-    for (; e + N_LANES <= n; e += N_LANES) {
-        lanes acc[2] = { load(dst + e) };
+    for (; e + N_SIMD <= n; e += N_SIMD) {
+        simd_f32 acc[2] = { load(dst + e) };
         for (int32_t j = 0; j < N_TILE; ++j) {
             acc[j % 2] += w[j] * load(rows[j] + e);
         }
@@ -98,7 +98,7 @@ class heads_attention {
     }
 
     void run(int32_t i, const std::vector<int32_t> & cells) {
-        stride = ((int32_t) cells.size() + N_LANES - 1) / N_LANES * N_LANES;  // of whole tiles too
+        stride = ((int32_t) cells.size() + N_SIMD - 1) / N_SIMD * N_SIMD;  // of whole tiles too
         weights.resize((size_t) n() * stride);
         logits(i, cells);
         for (int32_t h = 0; h < n(); ++h) {
@@ -196,17 +196,17 @@ class heads_attention {
 
     // in place; returns 1 over their sum
     float exponentials(float * w) const {
-        lanes highest = splat(-INFINITY);
-        for (int32_t c = 0; c < stride; c += N_LANES) {
+        simd_f32 highest = splat(-INFINITY);
+        for (int32_t c = 0; c < stride; c += N_SIMD) {
             highest = larger(highest, load(w + c));
         }
         float top = -INFINITY;
-        for (int32_t l = 0; l < N_LANES; ++l) {
+        for (int32_t l = 0; l < N_SIMD; ++l) {
             top = std::max(top, highest[l]);
         }
-        lanes sum = {};
-        for (int32_t c = 0; c < stride; c += N_LANES) {
-            const lanes x = exp_lanes(load(w + c) - top);
+        simd_f32 sum = {};
+        for (int32_t c = 0; c < stride; c += N_SIMD) {
+            const simd_f32 x = simd_exp(load(w + c) - top);
             sum += x;
             store(w + c, x);
         }

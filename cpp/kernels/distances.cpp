@@ -1,13 +1,13 @@
-#include "core/features.h"
+#include "kernels/distances.h"
 
-#include "core/lanes.h"
+#include "kernels/simd.h"
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 
-// where the processor multiplies bytes: four products at once, added to each of N_LANES sums
+// where the processor multiplies bytes: four products at once, added to each of N_SIMD sums
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define HAS_BYTE_PRODUCTS
@@ -56,11 +56,11 @@ static float slack(int32_t d) {
 }
 
 //
-// features
+// points
 //
 
-void features::fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v,
-                    int32_t d_v) {
+void kv_points::fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v,
+                     int32_t d_v) {
     n = (int32_t) cells.size();
     d = (d_k + d_v + N_SUMS - 1) / N_SUMS * N_SUMS;
     data.assign((size_t) n * d, 0.0f);
@@ -78,7 +78,7 @@ void features::fill(const std::vector<int32_t> & cells, const std::vector<float>
     }
 }
 
-void features::put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first) {
+void kv_points::put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first) {
     std::vector<double> mean(d_x, 0.0);
     std::vector<double> sq(d_x, 0.0);
     for (const int32_t i : cells) {
@@ -101,7 +101,7 @@ void features::put(const std::vector<int32_t> & cells, const std::vector<float> 
     }
 }
 
-void features::round_rows() {
+void kv_points::round_rows() {
     bytes.resize(data.size());
     scales.resize(n);
     errors.resize(n);
@@ -129,7 +129,7 @@ void features::round_rows() {
     }
 }
 
-float features::distance(int32_t i, int32_t j) const {
+float kv_points::distance(int32_t i, int32_t j) const {
     const float * x = row(i);
     const float * y = row(j);
     return sum_up(d, [&](int32_t e) {
@@ -142,30 +142,30 @@ float features::distance(int32_t i, int32_t j) const {
 // anchors
 //
 
-void anchor_block::set(const features & f, const int32_t * anchors, int32_t n) {
+void anchor_block::set(const kv_points & points, const int32_t * anchors, int32_t n) {
     std::fill(norms, norms + N_ANCHORS, FLT_MAX);
     std::fill(lengths, lengths + N_ANCHORS, 0.0f);
     std::fill(scales, scales + N_ANCHORS, 0.0f);
     std::fill(errors, errors + N_ANCHORS, 0.0f);
     std::fill(offsets, offsets + N_ANCHORS, 0.0f);
-    data.resize((size_t) f.d * N_ANCHORS, 0.0f);
-    bytes.resize((size_t) f.d * N_ANCHORS, 0);
+    data.resize((size_t) points.d * N_ANCHORS, 0.0f);
+    bytes.resize((size_t) points.d * N_ANCHORS, 0);
 
     for (int32_t r = 0; r < n; ++r) {
         const int32_t i = anchors[r];
-        norms[r]        = f.norms[i];
+        norms[r]        = points.norms[i];
         lengths[r]      = std::sqrt(norms[r]);
-        scales[r]       = f.scales[i];
-        errors[r]       = f.errors[i];
+        scales[r]       = points.scales[i];
+        errors[r]       = points.errors[i];
         if (!has_byte_products) {
-            for (int32_t e = 0; e < f.d; ++e) {
-                data[(size_t) e * N_ANCHORS + r] = f.row(i)[e];
+            for (int32_t e = 0; e < points.d; ++e) {
+                data[(size_t) e * N_ANCHORS + r] = points.row(i)[e];
             }
             continue;
         }
-        const uint8_t * x   = f.bytes.data() + (size_t) i * f.d;
+        const uint8_t * x   = points.bytes.data() + (size_t) i * points.d;
         int32_t         sum = 0;
-        for (int32_t e = 0; e < f.d; ++e) {
+        for (int32_t e = 0; e < points.d; ++e) {
             const int32_t byte                                  = (int32_t) x[e] - 128;
             bytes[(size_t) (e / 4 * N_ANCHORS + r) * 4 + e % 4] = (int8_t) byte;
             sum += byte;
@@ -189,9 +189,9 @@ static bool any_below(const float * x, float than) {
     return res != 0;
 }
 
-// products of N_CELLS cells with N_LANES of the anchors that lie side by side
+// products of N_CELLS cells with N_SIMD of the anchors that lie side by side
 #ifdef HAS_BYTE_PRODUCTS
-static void multiply(const uint8_t * const * cells, const int8_t * anchors, int32_t d, lanes * dst) {
+static void multiply(const uint8_t * const * cells, const int8_t * anchors, int32_t d, simd_f32 * dst) {
     byte_sums sums[N_CELLS] = {};
     for (int32_t e = 0; e < d; e += 4) {
         byte_sums y;
@@ -203,14 +203,14 @@ static void multiply(const uint8_t * const * cells, const int8_t * anchors, int3
         }
     }
     for (int32_t q = 0; q < N_CELLS; ++q) {
-        dst[q] = __builtin_convertvector((int_lanes) sums[q], lanes);
+        dst[q] = __builtin_convertvector((simd_i32) sums[q], simd_f32);
     }
 }
 #else
-static void multiply(const float * const * cells, const float * anchors, int32_t d, lanes * dst) {
-    std::fill(dst, dst + N_CELLS, lanes{});
+static void multiply(const float * const * cells, const float * anchors, int32_t d, simd_f32 * dst) {
+    std::fill(dst, dst + N_CELLS, simd_f32{});
     for (int32_t e = 0; e < d; ++e) {
-        const lanes y = load(anchors + (size_t) e * N_ANCHORS);
+        const simd_f32 y = load(anchors + (size_t) e * N_ANCHORS);
         for (int32_t q = 0; q < N_CELLS; ++q) {
             dst[q] += cells[q][e] * y;
         }
@@ -219,37 +219,37 @@ static void multiply(const float * const * cells, const float * anchors, int32_t
 #endif
 
 // |x - y|^2 = |x|^2 + |y|^2 - 2xy, and of rounded x and y the product is off by at most |x||dy| + |dx||y| + |dx||dy|
-void anchor_block::bound(const features & f, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
+void anchor_block::bound(const kv_points & points, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
                          bool * any) const {
 #ifdef HAS_BYTE_PRODUCTS
-    const auto * of_cells   = f.bytes.data();
+    const auto * of_cells   = points.bytes.data();
     const auto * of_anchors = bytes.data();
     const int    n_together = 4;
 #else
-    const auto * of_cells   = f.data.data();
+    const auto * of_cells   = points.data.data();
     const auto * of_anchors = data.data();
     const int    n_together = 1;
 #endif
     decltype(of_cells) x[N_CELLS];
     for (int32_t q = 0; q < N_CELLS; ++q) {
-        x[q] = of_cells + (size_t) cells[std::min(q, n_cells - 1)] * f.d;
+        x[q] = of_cells + (size_t) cells[std::min(q, n_cells - 1)] * points.d;
     }
-    for (int32_t first = 0; first < N_ANCHORS; first += N_LANES) {
-        lanes products[N_CELLS];
-        multiply(x, of_anchors + first * n_together, f.d, products);
+    for (int32_t first = 0; first < N_ANCHORS; first += N_SIMD) {
+        simd_f32 products[N_CELLS];
+        multiply(x, of_anchors + first * n_together, points.d, products);
 
-        const lanes all_norms   = load(norms + first);
-        const lanes all_lengths = load(lengths + first);
-        const lanes all_scales  = load(scales + first);
-        const lanes all_errors  = load(errors + first);
-        const lanes all_offsets = load(offsets + first);
+        const simd_f32 all_norms   = load(norms + first);
+        const simd_f32 all_lengths = load(lengths + first);
+        const simd_f32 all_scales  = load(scales + first);
+        const simd_f32 all_errors  = load(errors + first);
+        const simd_f32 all_offsets = load(offsets + first);
         for (int32_t q = 0; q < n_cells; ++q) {
             const int32_t i      = cells[q];
-            const float   length = std::sqrt(f.norms[i]) + f.errors[i];
+            const float   length = std::sqrt(points.norms[i]) + points.errors[i];
 
-            const lanes product = f.scales[i] * all_scales * (products[q] - all_offsets);
-            const lanes off     = f.errors[i] * all_lengths + length * all_errors;
-            store(dst[q] + first, slack(f.d) * (f.norms[i] + all_norms) - 2.0f * (product + off));
+            const simd_f32 product = points.scales[i] * all_scales * (products[q] - all_offsets);
+            const simd_f32 off     = points.errors[i] * all_lengths + length * all_errors;
+            store(dst[q] + first, slack(points.d) * (points.norms[i] + all_norms) - 2.0f * (product + off));
         }
     }
     for (int32_t q = 0; q < n_cells; ++q) {

@@ -2,9 +2,23 @@
 
 // Reads and writes one head of some rows of K or V.
 
-#include "core/types.h"
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace elastic {
+
+// K or V of one layer in one stream, as llama.cpp stores it with flash attention
+struct kv_rows {
+    ggml_type type        = GGML_TYPE_F16;
+    uint8_t * data        = nullptr;
+    int32_t   n_head_kv   = 0;
+    int32_t   n_embd_head = 0;  // elements of one head of one row
+    int64_t   n_rows      = 0;  // cells in the stream that may be used
+    int64_t   row_bytes   = 0;  // from one cell to the next
+};
 
 // f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl
 bool rows_supported(ggml_type type);

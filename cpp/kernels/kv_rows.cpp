@@ -1,6 +1,6 @@
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
 
-#include "core/lanes.h"
+#include "kernels/simd.h"
 
 #include <cstring>
 
@@ -35,7 +35,7 @@ size_t head_bytes(const kv_rows & t) {
 
 static void f16_to_f32(const uint16_t * src, float * dst, int64_t n) {
     int64_t i = 0;
-    for (; i + N_LANES <= n; i += N_LANES) {
+    for (; i + N_SIMD <= n; i += N_SIMD) {
         store(dst + i, load(src + i));
     }
     for (; i < n; ++i) {
