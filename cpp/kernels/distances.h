@@ -30,16 +30,9 @@ class kv_points {
     std::vector<float> data;   // [n][d]
     std::vector<float> norms;  // squared, [n]
 
-    // rounded to a byte per element, where the processor multiplies bytes: x is scale*(byte - 128), give or take a
-    // vector of length `error`; elsewhere nothing is rounded, and they are 1 and 0
-    std::vector<uint8_t> bytes;  // [n][d]
-    std::vector<float>   scales;
-    std::vector<float>   errors;
-
     const float * row(int32_t i) const { return data.data() + (size_t) i * d; }
 
     void put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first);
-    void round_rows();
 };
 
 // up to N_ANCHORS anchors side by side
@@ -52,14 +45,8 @@ class anchor_block {
                bool * any) const;
 
   private:
-    float norms[N_ANCHORS];  // squared
-    float lengths[N_ANCHORS];
-    float scales[N_ANCHORS];
-    float errors[N_ANCHORS];
-    float offsets[N_ANCHORS];  // what 128 too much in each byte of a cell adds to a product
-
-    std::vector<float>  data;   // [d][N_ANCHORS]
-    std::vector<int8_t> bytes;  // [d/4][N_ANCHORS][4]
+    float              norms[N_ANCHORS];  // squared
+    std::vector<float> data;              // [d][N_ANCHORS]
 };
 
 }  // namespace elastic
