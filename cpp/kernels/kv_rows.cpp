@@ -6,10 +6,6 @@
 
 namespace elastic {
 
-static bool is_plain(ggml_type type) {
-    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-}
-
 bool rows_supported(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:
@@ -31,37 +27,8 @@ size_t head_bytes(const kv_rows & t) {
     return ggml_row_size(t.type, t.n_embd_head);
 }
 
-// ggml-base's own go number by number; compilers make vector loops of these, and the bits are the same
-
-static void f16_to_f32(const uint16_t * src, float * dst, int64_t n) {
-    int64_t i = 0;
-    for (; i + N_SIMD <= n; i += N_SIMD) {
-        store(dst + i, load(src + i));
-    }
-    for (; i < n; ++i) {
-        dst[i] = f16_to_f32(src[i]);
-    }
-}
-
-// to the nearest, to the even one of two
-static void f32_to_f16(const float * src, uint16_t * dst, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, src + i, sizeof(bits));
-        const uint32_t rest   = bits & 0x7fffffff;
-        const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
-        // below the least normal number the sum of floats rounds
-        float          x;
-        std::memcpy(&x, &rest, sizeof(x));
-        x += 0.5f;
-        uint32_t small;
-        std::memcpy(&small, &x, sizeof(small));
-        small -= 0x3f000000;
-        const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
-        const uint32_t res   = rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large;
-        dst[i]               = (uint16_t) (res | (bits >> 16 & 0x8000));
-    }
-}
+// The bits of ggml's own, which ggml-base compiles for any processor. Measured in turns with those, AVX-512, one thread: attention
+// of one query takes 1.27 times as long with ggml's q8_0 (a token of a 7B shape with 1260 cells 1.05 times) and 2.5 with its q4_0.
 
 // of blocks of 32: a half that scales, then the numbers
 static void q8_0_to_f32(const uint8_t * src, float * dst, int64_t n) {
@@ -91,8 +58,6 @@ static void q4_0_to_f32(const uint8_t * src, float * dst, int64_t n) {
 void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
-    } else if (type == GGML_TYPE_F16) {
-        f16_to_f32((const uint16_t *) src, dst, n);
     } else if (type == GGML_TYPE_Q8_0) {
         q8_0_to_f32(src, dst, n);
     } else if (type == GGML_TYPE_Q4_0) {
@@ -105,9 +70,7 @@ void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
 static void from_f32(ggml_type type, const float * src, uint8_t * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
-    } else if (type == GGML_TYPE_F16) {
-        f32_to_f16(src, (uint16_t *) dst, n);
-    } else if (is_plain(type)) {
+    } else if (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16) {
         ggml_get_type_traits(type)->from_float_ref(src, dst, n);
     } else {
         ggml_quantize_chunk(type, src, dst, 0, 1, n, nullptr);
