@@ -1,4 +1,4 @@
-"""Merging compared with the slow oracle, for every rule, type and layout."""
+"""Merging compared with the slow oracle, for every rule and type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ core = _core.core
 
 RULES = ("evict", "merge_mean", "merge_biased")
 TYPES = PLAIN + QUANTIZED
-LAYOUTS_V = [(t, False) for t in TYPES] + [(t, True) for t in PLAIN]
 D = 64
 
 
@@ -44,7 +43,7 @@ def store(kind, x):
 class Case:
     """A random layer: a stream shared with other sequences, and a random plan for some rows."""
 
-    def __init__(self, seed, type_k, type_v, transposed, n_cells=None, n_keep=None, n_head=2, d=D):
+    def __init__(self, seed, type_k, type_v, n_cells=None, n_keep=None, n_head=2, d=D):
         rng = self.rng = np.random.default_rng(seed)
         n_cells = self.n_cells = n_cells or int(rng.integers(1, 25))
         n_keep = self.n_keep = n_keep or int(rng.integers(1, n_cells + 1))
@@ -54,8 +53,8 @@ class Case:
         self.src = rows[:n_cells] if seed % 2 else np.sort(rows[:n_cells])
         self.dst = np.sort(self.src)[:n_keep]
         poisoned = rows[n_cells : n_cells + 6]
-        self.k = self.stream(type_k, False, poisoned)
-        self.v = self.stream(type_v, transposed, poisoned)
+        self.k = self.stream(type_k, poisoned)
+        self.v = self.stream(type_v, poisoned)
 
         self.kept = np.empty((1, n_head, n_keep), np.int32)
         self.bucket = rng.integers(-1, n_keep, (1, n_head, n_cells)).astype(np.int32)
@@ -71,11 +70,11 @@ class Case:
         self.key_weight = rng.choice(np.array([0.0, 0.4, 1.0], np.float32), n_cells)
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
 
-    def stream(self, kind, transposed, poisoned):
+    def stream(self, kind, poisoned):
         x = self.rng.standard_normal((self.n_rows, self.n_head, self.d)) * 3
         rows = store(kind, x)
         rows[poisoned] = 0xFF  # NaN in every type
-        return Stream.from_rows(kind, transposed, self.d, rows)
+        return Stream.from_rows(kind, self.d, rows)
 
     def merge(self, rule):
         k, v, mass, count, bias = core.merge_layer(
@@ -86,7 +85,6 @@ class Case:
             self.k.kind,
             self.v.data,
             self.v.kind,
-            self.v.transposed,
             self.d,
             self.n_rows,
             list(self.src),
@@ -97,8 +95,8 @@ class Case:
             self.weight,
             list(self.key_weight),
         )
-        after_k = Stream(self.k.kind, False, self.n_head, self.d, k)
-        after_v = Stream(self.v.kind, self.v.transposed, self.n_head, self.d, v)
+        after_k = Stream(self.k.kind, self.n_head, self.d, k)
+        after_v = Stream(self.v.kind, self.n_head, self.d, v)
         return after_k, after_v, mass, count, bias
 
     def cells(self, h):
@@ -153,12 +151,12 @@ def check(case, rule):
             assert count[0, h].sum() == case.count[0, h][joined].sum()
 
 
-@pytest.mark.parametrize(("type_v", "transposed"), LAYOUTS_V)
+@pytest.mark.parametrize("type_v", TYPES)
 @pytest.mark.parametrize("type_k", TYPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_merge_equals_oracle(rule, type_k, type_v, transposed):
+def test_merge_equals_oracle(rule, type_k, type_v):
     for seed in range(4):
-        check(Case(seed, type_k, type_v, transposed), rule)
+        check(Case(seed, type_k, type_v), rule)
 
 
 @settings(deadline=None, max_examples=300)
@@ -166,32 +164,31 @@ def test_merge_equals_oracle(rule, type_k, type_v, transposed):
     st.integers(0, 2**32 - 1),
     st.sampled_from(RULES),
     st.sampled_from(TYPES),
-    st.sampled_from(LAYOUTS_V),
+    st.sampled_from(TYPES),
     st.integers(1, 60),
     st.integers(1, 4),
     st.sampled_from([32, 96]),
     st.data(),
 )
-def test_merge_equals_oracle_for_any_plan(seed, rule, type_k, layout_v, n_cells, n_head, d, data):
+def test_merge_equals_oracle_for_any_plan(seed, rule, type_k, type_v, n_cells, n_head, d, data):
     n_keep = data.draw(st.sampled_from([1, n_cells, max(1, n_cells // 5), max(1, n_cells // 2)]))
-    check(Case(seed, type_k, *layout_v, n_cells, n_keep, n_head, d), rule)
+    check(Case(seed, type_k, type_v, n_cells, n_keep, n_head, d), rule)
 
 
 @pytest.mark.parametrize("d", [1, 3, 80])
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_head_sizes_that_are_no_whole_blocks(kind, transposed, d):
+def test_head_sizes_that_are_no_whole_blocks(kind, d):
     for seed in range(4):
-        check(Case(seed, kind, kind, transposed, d=d), "merge_mean")
+        check(Case(seed, kind, kind, d=d), "merge_mean")
 
 
 def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
     """An f32 case of one head out of given cells, in rows of their own."""
-    case = Case(0, "f32", "f32", False, len(k), len(kept), 1, k.shape[1])
+    case = Case(0, "f32", "f32", len(k), len(kept), 1, k.shape[1])
     case.n_rows = len(k)
     case.src, case.dst = np.arange(len(k)), np.arange(len(kept))
-    case.k = Stream.from_rows("f32", False, k.shape[1], store("f32", k[:, None]))
-    case.v = Stream.from_rows("f32", False, k.shape[1], store("f32", v[:, None]))
+    case.k = Stream.from_rows("f32", k.shape[1], store("f32", k[:, None]))
+    case.v = Stream.from_rows("f32", k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
     case.mass = case.weight = mass[None, None].astype(np.float32)
     case.key_weight = np.full(len(k), key_weight, np.float32)
@@ -268,11 +265,10 @@ def test_anchors_next_to_no_mass_get_a_finite_bias(smallest, key_weight):
     assert np.isfinite(merged_cells(case, "merge_biased").bias).all()
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_transposed_needs_plain_types(kind):
-    case = Case(1, "f16", kind, False)
-    case.v.transposed = True
-    with pytest.raises(ValueError, match=f"type {kind} transposed"):
+def test_types_without_rows_of_their_own_are_refused():
+    case = Case(1, "f16", "f16")
+    case.v.kind = "q2_K"
+    with pytest.raises(ValueError, match="type q2_K"):
         case.merge("merge_biased")
 
 
@@ -286,14 +282,14 @@ def test_transposed_needs_plain_types(kind):
     ],
 )
 def test_bad_rows_are_refused(name, change, message):
-    case = Case(1, "f16", "f16", False)
+    case = Case(1, "f16", "f16")
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(ValueError, match=message):
         case.merge("merge_biased")
 
 
 def test_incomplete_blocks_are_refused():
-    case = Case(1, "q8_0", "q8_0", False)
+    case = Case(1, "q8_0", "q8_0")
     case.d = 48
     with pytest.raises(ValueError, match="n_embd_head: got 48"):
         case.merge("merge_biased")
@@ -301,4 +297,4 @@ def test_incomplete_blocks_are_refused():
 
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match=r"\[rule\] got"):
-        Case(1, "f16", "f16", False).merge("nothing")
+        Case(1, "f16", "f16").merge("nothing")

@@ -12,9 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = ROOT / "docs" / "policies.md"
-CORE = ROOT / "cpp" / "core"
 
-NEEDS_GGML = ("attention", "attention_few", "merge", "rows")  # no plan is made there
 N_LAYER, N_HEAD, N_CELLS, D, N_KEEP = 2, 2, 30, 8, 11
 
 # reads keys, writes the kept cells of a plan
@@ -68,18 +66,11 @@ def documented() -> tuple[str, str, str]:
     return path[1], blocks[0], blocks[1]
 
 
-def ggml_headers() -> Path:
-    """Headers of the llama.cpp tree that was built."""
-    for pattern in ("build/*/llama.cpp-src/ggml/include", "build-*/llama.cpp-src/ggml/include"):
-        for path in ROOT.glob(pattern):
-            return path
-    pytest.skip("the headers of ggml are not in a build folder here")
-
-
 def with_policy(folder: Path) -> tuple[Path, str]:
     """A copy of the core with the documented policy, and its name."""
     path, text, line = documented()
-    shutil.copytree(CORE, folder / "cpp" / "core")
+    for part in ("core", "kernels"):
+        shutil.copytree(ROOT / "cpp" / part, folder / "cpp" / part)
     (folder / path).write_text(text, encoding="utf-8")
     registry = folder / "cpp" / "core" / "registry.cpp"
     lines = registry.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -93,12 +84,14 @@ def build(folder: Path, name: str, sources: Path) -> Path:
     values = {"L": N_LAYER, "H": N_HEAD, "T": N_CELLS, "D": D, "N": N_KEEP, "NAME": name}
     program.write_text(re.sub(r"@(\w+)@", lambda m: str(values[m[1]]), PROGRAM))
     core = sources / "core"
-    parts = [p for p in core.glob("*.cpp") if p.stem not in NEEDS_GGML]
+    parts = [
+        p for p in core.glob("*.cpp") if p.stem != "merge"
+    ]  # only a merge touches K and V, as ggml stores them
+    parts.append(sources / "kernels" / "distances.cpp")
     out = folder / "plan"
-    includes = [f"-I{sources}", f"-I{ggml_headers()}"]
     options = ["-std=c++17", "-O0", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     files = [program, *parts, *(core / "policies").glob("*.cpp")]
-    subprocess.run(["g++", *options, *includes, *files, "-o", out], check=True)
+    subprocess.run(["g++", *options, f"-I{sources}", *files, "-o", out], check=True)
     return out
 
 

@@ -8,7 +8,7 @@
 #include "core/kind_split.h"
 #include "core/merge.h"
 #include "core/policy.h"
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
 
 #include <pybind11/stl.h>
 
@@ -147,10 +147,9 @@ static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n
 }
 
 // checked here because ggml aborts on a type without rows or an incomplete block
-static int64_t row_bytes(ggml_type type, bool transposed, int64_t n_head_kv, int64_t n_embd_head) {
-    if (!rows_supported(type, transposed)) {
-        throw error(std::string("[rows] got type ") + ggml_type_name(type) + (transposed ? " transposed" : "") +
-                    ", which is not supported");
+static int64_t row_bytes(ggml_type type, int64_t n_head_kv, int64_t n_embd_head) {
+    if (!rows_supported(type)) {
+        throw error(std::string("[rows] got type ") + ggml_type_name(type) + ", which is not supported");
     }
     if (n_head_kv < 1 || n_embd_head < 1 || n_embd_head % ggml_blck_size(type) != 0) {
         throw error("[rows] n_embd_head: got " + std::to_string(n_embd_head) + ", expected a multiple of " +
@@ -159,16 +158,14 @@ static int64_t row_bytes(ggml_type type, bool transposed, int64_t n_head_kv, int
     return n_head_kv * (int64_t) ggml_row_size(type, n_embd_head);
 }
 
-static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type, bool transposed, int64_t n_rows, int32_t n_head_kv,
-                         int32_t n_embd_head) {
+static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type, int64_t n_rows, int32_t n_head_kv, int32_t n_embd_head) {
     kv_rows t;
     t.type        = type_from(type);
     t.data        = bytes.data();
     t.n_head_kv   = n_head_kv;
     t.n_embd_head = n_embd_head;
     t.n_rows      = n_rows;
-    t.transposed  = transposed;
-    t.row_bytes   = row_bytes(t.type, transposed, n_head_kv, n_embd_head);
+    t.row_bytes   = row_bytes(t.type, n_head_kv, n_embd_head);
     if (n_rows < 0 || (int64_t) bytes.size() != t.row_bytes * n_rows) {
         throw error("[rows] buffer: got " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(t.row_bytes * n_rows));
     }
@@ -177,10 +174,10 @@ static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type,
 
 // one layer: kept [1, H, N], bucket [1, H, T], mass/count/bias [1, H, T]
 static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept, const i32_array & bucket, const u8_array & k,
-                                const std::string & type_k, const u8_array & v, const std::string & type_v, bool v_transposed,
-                                int32_t n_embd_head, int64_t n_rows, const std::vector<int32_t> & rows_src,
-                                const std::vector<int32_t> & rows_dst, const f32_array & mass, const f32_array & count,
-                                const f32_array & bias, const std::optional<f32_array> & weight, const std::vector<float> & key_weight) {
+                                const std::string & type_k, const u8_array & v, const std::string & type_v, int32_t n_embd_head,
+                                int64_t n_rows, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst,
+                                const f32_array & mass, const f32_array & count, const f32_array & bias,
+                                const std::optional<f32_array> & weight, const std::vector<float> & key_weight) {
     if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
         throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
     }
@@ -202,8 +199,8 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
 
     std::vector<uint8_t> bytes_k(k.data(), k.data() + k.size());
     std::vector<uint8_t> bytes_v(v.data(), v.data() + v.size());
-    const kv_rows        t_k = make_rows(bytes_k, type_k, false, n_rows, p.n_head_kv, n_embd_head);
-    const kv_rows        t_v = make_rows(bytes_v, type_v, v_transposed, n_rows, p.n_head_kv, n_embd_head);
+    const kv_rows        t_k = make_rows(bytes_k, type_k, n_rows, p.n_head_kv, n_embd_head);
+    const kv_rows        t_v = make_rows(bytes_v, type_v, n_rows, p.n_head_kv, n_embd_head);
 
     const cell_state in = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
     for (const auto * m : { &in.mass, &in.count, &in.bias, &std::as_const(p).weight }) {
@@ -229,16 +226,16 @@ static py::array_t<uint8_t> quantize_rows(const std::string & type, const f32_ar
     }
     const int64_t        n = x.shape(0);
     const int32_t        d = (int32_t) x.shape(1);
-    std::vector<uint8_t> res((size_t) (n * row_bytes(type_from(type), false, 1, d)));
-    write_f32(make_rows(res, type, false, n, 1, d), all_rows(n), 0, x.data());
+    std::vector<uint8_t> res((size_t) (n * row_bytes(type_from(type), 1, d)));
+    write_f32(make_rows(res, type, n, 1, d), all_rows(n), 0, x.data());
     return to_array(res);
 }
 
 static py::array_t<float> dequantize_rows(const std::string & type, const u8_array & bytes, int32_t d) {
     std::vector<uint8_t> data(bytes.data(), bytes.data() + bytes.size());
-    const int64_t        n = (int64_t) data.size() / row_bytes(type_from(type), false, 1, d);
+    const int64_t        n = (int64_t) data.size() / row_bytes(type_from(type), 1, d);
     py::array_t<float>   res({ n, (int64_t) d });
-    read_f32(make_rows(data, type, false, n, 1, d), all_rows(n), 0, res.mutable_data());
+    read_f32(make_rows(data, type, n, 1, d), all_rows(n), 0, res.mutable_data());
     return res;
 }
 
@@ -323,8 +320,8 @@ void bind_core(py::module_ & m) {
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
         "Logical indices of the cells among which each head loses one of its own.");
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
-             py::arg("v"), py::arg("type_v"), py::arg("v_transposed"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"),
-             py::arg("rows_dst"), py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
+             py::arg("v"), py::arg("type_v"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"), py::arg("rows_dst"),
+             py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
              py::arg("key_weight") = std::vector<float>(),
              "Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the mass unless given; the keys of anchors "
              "move by key_weight [T]. Returns (k, v, mass, count, bias).");

@@ -1,6 +1,6 @@
 #include "core/assign.h"
 
-#include "core/parallel.h"
+#include "kernels/parallel.h"
 
 #include <cmath>
 

@@ -5,8 +5,8 @@
 
 namespace elastic {
 
-// The kept cell of its run nearest in K and V to each cell that is not kept (distances of features.h); none that is verbatim. Equal
-// distances: the earlier one.
+// The kept cell of its run nearest in K and V to each cell that is not kept (distances of kernels/distances.h); none that is verbatim.
+// Equal distances: the earlier one.
 neighbours find_neighbours(const layout & l, const plan & p, const row_source & rows, int32_t n_threads);
 
 // Fills bucket of the plan from its kept cells. `nearest` is empty where the selection looked for none: it is found here if wanted.

@@ -12,8 +12,8 @@ namespace {
 // are N_ANCHORS new anchors: many cells with a few anchors at a time stay in the cache.
 class chooser {
   public:
-    chooser(const run & r, const features & f, const float * score)
-        : r(r), f(f), score(score), n((int32_t) r.cells.size()), has_place(n, 0), known(n) {}
+    chooser(const run & r, const kv_points & points, const float * score)
+        : r(r), points(points), score(score), n((int32_t) r.cells.size()), has_place(n, 0), known(n) {}
 
     // kept places, ascending
     std::vector<int32_t> choose() {
@@ -67,10 +67,10 @@ class chooser {
         int32_t n_seen   = 0;  // anchors looked at
     };
 
-    const run &      r;
-    const features & f;
-    const float *    score;
-    const int32_t    n;
+    const run &       r;
+    const kv_points & points;
+    const float *     score;
+    const int32_t     n;
 
     std::vector<uint8_t>        has_place;
     std::vector<nearest_anchor> known;
@@ -98,7 +98,7 @@ class chooser {
     }
 
     void look(int32_t i, int32_t anchor) {
-        const float distance = f.distance(i, anchors[anchor]);
+        const float distance = points.distance(i, anchors[anchor]);
         if (distance < known[i].distance) {
             known[i].distance = distance;
             known[i].by       = anchors[anchor];
@@ -116,7 +116,7 @@ class chooser {
         const int32_t n_anchors = (int32_t) anchors.size();
         for (; n_passed < n_anchors; n_passed = std::min(n_passed + N_ANCHORS, n_anchors)) {
             const int32_t n_here = std::min(n_anchors - n_passed, N_ANCHORS);
-            block.set(f, anchors.data() + n_passed, n_here);
+            block.set(points, anchors.data() + n_passed, n_here);
             for (size_t first = 0; first < open.size(); first += N_CELLS) {
                 show(open.data() + first, std::min((int32_t) (open.size() - first), N_CELLS), n_here);
             }
@@ -130,7 +130,7 @@ class chooser {
         for (int32_t q = 0; q < n_cells; ++q) {
             than[q] = known[cells[q]].distance;
         }
-        block.bound(f, cells, n_cells, than, bounds, any);
+        block.bound(points, cells, n_cells, than, bounds, any);
 
         for (int32_t q = 0; q < n_cells; ++q) {
             auto & cell = known[cells[q]];

@@ -1,7 +1,5 @@
 #include "core/merge.h"
 
-#include "core/rows.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -118,9 +116,8 @@ void check_shape(const kv_rows & t, const plan & p, const char * what) {
         throw error(std::string("[merge_layer] ") + what + ": got " + std::to_string(t.n_head_kv) + " KV heads, expected " +
                     std::to_string(p.n_head_kv));
     }
-    if (!rows_supported(t.type, t.transposed)) {
-        throw error(std::string("[merge_layer] ") + what + ": got type " + ggml_type_name(t.type) + (t.transposed ? " transposed" : "") +
-                    ", which is not supported");
+    if (!rows_supported(t.type)) {
+        throw error(std::string("[merge_layer] ") + what + ": got type " + ggml_type_name(t.type) + ", which is not supported");
     }
 }
 

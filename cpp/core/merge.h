@@ -2,6 +2,7 @@
 
 #include "core/combiner.h"
 #include "core/plan.h"
+#include "kernels/kv_rows.h"
 
 #include <limits>
 

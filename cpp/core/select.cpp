@@ -1,6 +1,6 @@
 #include "core/select.h"
 
-#include "core/parallel.h"
+#include "kernels/parallel.h"
 
 #include <algorithm>
 #include <cmath>

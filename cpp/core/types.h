@@ -3,8 +3,6 @@
 // Plain data that flows through the core: importance -> plan -> merge.
 // Logical index = order of arrival of a cell in its sequence, [0, n_cells).
 
-#include "ggml.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -60,17 +58,6 @@ struct head_map {
 
     float *       row(int32_t il, int32_t ih) { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
     const float * row(int32_t il, int32_t ih) const { return data.data() + ((size_t) il * n_head_kv + ih) * n_cells; }
-};
-
-// K or V of one layer in one stream, as llama.cpp stores it
-struct kv_rows {
-    ggml_type type        = GGML_TYPE_F16;
-    uint8_t * data        = nullptr;
-    int32_t   n_head_kv   = 0;
-    int32_t   n_embd_head = 0;      // elements of one head of one row
-    int64_t   n_rows      = 0;      // cells in the stream that may be used
-    int64_t   row_bytes   = 0;      // rows:       bytes from one cell to the next
-    bool      transposed  = false;  // transposed: element (cell, e) lies at (e*n_rows + cell), plain types only
 };
 
 }  // namespace elastic

@@ -1,6 +1,6 @@
 #include "runtime/attention_op.h"
 
-#include "core/attention.h"
+#include "kernels/attention_prefill.h"
 
 #include <algorithm>
 

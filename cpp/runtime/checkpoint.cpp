@@ -1,6 +1,6 @@
 #include "runtime/checkpoint.h"
 
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
 
 #include <algorithm>
 #include <set>

@@ -1,7 +1,7 @@
 #include "runtime/compress.h"
 
 #include "core/merge.h"
-#include "core/parallel.h"
+#include "kernels/parallel.h"
 
 #include <algorithm>
 

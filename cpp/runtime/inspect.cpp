@@ -1,6 +1,6 @@
 #include "runtime/inspect.h"
 
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
 
 #include <algorithm>
 

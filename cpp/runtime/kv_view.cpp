@@ -1,7 +1,5 @@
 #include "runtime/kv_view.h"
 
-#include "core/rows.h"
-
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -96,7 +94,7 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
 static void check_types(const llama_kv_cache & kv, const kv_shape & shape) {
     for (const auto & [name, type, size] :
          { std::make_tuple("K", kv.type_k(), shape.n_embd_head_k), std::make_tuple("V", kv.type_v(), shape.n_embd_head_v) }) {
-        if (!rows_supported(type, false)) {
+        if (!rows_supported(type)) {
             throw unsupported("[elastic_attach] " + std::string(name) + " cache type " + ggml_type_name(type) + " is not supported");
         }
         if (size % ggml_blck_size(type) != 0) {

@@ -5,6 +5,7 @@
 
 #include "core/policy.h"
 #include "core/types.h"
+#include "kernels/kv_rows.h"
 
 #include "llama.h"
 

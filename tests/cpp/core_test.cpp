@@ -1,23 +1,24 @@
 // Every function of the core on small inputs and at the edges, for the sanitizers. Values are compared with
 // independent oracles in the Python tests.
 
-#include "core/attention.h"
 #include "core/biased_combiner.h"
 #include "core/budget.h"
 #include "core/coverage_selector.h"
 #include "core/evict_cell.h"
 #include "core/evict_per_head.h"
-#include "core/features.h"
 #include "core/generate.h"
 #include "core/layer_shares.h"
 #include "core/mean_combiner.h"
 #include "core/merge.h"
-#include "core/parallel.h"
 #include "core/policy.h"
-#include "core/rows.h"
 #include "core/sum_scorer.h"
 #include "core/top_selector.h"
 #include "core/window_scorer.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/distances.h"
+#include "kernels/kv_rows.h"
+#include "kernels/parallel.h"
+#include "kernels/simd.h"
 
 #include <algorithm>
 #include <chrono>
@@ -353,12 +354,11 @@ struct stream {
     std::vector<uint8_t> bytes;
     kv_rows              t;
 
-    stream(ggml_type type, bool transposed, int32_t n_head_kv, int32_t d, int64_t n_rows, const std::vector<int32_t> & rows) {
+    stream(ggml_type type, int32_t n_head_kv, int32_t d, int64_t n_rows, const std::vector<int32_t> & rows) {
         t.type        = type;
         t.n_head_kv   = n_head_kv;
         t.n_embd_head = d;
         t.n_rows      = n_rows;
-        t.transposed  = transposed;
         t.row_bytes   = (int64_t) ggml_row_size(type, (int64_t) n_head_kv * d);
         bytes.assign(n_rows * t.row_bytes, 0xFF);
         t.data = bytes.data();
@@ -372,7 +372,7 @@ struct stream {
     }
 };
 
-static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int32_t n, int32_t n_keep, const char * name) {
+static void test_merge(ggml_type type_k, ggml_type type_v, int32_t n, int32_t n_keep, const char * name) {
     const int32_t n_layer = 2, n_head_kv = 2, d = 64, n_rows = n + 5;
 
     std::vector<int32_t> src;
@@ -381,8 +381,8 @@ static void test_merge(ggml_type type_k, ggml_type type_v, bool transposed, int3
     }
     std::vector<int32_t> dst(src.rbegin(), src.rbegin() + n_keep);
 
-    stream            k(type_k, false, n_head_kv, d, n_rows, src);
-    stream            v(type_v, transposed, n_head_kv, d, n_rows, src);
+    stream            k(type_k, n_head_kv, d, n_rows, src);
+    stream            v(type_v, n_head_kv, d, n_rows, src);
     const random_rows rows(n_layer, n_head_kv, n, d);
     const cells       c = make_cells(n);
 
@@ -448,69 +448,53 @@ static void test_merges() {
     const ggml_type types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0,  GGML_TYPE_Q5_0,
                                 GGML_TYPE_Q5_1, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_IQ4_NL };
     for (const auto type : types) {
-        for (const bool transposed : { false, true }) {
-            CHECK(rows_supported(type, false));
-            if (!rows_supported(type, transposed)) {
-                continue;
-            }
-            for (const char * rule : { "elastic-evict", "elastic-paper", "elastic" }) {
-                for (const int32_t n : { 1, 2, 24 }) {
-                    for (const int32_t n_keep : { 1, n / 2, n }) {
-                        if (n_keep >= 1) {
-                            test_merge(type, type, transposed, n, n_keep, rule);
-                        }
+        CHECK(rows_supported(type));
+        for (const char * rule : { "elastic-evict", "elastic-paper", "elastic" }) {
+            for (const int32_t n : { 1, 2, 24 }) {
+                for (const int32_t n_keep : { 1, n / 2, n }) {
+                    if (n_keep >= 1) {
+                        test_merge(type, type, n, n_keep, rule);
                     }
                 }
             }
         }
     }
-    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, true, 24, 9, "elastic");
-    CHECK(!rows_supported(GGML_TYPE_Q8_0, true));
-    CHECK(!rows_supported(GGML_TYPE_Q2_K, false));
+    test_merge(GGML_TYPE_Q8_0, GGML_TYPE_F16, 24, 9, "elastic");
+    CHECK(!rows_supported(GGML_TYPE_Q2_K));
 }
 
-// the bits of ggml's own conversions: all halves, and of floats what lies around and halfway between them
+// the bits of ggml's own conversion, of all halves
 static void test_halves() {
-    const auto bits_of = [](float x) {
-        uint32_t res;
-        std::memcpy(&res, &x, sizeof(res));
-        return res;
+    const auto same = [](float x, float y) {
+        return std::memcmp(&x, &y, sizeof(x)) == 0;
     };
-    std::vector<ggml_fp16_t> halves;
-    std::vector<float>       floats = { 65519.996f, 65520.0f, 1e30f, 1e-30f };
-    for (uint32_t h = 0; h < 0x7c00; ++h) {
-        const float x = ggml_fp16_to_fp32((ggml_fp16_t) h);
-        const float y = ggml_fp16_to_fp32((ggml_fp16_t) (h + 1));
-        const float m = (x + std::min(y, 65536.0f)) / 2;
-        halves.push_back((ggml_fp16_t) h);
-        floats.insert(floats.end(), { x, m, std::nextafter(m, 0.0f), std::nextafter(m, HUGE_VALF), uniform(x, m) });
+    for (uint32_t first = 0; first < 0x10000; first += N_SIMD) {
+        uint16_t halves[N_SIMD];
+        float    floats[N_SIMD];
+        std::iota(halves, halves + N_SIMD, (uint16_t) first);
+        store(floats, load(halves));
+        for (int32_t i = 0; i < N_SIMD; ++i) {
+            const float expected = ggml_fp16_to_fp32(halves[i]);
+            CHECK(std::isnan(expected) ? std::isnan(floats[i]) && std::isnan(f16_to_f32(halves[i]))
+                                       : same(floats[i], expected) && same(f16_to_f32(halves[i]), expected));
+        }
     }
-    halves.push_back(0x7c00);
-    floats.push_back(HUGE_VALF);
-    for (size_t i = 0, n = halves.size(); i < n; ++i) {
-        halves.push_back((ggml_fp16_t) (halves[i] | 0x8000));
-    }
-    for (size_t i = 0, n = floats.size(); i < n; ++i) {
-        floats.push_back(-floats[i]);
-    }
-    const auto one_row = [](ggml_type type, void * data, size_t n) {
-        return kv_rows{ type, (uint8_t *) data, 1, (int32_t) n, 1, (int64_t) ggml_row_size(type, (int64_t) n), false };
-    };
+}
 
-    std::vector<float> read(halves.size());
-    read_f32(one_row(GGML_TYPE_F16, halves.data(), halves.size()), { 0 }, 0, read.data());
-    for (size_t i = 0; i < halves.size(); ++i) {
-        CHECK(bits_of(read[i]) == bits_of(ggml_fp16_to_fp32(halves[i])));
+// the bits of ggml's own conversions of blocks
+static void test_blocks() {
+    const int32_t n = 320;
+    for (const auto type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        std::vector<float>   x(n), read(n), expected(n);
+        std::vector<uint8_t> bytes(ggml_row_size(type, n));
+        for (auto & e : x) {
+            e = uniform(-3.0f, 3.0f);
+        }
+        ggml_get_type_traits(type)->from_float_ref(x.data(), bytes.data(), n);
+        ggml_get_type_traits(type)->to_float(bytes.data(), expected.data(), n);
+        to_f32(type, bytes.data(), read.data(), n);
+        CHECK(read == expected);
     }
-    std::vector<ggml_fp16_t> written(floats.size());
-    write_f32(one_row(GGML_TYPE_F16, written.data(), floats.size()), { 0 }, 0, floats.data());
-    for (size_t i = 0; i < floats.size(); ++i) {
-        CHECK(written[i] == ggml_fp32_to_fp16(floats[i]));
-    }
-    float       no_number = NAN;
-    ggml_fp16_t half;
-    write_f32(one_row(GGML_TYPE_F16, &half, 1), { 0 }, 0, &no_number);
-    CHECK(std::isnan(ggml_fp16_to_fp32(half)));
 }
 
 // the quick bounds are below the distances, and not by much; a few channels are far larger than the others
@@ -526,7 +510,7 @@ static void test_bounds() {
             v.push_back(i % 10 == 0 ? 0.0f : uniform(0.0f, 1.0f));
         }
     }
-    features f;
+    kv_points f;
     f.fill(cells, k, d, v, d);
     for (int32_t r = 0; r < N_ANCHORS - 1; ++r) {
         anchors.push_back(7 * r);
@@ -547,7 +531,7 @@ static void test_bounds() {
             float least = HUGE_VALF;
             for (size_t r = 0; r < anchors.size(); ++r) {
                 const float distance = f.distance(first + q, anchors[r]);
-                CHECK(bounds[q][r] <= distance && bounds[q][r] > distance - 0.15f);
+                CHECK(bounds[q][r] <= distance && bounds[q][r] > distance - 1e-3f);
                 least = std::min(least, bounds[q][r]);
             }
             CHECK(bounds[q][N_ANCHORS - 1] > 1e30f);
@@ -557,7 +541,7 @@ static void test_bounds() {
 }
 
 // against the same in f64, number by number
-static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int32_t n_q, int32_t n_kv, bool with_bias) {
+static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int32_t n_kv, bool with_bias) {
     const int32_t n_head = 4, n_head_kv = 2, d_k = 32, d_v = 40, n_rows = n_kv + 3, n_sums = 2;
 
     const auto random = [](size_t n, float scale) {
@@ -575,15 +559,15 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
     a.n_q    = n_q;
     a.n_kv   = n_kv;
     a.n_head = n_head;
-    a.k      = { type_k, k_data.data(), n_head_kv, d_k, n_rows, (int64_t) ggml_row_size(type_k, d_k * n_head_kv), false };
-    a.v      = { type_v, v_data.data(), n_head_kv, d_v, n_rows, (int64_t) ggml_row_size(type_v, d_v * n_head_kv), v_trans };
+    a.k      = { type_k, k_data.data(), n_head_kv, d_k, n_rows, (int64_t) ggml_row_size(type_k, d_k * n_head_kv) };
+    a.v      = { type_v, v_data.data(), n_head_kv, d_v, n_rows, (int64_t) ggml_row_size(type_v, d_v * n_head_kv) };
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
         write_f32(a.k, all, ih, random((size_t) n_kv * d_k, 1.0f).data());
         write_f32(a.v, all, ih, random((size_t) n_kv * d_v, 1.0f).data());
     }
     const auto q       = random((size_t) n_q * n_head * d_k, 3.0f);
     const auto weights = random((size_t) n_q * n_sums, 1.0f);
-    const auto bias    = random((size_t) n_head_kv * n_rows, 4.0f);
+    const auto bias    = random((size_t) n_head_kv * n_rows, 1.0f);
 
     // causal, but for cells that nobody sees and a query that sees nothing
     const auto sees = [&](int32_t i, int32_t c) {
@@ -608,7 +592,6 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
     a.mask_stride   = n_rows;
     a.bias          = with_bias ? bias.data() : nullptr;
     a.bias_stride   = n_rows;
-    a.bias_scale    = 0.25f;
     a.weights       = weights.data();
     a.n_sums        = n_sums;
     a.out           = out.data();
@@ -629,7 +612,7 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
                 for (int32_t e = 0; e < d_k; ++e) {
                     x += (double) q[((size_t) i * n_head + h) * d_k + e] * k[(size_t) c * d_k + e];
                 }
-                x    = 0.5 * x + (with_bias ? 0.25 * bias[(size_t) (h / 2) * n_rows + c] : 0.0);
+                x    = 0.5 * x + (with_bias ? bias[(size_t) (h / 2) * n_rows + c] : 0.0);
                 w[c] = sees(i, c) ? std::exp(x) : 0.0;
                 sum += w[c];
             }
@@ -655,11 +638,9 @@ static void test_attention(ggml_type type_k, ggml_type type_v, bool v_trans, int
 static void test_attentions() {
     for (const bool with_bias : { false, true }) {
         for (const int32_t n_q : { 1, 7, 20, 64, 150 }) {
-            for (const bool v_trans : { false, true }) {
-                test_attention(GGML_TYPE_F16, GGML_TYPE_F16, v_trans, n_q, 203, with_bias);
-                test_attention(GGML_TYPE_F32, GGML_TYPE_F32, v_trans, n_q, 150, with_bias);
-            }
-            test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, false, n_q, 203, with_bias);
+            test_attention(GGML_TYPE_F16, GGML_TYPE_F16, n_q, 203, with_bias);
+            test_attention(GGML_TYPE_F32, GGML_TYPE_F32, n_q, 150, with_bias);
+            test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, n_q, 203, with_bias);
         }
     }
 }
@@ -686,7 +667,7 @@ static double now_ms() {
 
 // plan and merge of all layers at LLaVA-1.5-7B's shape, f16, one thread: median of 5 with the least and the most.
 // Four layers' rows take turns, more than the caches hold.
-static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed) {
+static void bench(const char * name, int32_t n, int32_t n_keep) {
     const int32_t n_layer = 32, n_head_kv = 32, d = 128, n_stream = 4, n_text = 32;
 
     const policy &       pol = find_policy(name);
@@ -701,8 +682,8 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
 
     std::vector<stream> k, v;
     for (int32_t i = 0; i < n_stream; ++i) {
-        k.emplace_back(GGML_TYPE_F16, false, n_head_kv, d, n, src);
-        v.emplace_back(GGML_TYPE_F16, transposed, n_head_kv, d, n, src);
+        k.emplace_back(GGML_TYPE_F16, n_head_kv, d, n, src);
+        v.emplace_back(GGML_TYPE_F16, n_head_kv, d, n, src);
     }
     struct stream_rows : row_source {
         const std::vector<stream> &  k;
@@ -733,18 +714,16 @@ static void bench(const char * name, int32_t n, int32_t n_keep, bool transposed)
     }
     std::sort(t_plan.begin(), t_plan.end());
     std::sort(t_merge.begin(), t_merge.end());
-    printf("%4d -> %3d  %-14s V %-10s  plan %7.1f ms (%.1f - %.1f)  merge %7.1f ms (%.1f - %.1f)\n", n, n_keep, name,
-           transposed ? "transposed" : "in rows", t_plan[2], t_plan[0], t_plan[4], t_merge[2], t_merge[0], t_merge[4]);
+    printf("%4d -> %3d  %-14s  plan %7.1f ms (%.1f - %.1f)  merge %7.1f ms (%.1f - %.1f)\n", n, n_keep, name, t_plan[2], t_plan[0],
+           t_plan[4], t_merge[2], t_merge[0], t_merge[4]);
 }
 
 // core_test --bench: milliseconds instead of tests
 int main(int argc, char ** argv) {
     if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
         for (const char * name : { "elastic-evict", "elastic-paper", "elastic" }) {
-            for (const bool transposed : { false, true }) {
-                bench(name, 640, 128, transposed);
-                bench(name, 2944, 589, transposed);
-            }
+            bench(name, 640, 128);
+            bench(name, 2944, 589);
         }
         return 0;
     }
@@ -758,6 +737,7 @@ int main(int argc, char ** argv) {
     test_external_scorer();
     test_merges();
     test_halves();
+    test_blocks();
     test_bounds();
     test_attentions();
     test_parallel();

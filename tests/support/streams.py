@@ -21,31 +21,21 @@ def head_bytes(kind: str, d: int) -> int:
 
 @dataclass
 class Stream:
-    """Bytes of ``n_rows`` rows of ``n_head`` heads of ``d`` elements, maybe transposed."""
+    """Bytes of ``n_rows`` rows of ``n_head`` heads of ``d`` elements."""
 
     kind: str
-    transposed: bool
     n_head: int
     d: int
     data: np.ndarray
 
     def rows(self) -> np.ndarray:
-        """Stored bytes per row and head [n_rows, n_head, head_bytes], whatever the layout."""
-        n = head_bytes(self.kind, self.d)
-        if not self.transposed:
-            return self.data.reshape(-1, self.n_head, n)
-        width = n // self.d
-        columns = self.data.reshape(self.n_head, self.d, -1, width)
-        return np.ascontiguousarray(columns.transpose(2, 0, 1, 3)).reshape(-1, self.n_head, n)
+        """Stored bytes per row and head [n_rows, n_head, head_bytes]."""
+        return self.data.reshape(-1, self.n_head, head_bytes(self.kind, self.d))
 
     @classmethod
-    def from_rows(cls, kind: str, transposed: bool, d: int, rows: np.ndarray) -> Stream:
+    def from_rows(cls, kind: str, d: int, rows: np.ndarray) -> Stream:
         """From stored bytes per row and head [n_rows, n_head, head_bytes]."""
-        n_rows, n_head, n = rows.shape
-        if transposed:
-            elements = rows.reshape(n_rows, n_head, d, n // d)
-            rows = np.ascontiguousarray(elements.transpose(1, 2, 0, 3))
-        return cls(kind, transposed, n_head, d, rows.reshape(-1).copy())
+        return cls(kind, rows.shape[1], d, rows.reshape(-1).copy())
 
 
 def step(kind: str, x: np.ndarray) -> np.ndarray:

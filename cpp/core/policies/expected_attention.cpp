@@ -9,10 +9,10 @@
 //   - the first n_sink cells stay by the option of that name (4 in kvpress, and left out of the statistics there)
 
 #include "core/evict_cell.h"
-#include "core/parallel.h"
 #include "core/policy.h"
 #include "core/top_selector.h"
 #include "core/window_scorer.h"
+#include "kernels/parallel.h"
 
 #include <algorithm>
 #include <cmath>

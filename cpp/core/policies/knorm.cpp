@@ -4,9 +4,9 @@
 // The paper spares the first two layers; here all layers are compressed.
 
 #include "core/evict_cell.h"
-#include "core/parallel.h"
 #include "core/policy.h"
 #include "core/top_selector.h"
+#include "kernels/parallel.h"
 
 #include <cmath>
 

@@ -135,7 +135,6 @@ def merge_layer(
     type_k: str,
     v: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     type_v: str,
-    v_transposed: bool,
     n_embd_head: typing.SupportsInt | typing.SupportsIndex,
     n_rows: typing.SupportsInt | typing.SupportsIndex,
     rows_src: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],

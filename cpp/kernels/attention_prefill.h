@@ -4,7 +4,7 @@
 // out has no sums of them, and one that does writes n_kv * n_tokens * n_head numbers: here a few queries are finished at a
 // time, their weights are summed while they are in the cache, and cells that none of them may see are skipped.
 
-#include "core/types.h"
+#include "kernels/kv_rows.h"
 
 #include <cstdint>
 
@@ -29,11 +29,9 @@ struct attention {
     ggml_type    mask_type   = GGML_TYPE_F32;  // or F16
     int64_t      mask_stride = 0;
 
-    // added to the scaled logits, bias_scale times  [k.n_head_kv][bias_stride]; may be nullptr. -infinity, in all heads: nobody sees
-    // the cell
+    // added to the scaled logits  [k.n_head_kv][bias_stride]; may be nullptr. -infinity, in all heads: nobody sees the cell
     const float * bias        = nullptr;
     int64_t       bias_stride = 0;
-    float         bias_scale  = 1.0f;
 
     // of each query in each sum  [n_q][n_sums]
     const float * weights = nullptr;

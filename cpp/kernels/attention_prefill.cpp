@@ -1,8 +1,8 @@
-#include "core/attention.h"
+#include "kernels/attention_prefill.h"
 
-#include "core/attention_few.h"
-#include "core/lanes.h"
-#include "core/rows.h"
+#include "kernels/attention_decode.h"
+#include "kernels/kv_rows.h"
+#include "kernels/simd.h"
 
 #include <algorithm>
 #include <cmath>
@@ -13,10 +13,10 @@ namespace elastic {
 
 namespace {
 
-constexpr int32_t N_GROUP = 64;                 // queries that are finished together
-constexpr int32_t N_PARTS = N_GROUP / N_LANES;  // registers that they take
-constexpr int32_t N_TILE  = 8;                  // sums that are kept in registers
-constexpr int32_t N_CHUNK = 32;                 // cells that stay in the first cache
+constexpr int32_t N_GROUP = 64;                // queries that are finished together
+constexpr int32_t N_PARTS = N_GROUP / N_SIMD;  // registers that they take
+constexpr int32_t N_TILE  = 8;                 // sums that are kept in registers
+constexpr int32_t N_CHUNK = 32;                // cells that stay in the first cache
 
 constexpr int64_t N_FEW = 8;  // queries that see a cell up to which they are few, on average
 
@@ -82,7 +82,7 @@ bool are_few(const seen_cells & seen, const query_group & g) {
 class head_attention {
   public:
     head_attention(const attention & a, const std::vector<query_group> & groups)
-        : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_LANES - 1) / N_LANES), all(a.n_kv), groups(groups) {
+        : a(a), d_k(a.k.n_embd_head), d_v(a.v.n_embd_head), n_blocks((d_v + N_SIMD - 1) / N_SIMD), all(a.n_kv), groups(groups) {
         std::iota(all.begin(), all.end(), 0);
     }
 
@@ -106,12 +106,12 @@ class head_attention {
 
     int32_t            ih_kv = -1;
     std::vector<float> k;       // [n_kv][d_k]
-    std::vector<float> v;       // [n_blocks][n_kv][N_LANES]
+    std::vector<float> v;       // [n_blocks][n_kv][N_SIMD]
     std::vector<float> v_rows;  // of some cells
 
-    std::vector<float> q;        // [N_PARTS][d_k][N_LANES], scaled
+    std::vector<float> q;        // [N_PARTS][d_k][N_SIMD], scaled
     std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n_kv][N_GROUP]
-    std::vector<float> out;      // [n_blocks][N_GROUP][N_LANES]
+    std::vector<float> out;      // [n_blocks][N_GROUP][N_SIMD]
 
     float * sums(int32_t ih, int32_t row) const { return a.sums + ((size_t) ih * a.n_sums + row) * a.n_kv; }
 
@@ -122,37 +122,37 @@ class head_attention {
         ih_kv = ih;
         k.resize((size_t) a.n_kv * d_k);
         read_f32(a.k, all, ih, k.data());
-        v.assign((size_t) n_blocks * a.n_kv * N_LANES, 0.0f);
+        v.assign((size_t) n_blocks * a.n_kv * N_SIMD, 0.0f);
         v_rows.resize((size_t) N_GROUP * d_v);
         for (int32_t first = 0; first < a.n_kv; first += N_GROUP) {
             const int32_t n = std::min(N_GROUP, a.n_kv - first);
             read_f32(a.v, { all.begin() + first, all.begin() + first + n }, ih, v_rows.data());
             for (int32_t c = 0; c < n; ++c) {
                 for (int32_t e = 0; e < d_v; ++e) {
-                    v[((size_t) (e / N_LANES) * a.n_kv + first + c) * N_LANES + e % N_LANES] = v_rows[(size_t) c * d_v + e];
+                    v[((size_t) (e / N_SIMD) * a.n_kv + first + c) * N_SIMD + e % N_SIMD] = v_rows[(size_t) c * d_v + e];
                 }
             }
         }
     }
 
     void load_q(int32_t ih, const query_group & g) {
-        q.assign((size_t) N_PARTS * d_k * N_LANES, 0.0f);
+        q.assign((size_t) N_PARTS * d_k * N_SIMD, 0.0f);
         for (int32_t i = 0; i < g.n; ++i) {
             const float * src = a.q + (g.first + i) * a.q_stride + ih * a.q_stride_head;
-            float *       dst = q.data() + (size_t) (i / N_LANES) * d_k * N_LANES + i % N_LANES;
+            float *       dst = q.data() + (size_t) (i / N_SIMD) * d_k * N_SIMD + i % N_SIMD;
             for (int32_t e = 0; e < d_k; ++e) {
-                dst[(size_t) e * N_LANES] = a.scale * src[e];
+                dst[(size_t) e * N_SIMD] = a.scale * src[e];
             }
         }
     }
 
     void attend(int32_t ih, const query_group & g) {
-        n_parts = (g.n + N_LANES - 1) / N_LANES;
+        n_parts = (g.n + N_SIMD - 1) / N_SIMD;
         load_q(ih, g);
         weights.resize((size_t) a.n_kv * N_GROUP);
 
-        lanes highest[N_PARTS];
-        lanes sum[N_PARTS] = {};
+        simd_f32 highest[N_PARTS];
+        simd_f32 sum[N_PARTS] = {};
         std::fill(highest, highest + N_PARTS, splat(-INFINITY));
 
         for (const auto & [begin, end] : g.runs) {
@@ -160,13 +160,13 @@ class head_attention {
             hide(begin, end, g.may_see, highest);
         }
         for (int32_t p = 0; p < n_parts; ++p) {
-            highest[p] = highest[p] == -INFINITY ? lanes{} : highest[p];  // sees nothing
+            highest[p] = highest[p] == -INFINITY ? simd_f32{} : highest[p];  // sees nothing
         }
         for (const auto & [begin, end] : g.runs) {
             for (int32_t c = begin; c < end; ++c) {
                 for (int32_t p = 0; p < n_parts; ++p) {
-                    float *     w = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
-                    const lanes x = exp_lanes(load(w) - highest[p]);
+                    float *        w = weights.data() + (size_t) c * N_GROUP + p * N_SIMD;
+                    const simd_f32 x = simd_exp(load(w) - highest[p]);
                     sum[p] += x;
                     store(w, x);
                 }
@@ -174,7 +174,7 @@ class head_attention {
         }
         float inverse[N_GROUP];
         for (int32_t p = 0; p < n_parts; ++p) {
-            store(inverse + p * N_LANES, sum[p] > 0.0f ? 1.0f / sum[p] : lanes{});
+            store(inverse + p * N_SIMD, sum[p] > 0.0f ? 1.0f / sum[p] : simd_f32{});
         }
 
         add_sums(ih, g, inverse);
@@ -182,7 +182,7 @@ class head_attention {
         for (int32_t i = 0; i < g.n; ++i) {
             float * dst = a.out + ((size_t) (g.first + i) * a.n_head + ih) * d_v;
             for (int32_t e = 0; e < d_v; ++e) {
-                dst[e] = inverse[i] * out[((size_t) (e / N_LANES) * N_GROUP + i) * N_LANES + e % N_LANES];
+                dst[e] = inverse[i] * out[((size_t) (e / N_SIMD) * N_GROUP + i) * N_SIMD + e % N_SIMD];
             }
         }
     }
@@ -190,39 +190,39 @@ class head_attention {
     // k of some cells times all queries of the group
     void logits(int32_t begin, int32_t end) {
         for (int32_t p = 0; p < n_parts; ++p) {
-            const float * part = q.data() + (size_t) p * d_k * N_LANES;
+            const float * part = q.data() + (size_t) p * d_k * N_SIMD;
             for (int32_t c = begin; c < end; c += N_TILE) {
                 const float * rows[N_TILE];
                 for (int32_t t = 0; t < N_TILE; ++t) {
                     rows[t] = k.data() + (size_t) std::min(c + t, end - 1) * d_k;
                 }
-                lanes acc[N_TILE] = {};
+                simd_f32 acc[N_TILE] = {};
                 for (int32_t e = 0; e < d_k; ++e) {
-                    const lanes y = load(part + (size_t) e * N_LANES);
+                    const simd_f32 y = load(part + (size_t) e * N_SIMD);
                     for (int32_t t = 0; t < N_TILE; ++t) {
                         acc[t] += rows[t][e] * y;
                     }
                 }
                 for (int32_t t = 0; t < std::min(N_TILE, end - c); ++t) {
-                    store(weights.data() + (size_t) (c + t) * N_GROUP + p * N_LANES, acc[t]);
+                    store(weights.data() + (size_t) (c + t) * N_GROUP + p * N_SIMD, acc[t]);
                 }
             }
         }
     }
 
     // bias and mask
-    void hide(int32_t begin, int32_t end, const std::vector<query_set> & may_see, lanes * highest) {
-        int_lanes bit;
-        for (int32_t l = 0; l < N_LANES; ++l) {
+    void hide(int32_t begin, int32_t end, const std::vector<query_set> & may_see, simd_f32 * highest) {
+        simd_i32 bit;
+        for (int32_t l = 0; l < N_SIMD; ++l) {
             bit[l] = 1 << l;
         }
         for (int32_t c = begin; c < end; ++c) {
-            const float more = a.bias ? a.bias_scale * a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
+            const float more = a.bias ? a.bias[(size_t) ih_kv * a.bias_stride + c] : 0.0f;
             for (int32_t p = 0; p < n_parts; ++p) {
-                float *         w    = weights.data() + (size_t) c * N_GROUP + p * N_LANES;
-                const int_lanes open = ((int32_t) (may_see[c] >> (p * N_LANES) & ((1u << N_LANES) - 1)) & bit) != 0;
-                const lanes     x    = open ? load(w) + more : splat(-INFINITY);
-                highest[p]           = larger(highest[p], x);
+                float *        w    = weights.data() + (size_t) c * N_GROUP + p * N_SIMD;
+                const simd_i32 open = ((int32_t) (may_see[c] >> (p * N_SIMD) & ((1u << N_SIMD) - 1)) & bit) != 0;
+                const simd_f32 x    = open ? load(w) + more : splat(-INFINITY);
+                highest[p]          = larger(highest[p], x);
                 store(w, x);
             }
         }
@@ -240,9 +240,9 @@ class head_attention {
             for (const auto & [begin, end] : g.runs) {
                 for (int32_t c = begin; any && c < end; ++c) {
                     const float * w   = weights.data() + (size_t) c * N_GROUP;
-                    lanes         acc = {};
+                    simd_f32      acc = {};
                     for (int32_t p = 0; p < n_parts; ++p) {
-                        acc += load(w + p * N_LANES) * load(own + p * N_LANES);
+                        acc += load(w + p * N_SIMD) * load(own + p * N_SIMD);
                     }
                     dst[c] += total(acc);
                 }
@@ -252,17 +252,17 @@ class head_attention {
 
     // weights times v
     void values(const query_group & g) {
-        out.assign((size_t) n_blocks * N_GROUP * N_LANES, 0.0f);
+        out.assign((size_t) n_blocks * N_GROUP * N_SIMD, 0.0f);
         for (const auto & [begin, end] : g.runs) {
             for (int32_t b = 0; b < n_blocks; ++b) {
-                const float * block = v.data() + (size_t) b * a.n_kv * N_LANES;
+                const float * block = v.data() + (size_t) b * a.n_kv * N_SIMD;
                 for (int32_t i = 0; i < g.n; i += N_TILE) {
-                    float * dst = out.data() + ((size_t) b * N_GROUP + i) * N_LANES;
-                    lanes   acc[N_TILE];
+                    float *  dst = out.data() + ((size_t) b * N_GROUP + i) * N_SIMD;
+                    simd_f32 acc[N_TILE];
                     std::memcpy(acc, dst, sizeof(acc));
                     for (int32_t c = begin; c < end; ++c) {
-                        const lanes   y = load(block + (size_t) c * N_LANES);
-                        const float * w = weights.data() + (size_t) c * N_GROUP + i;
+                        const simd_f32 y = load(block + (size_t) c * N_SIMD);
+                        const float *  w = weights.data() + (size_t) c * N_GROUP + i;
                         for (int32_t t = 0; t < N_TILE; ++t) {
                             acc[t] += w[t] * y;
                         }

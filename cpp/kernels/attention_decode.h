@@ -2,7 +2,7 @@
 
 // Attention of few queries, as while generating: K and V are read once and as they are stored, cells that are hidden not at all.
 
-#include "core/attention.h"
+#include "kernels/attention_prefill.h"
 
 namespace elastic {
 

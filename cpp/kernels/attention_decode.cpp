@@ -1,7 +1,7 @@
-#include "core/attention_few.h"
+#include "kernels/attention_decode.h"
 
-#include "core/lanes.h"
-#include "core/rows.h"
+#include "kernels/kv_rows.h"
+#include "kernels/simd.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,9 +10,7 @@ namespace elastic {
 
 namespace {
 
-constexpr int32_t N_TILE = 8;    // rows that are read together, all heads of them: they lie side by side
-constexpr int32_t N_RUN  = 512;  // cells of a transposed layout that are
-constexpr int32_t N_GAP  = 32;   // cells between two of them that are not worth a run of their own
+constexpr int32_t N_TILE = 8;  // rows that are read together, all heads of them: they lie side by side
 
 // of 8 numbers each
 typedef float   eight __attribute__((vector_size(32)));
@@ -26,14 +24,14 @@ template <int... I> eight shuffle(eight x, eight y) {
 #endif
 }
 
-eight fold(lanes x) {
-    eight parts[N_LANES / 8];
+eight fold(simd_f32 x) {
+    eight parts[N_SIMD / 8];
     std::memcpy(parts, &x, sizeof(parts));
-    return N_LANES == 8 ? parts[0] : parts[0] + parts[N_LANES / 8 - 1];
+    return N_SIMD == 8 ? parts[0] : parts[0] + parts[N_SIMD / 8 - 1];
 }
 
 // the total of each of 8
-eight totals(const lanes (&x)[8]) {
+eight totals(const simd_f32 (&x)[8]) {
     eight pairs[4];
     for (int32_t i = 0; i < 4; ++i) {
         const eight a = fold(x[2 * i]), b = fold(x[2 * i + 1]);
@@ -57,10 +55,10 @@ float number(uint16_t half) {
 
 // dst[j] = x times row j, of N_TILE rows
 template <typename T> void dots(float * dst, const float * x, const T * const * rows, int32_t n) {
-    lanes   acc[N_TILE] = {};
-    int32_t e           = 0;
-    for (; e + N_LANES <= n; e += N_LANES) {
-        const lanes y = load(x + e);
+    simd_f32 acc[N_TILE] = {};
+    int32_t  e           = 0;
+    for (; e + N_SIMD <= n; e += N_SIMD) {
+        const simd_f32 y = load(x + e);
         for (int32_t j = 0; j < N_TILE; ++j) {
             acc[j] += y * load(rows[j] + e);
         }
@@ -77,8 +75,8 @@ template <typename T> void dots(float * dst, const float * x, const T * const * 
 // dst[e] += sum of w[j] * rows[j][e] over N_TILE rows
 template <typename T> void add_rows(float * dst, const float * w, const T * const * rows, int32_t n) {
     int32_t e = 0;
-    for (; e + N_LANES <= n; e += N_LANES) {
-        lanes acc[2] = { load(dst + e) };
+    for (; e + N_SIMD <= n; e += N_SIMD) {
+        simd_f32 acc[2] = { load(dst + e) };
         for (int32_t j = 0; j < N_TILE; ++j) {
             acc[j % 2] += w[j] * load(rows[j] + e);
         }
@@ -100,7 +98,7 @@ class heads_attention {
     }
 
     void run(int32_t i, const std::vector<int32_t> & cells) {
-        stride = ((int32_t) cells.size() + N_LANES - 1) / N_LANES * N_LANES;  // of whole tiles too
+        stride = ((int32_t) cells.size() + N_SIMD - 1) / N_SIMD * N_SIMD;  // of whole tiles too
         weights.resize((size_t) n() * stride);
         logits(i, cells);
         for (int32_t h = 0; h < n(); ++h) {
@@ -108,7 +106,7 @@ class heads_attention {
             add_sums(i, h, cells);
         }
         std::fill(out(i, 0), out(i, n()), 0.0f);
-        a.v.transposed ? values_of_columns(i, cells) : values_of_rows(i, cells);
+        values(i, cells);
         for (int32_t h = 0; h < n(); ++h) {
             std::transform(out(i, h), out(i, h + 1), out(i, h), [&](float x) { return x * inverse[h]; });
         }
@@ -125,7 +123,6 @@ class heads_attention {
     std::vector<float> weights;  // logits, then weights before they are divided by their sum  [n][stride]
     std::vector<float> inverse;  // of that sum  [n]
     std::vector<float> tile;
-    std::vector<float> dense;  // weights of the cells of a run  [n][N_RUN]
 
     int32_t n() const { return last - first; }
     float * row(int32_t h) { return weights.data() + (size_t) h * stride; }
@@ -141,7 +138,7 @@ class heads_attention {
         }
     }
 
-    // N_TILE cells in the row layout, head by head as f(begin, end, first cell, rows); behind the last cell it comes again
+    // N_TILE cells, head by head as f(begin, end, first cell, rows); behind the last cell it comes again
     template <typename F> void each_tile(const kv_rows & t, const std::vector<int32_t> & cells, F f) {
         const size_t n_bytes = head_bytes(t);
         const auto   row     = [&](size_t c) {
@@ -192,24 +189,24 @@ class heads_attention {
         for (int32_t h = 0; a.bias && h < n(); ++h) {
             const float * bias = a.bias + (first + h) / n_gqa * a.bias_stride;
             for (size_t c = 0; c < cells.size(); ++c) {
-                row(h)[c] += a.bias_scale * bias[cells[c]];
+                row(h)[c] += bias[cells[c]];
             }
         }
     }
 
     // in place; returns 1 over their sum
     float exponentials(float * w) const {
-        lanes highest = splat(-INFINITY);
-        for (int32_t c = 0; c < stride; c += N_LANES) {
+        simd_f32 highest = splat(-INFINITY);
+        for (int32_t c = 0; c < stride; c += N_SIMD) {
             highest = larger(highest, load(w + c));
         }
         float top = -INFINITY;
-        for (int32_t l = 0; l < N_LANES; ++l) {
+        for (int32_t l = 0; l < N_SIMD; ++l) {
             top = std::max(top, highest[l]);
         }
-        lanes sum = {};
-        for (int32_t c = 0; c < stride; c += N_LANES) {
-            const lanes x = exp_lanes(load(w + c) - top);
+        simd_f32 sum = {};
+        for (int32_t c = 0; c < stride; c += N_SIMD) {
+            const simd_f32 x = simd_exp(load(w + c) - top);
             sum += x;
             store(w + c, x);
         }
@@ -226,50 +223,12 @@ class heads_attention {
         }
     }
 
-    void values_of_rows(int32_t i, const std::vector<int32_t> & cells) {
+    void values(int32_t i, const std::vector<int32_t> & cells) {
         each_tile(a.v, cells, [&](int32_t begin, int32_t end, size_t c, const auto & rows) {
             for (int32_t h = begin; h < end; ++h) {
                 add_rows(out(i, h), row(h) + c, rows, a.v.n_embd_head);
             }
         });
-    }
-
-    // V of N_TILE elements at a time, along cells that lie side by side or with little between them, which then weighs nothing
-    void values_of_columns(int32_t i, const std::vector<int32_t> & cells) {
-        dense.resize((size_t) n() * N_RUN);
-        for (size_t begin = 0, end = 0; begin < cells.size(); begin = end) {
-            const int32_t first_cell = cells[begin];
-            for (end = begin + 1; end < cells.size() && cells[end] - first_cell < N_RUN && cells[end] - cells[end - 1] <= N_GAP;) {
-                ++end;
-            }
-            const int32_t n_cells = cells[end - 1] + 1 - first_cell;
-            for (int32_t h = 0; h < n(); ++h) {
-                float * w = dense.data() + (size_t) h * N_RUN;
-                std::fill(w, w + n_cells, 0.0f);
-                for (size_t c = begin; c < end; ++c) {
-                    w[cells[c] - first_cell] = row(h)[c];
-                }
-            }
-            each_kv_head([&](int32_t h0, int32_t h1, int32_t ih_kv) {
-                for (int32_t e = 0; e < a.v.n_embd_head; e += N_TILE) {
-                    each_column(ih_kv, e, first_cell, n_cells, [&](const auto & columns) {
-                        for (int32_t h = h0; h < h1; ++h) {
-                            float res[N_TILE];
-                            dots(res, dense.data() + (size_t) h * N_RUN, columns, n_cells);
-                            for (int32_t j = 0; j < std::min(N_TILE, a.v.n_embd_head - e); ++j) {
-                                out(i, h)[e + j] += res[j];
-                            }
-                        }
-                    });
-                }
-            });
-        }
-    }
-
-    // N_TILE columns from e on as f(columns); behind the last one it comes again
-    template <typename F> void each_column(int32_t ih_kv, int32_t e, int32_t first_cell, int32_t n_cells, F f) {
-        const size_t skipped = first_cell * ggml_type_size(a.v.type);
-        as_numbers(a.v.type, n_cells, [&](int32_t j) { return column_ptr(a.v, ih_kv, std::min(e + j, a.v.n_embd_head - 1)) + skipped; }, f);
     }
 };
 

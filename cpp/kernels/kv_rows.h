@@ -1,20 +1,29 @@
 #pragma once
 
-// Reads and writes one head of some rows of K or V. Many rows at a time, because the transposed layout keeps
-// an element of all rows together: going element by element there touches each cache line once.
+// Reads and writes one head of some rows of K or V.
 
-#include "core/types.h"
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace elastic {
 
-// true when the core can read and write this type in this layout:
-// f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl; transposed: f32, f16, bf16
-bool rows_supported(ggml_type type, bool transposed);
+// K or V of one layer in one stream, as llama.cpp stores it with flash attention
+struct kv_rows {
+    ggml_type type        = GGML_TYPE_F16;
+    uint8_t * data        = nullptr;
+    int32_t   n_head_kv   = 0;
+    int32_t   n_embd_head = 0;  // elements of one head of one row
+    int64_t   n_rows      = 0;  // cells in the stream that may be used
+    int64_t   row_bytes   = 0;  // from one cell to the next
+};
+
+// f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl
+bool rows_supported(ggml_type type);
 
 size_t head_bytes(const kv_rows & t);
-
-// where element e of head ih of all rows begins, in the transposed layout
-uint8_t * column_ptr(const kv_rows & t, int32_t ih, int32_t e);
 
 // into the second cache
 void prefetch(const uint8_t * data, size_t size);

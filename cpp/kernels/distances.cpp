@@ -1,0 +1,143 @@
+#include "kernels/distances.h"
+
+#include "kernels/simd.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+namespace elastic {
+
+static constexpr int32_t N_SUMS = 32;  // sums side by side, so that the compiler can keep them in registers
+
+template <typename F> static float sum_up(int32_t d, F term) {
+    float sums[N_SUMS] = {};
+    for (int32_t e = 0; e < d; e += N_SUMS) {
+        for (int32_t l = 0; l < N_SUMS; ++l) {
+            sums[l] += term(e + l);
+        }
+    }
+    return total(sums);
+}
+
+static float squared(const float * x, int32_t d) {
+    return sum_up(d, [&](int32_t e) { return x[e] * x[e]; });
+}
+
+// more than the rounding of a quick distance
+static float slack(int32_t d) {
+    return 1.0f - 2.0f * (float) d * FLT_EPSILON;
+}
+
+//
+// points
+//
+
+void kv_points::fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v,
+                     int32_t d_v) {
+    n = (int32_t) cells.size();
+    d = (d_k + d_v + N_SUMS - 1) / N_SUMS * N_SUMS;
+    data.assign((size_t) n * d, 0.0f);
+    norms.resize(n);
+    put(cells, k, d_k, 0);
+    put(cells, v, d_v, d_k);
+    for (int32_t i = 0; i < n; ++i) {
+        norms[i] = squared(row(i), d);
+    }
+}
+
+void kv_points::put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first) {
+    std::vector<double> mean(d_x, 0.0);
+    std::vector<double> sq(d_x, 0.0);
+    for (const int32_t i : cells) {
+        for (int32_t e = 0; e < d_x; ++e) {
+            const double y = x[(size_t) i * d_x + e];
+            mean[e] += y;
+            sq[e] += y * y;
+        }
+    }
+    double variance = 0.0;
+    for (int32_t e = 0; e < d_x; ++e) {
+        mean[e] /= n;
+        variance += std::max(0.0, sq[e] / n - mean[e] * mean[e]);
+    }
+    const float scale = variance > 0.0 ? (float) std::sqrt(1.0 / variance) : 0.0f;
+    for (int32_t i = 0; i < n; ++i) {
+        for (int32_t e = 0; e < d_x; ++e) {
+            data[(size_t) i * d + first + e] = scale * (x[(size_t) cells[i] * d_x + e] - (float) mean[e]);
+        }
+    }
+}
+
+float kv_points::distance(int32_t i, int32_t j) const {
+    const float * x = row(i);
+    const float * y = row(j);
+    return sum_up(d, [&](int32_t e) {
+        const float diff = x[e] - y[e];
+        return diff * diff;
+    });
+}
+
+//
+// anchors
+//
+
+void anchor_block::set(const kv_points & points, const int32_t * anchors, int32_t n) {
+    std::fill(norms, norms + N_ANCHORS, FLT_MAX);
+    data.resize((size_t) points.d * N_ANCHORS, 0.0f);
+    for (int32_t r = 0; r < n; ++r) {
+        const int32_t i = anchors[r];
+        norms[r]        = points.norms[i];
+        for (int32_t e = 0; e < points.d; ++e) {
+            data[(size_t) e * N_ANCHORS + r] = points.row(i)[e];
+        }
+    }
+}
+
+// mostly none is: without branches that is told by a few instructions
+static bool any_below(const float * x, float than) {
+    int32_t below[N_ANCHORS];
+    for (int32_t r = 0; r < N_ANCHORS; ++r) {
+        below[r] = x[r] < than ? -1 : 0;
+    }
+    uint64_t pairs[N_ANCHORS / 2];
+    std::memcpy(pairs, below, sizeof(pairs));
+    uint64_t res = 0;
+    for (const uint64_t pair : pairs) {
+        res |= pair;
+    }
+    return res != 0;
+}
+
+// products of N_CELLS cells with N_SIMD of the anchors that lie side by side
+static void multiply(const float * const * cells, const float * anchors, int32_t d, simd_f32 * dst) {
+    std::fill(dst, dst + N_CELLS, simd_f32{});
+    for (int32_t e = 0; e < d; ++e) {
+        const simd_f32 y = load(anchors + (size_t) e * N_ANCHORS);
+        for (int32_t q = 0; q < N_CELLS; ++q) {
+            dst[q] += cells[q][e] * y;
+        }
+    }
+}
+
+// |x - y|^2 = |x|^2 + |y|^2 - 2xy
+void anchor_block::bound(const kv_points & points, const int32_t * cells, int32_t n_cells, const float * than, float (*dst)[N_ANCHORS],
+                         bool * any) const {
+    const float * x[N_CELLS];
+    for (int32_t q = 0; q < N_CELLS; ++q) {
+        x[q] = points.row(cells[std::min(q, n_cells - 1)]);
+    }
+    for (int32_t first = 0; first < N_ANCHORS; first += N_SIMD) {
+        simd_f32 products[N_CELLS];
+        multiply(x, data.data() + first, points.d, products);
+        for (int32_t q = 0; q < n_cells; ++q) {
+            store(dst[q] + first, slack(points.d) * (points.norms[cells[q]] + load(norms + first)) - 2.0f * products[q]);
+        }
+    }
+    for (int32_t q = 0; q < n_cells; ++q) {
+        any[q] = any_below(dst[q], than[q]);
+    }
+}
+
+}  // namespace elastic
