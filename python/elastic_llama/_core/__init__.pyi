@@ -9,7 +9,18 @@ import numpy.typing
 import typing
 from . import core
 
-__all__ = ["Session", "build_info", "core", "lazy_buffers", "route_log", "take_log"]
+__all__ = [
+    "Session",
+    "build_info",
+    "core",
+    "default_params",
+    "frees_layers",
+    "layer_shares",
+    "lazy_buffers",
+    "measure_layers",
+    "route_log",
+    "take_log",
+]
 
 class Session:
     """
@@ -31,8 +42,10 @@ class Session:
         overdraft: typing.SupportsInt | typing.SupportsIndex = -1,
         checkpoints: typing.SupportsInt | typing.SupportsIndex = 2,
         layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
+        auto_layers: bool = False,
         record: bool = False,
         release_memory: bool = True,
+        scorer: collections.abc.Callable | None = None,
     ) -> None:
         """
         Attach an elastic cache to the llama_context at address `ctx`.
@@ -41,9 +54,12 @@ class Session:
         larger (0: no such cap). `overdraft`: cells beyond the budget that an answer may take (-1: what the
         policy is made for). `checkpoints`: states that are kept of each sequence so that what came later
         can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
-        > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same). With
-        `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
-        loaded under each of them.
+        > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
+        `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
+        `release_memory`, rows that are not in use go back to the operating system. With `record`, every score
+        that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+        scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
+        other parts stay.
 
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
         RuntimeError when the cache holds cells already.
@@ -101,6 +117,10 @@ class Session:
         """
         Whether what single layers do without (layer_share) goes back to the operating system.
         """
+    def has_own_op(self) -> bool:
+        """
+        Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.
+        """
     def held_rows(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> numpy.typing.NDArray[numpy.int32]:
@@ -118,6 +138,10 @@ class Session:
     def last_plan(self) -> dict:
         """
         Plan of the last compression: kept [L, H, n_keep], bucket [L, H, n_cells].
+        """
+    def layer_share(self) -> list[float]:
+        """
+        Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.
         """
     def make_room(
         self,
@@ -182,9 +206,38 @@ def build_info() -> dict:
     What this build is made of: llama.cpp commit, patches, backends, CPU features.
     """
 
+def default_params() -> dict:
+    """
+    Parameters of an elastic cache where none are given.
+    """
+
+def frees_layers(ctx: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    """
+    Whether rows that single layers of the llama_context at this address do without can go back to the operating system.
+    """
+
+def layer_shares(
+    scores: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+) -> list[float]:
+    """
+    Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.
+    """
+
 def lazy_buffers(value: bool) -> None:
     """
     Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used.
+    """
+
+def measure_layers(
+    model: typing.SupportsInt | typing.SupportsIndex,
+    n_threads: typing.SupportsInt | typing.SupportsIndex,
+) -> list[float]:
+    """
+    How much each layer of the cache looks words up, list of float [n_layer] in [0, 1].
+
+    Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
+
+    Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.
     """
 
 def route_log(level: typing.SupportsInt | typing.SupportsIndex) -> int:
