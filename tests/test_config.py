@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 
 import numpy as np
 import pytest
-from elastic_llama import ConfigError, ElasticConfig, ElasticLlama
+from elastic_llama import ConfigError, ElasticConfig, ElasticLlama, _core
 from elastic_llama.config import policy_names
 
 
@@ -97,3 +99,64 @@ def test_kv_budget_is_short_for_the_config(tiny_gqa):
         assert llm.elastic == ElasticConfig(budget=0.5, n_sink=3)
     with pytest.raises(ConfigError, match="kv_budget"):
         ElasticLlama(tiny_gqa, kv_budget=0.5, elastic=None)
+
+
+# names of elastic_params -> of ElasticConfig
+RENAMED = {"max_cells": "kv_cells"}
+NOT_SET = {"max_cells": 0, "overdraft": -1}  # None in ElasticConfig
+
+
+def test_defaults_are_those_of_the_c_interface():
+    native = _core.default_params()
+    names = {RENAMED.get(name, name): name for name in native if name != "record"}
+    fields = {f.name: f.default for f in dataclasses.fields(ElasticConfig)}
+    assert set(fields) - set(names) == {"probe", "scorer"}  # a caller's business
+    for ours, name in names.items():
+        default = None if native[name] == NOT_SET.get(name) else native[name]
+        assert fields[ours] == default, ours
+
+
+def test_defaults_of_a_native_session_are_those_of_the_c_interface():
+    """But for layers, which a session varies only where it is told to."""
+    first = _core.Session.__init__.__doc__.splitlines()[0]
+    found = dict(re.findall(r"(\w+): [^=,]* = ('[^']*'|[^,)]+)", first))
+    native = {name: value for name, value in _core.default_params().items() if name != "layers"}
+    assert {name: ast.literal_eval(found[name]) for name in native} == native
+
+
+def test_what_was_resolved_can_be_read(tiny_gqa):
+    config = ElasticConfig(budget=0.5, policy="snapkv", checkpoints=1)
+    with ElasticLlama(tiny_gqa, elastic=config, n_ctx=256) as llm:
+        resolved = llm.elastic_resolved
+        row = next(row for row in _core.core.policies() if row["name"] == "snapkv")
+        for part in ("scorer", "selector", "combiner", "evictor", "overdraft"):
+            assert getattr(resolved, part) == row[part]
+        assert (resolved.policy, resolved.budget, resolved.checkpoints) == ("snapkv", 0.5, 1)
+        assert (resolved.kv_cells, resolved.layer_share) == (None, ())
+        assert isinstance(resolved.frees_layers, bool)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            resolved.budget = 1.0
+    assert llm.elastic_resolved is None  # closed
+
+
+def test_nothing_is_resolved_while_it_is_off(tiny_gqa):
+    with ElasticLlama(tiny_gqa, elastic=None, n_ctx=256) as llm:
+        assert llm.elastic_resolved is None
+
+
+def test_a_scorer_in_python_and_given_layers_are_resolved(tiny_gqa):
+    def mine(view):
+        return view.importance
+
+    config = ElasticConfig(policy=mine, layers=[1.0, 2.0, 3.0], overdraft=7)
+    with ElasticLlama(tiny_gqa, elastic=config, n_ctx=256) as llm:
+        resolved = llm.elastic_resolved
+        assert (resolved.policy, resolved.scorer, resolved.overdraft) == ("elastic", "mine", 7)
+        assert resolved.layer_share == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("mode", ["own", "graph"])
+def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode):
+    monkeypatch.setenv("ELASTIC_ATTENTION", mode)
+    with ElasticLlama(tiny_gqa, n_ctx=256, n_gpu_layers=0) as llm:
+        assert llm.elastic_resolved.own_op == (mode == "own")

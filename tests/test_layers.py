@@ -378,8 +378,8 @@ def test_layers_are_measured_where_memory_follows(
     embedded_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default; with what says otherwise all layers are alike."""
-    shares = [0.5] * 15 + [1.5] * 15
-    monkeypatch.setattr("elastic_llama.llama.measured_shares", lambda llm: shares)
+    scores = [0.0] * 15 + [0.2] * 15
+    monkeypatch.setattr("elastic_llama.session.measured_scores", lambda llm: scores)
     prompt = random_tokens(400, 40000, 1)
 
     def held(**kwargs: Any) -> np.ndarray:

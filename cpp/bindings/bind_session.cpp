@@ -111,7 +111,31 @@ static py::tuple read_recent(const session & self, llama_seq_id seq_id) {
     return py::make_tuple(to_array(x.decayed), to_array(x.windowed));
 }
 
+// what ElasticConfig and the keywords of Session start from, by their names there
+static py::dict defaults_dict(const elastic_params & p) {
+    const char * layers = p.layers == ELASTIC_LAYERS_AUTO ? "auto" : "even";
+    return py::dict("policy"_a = p.policy, "budget"_a = p.budget, "n_sink"_a = p.n_sink, "offset"_a = p.offset, "min_cells"_a = p.min_cells,
+                    "n_threads"_a = p.n_threads, "max_cells"_a = p.max_cells, "overdraft"_a = p.overdraft,
+                    "checkpoints"_a = p.n_checkpoints, "layers"_a = layers, "record"_a = p.record, "release_memory"_a = p.release_memory);
+}
+
+// whether the memory of rows that single layers do without can be given back; false, too, where there is no plain KV cache
+static bool frees_layers(uintptr_t address) {
+    auto * ctx = reinterpret_cast<llama_context *>(address);
+    if (!ctx) {
+        throw error("[frees_layers] ctx must not be null");
+    }
+    try {
+        return resident_memory::can_free_layers(kv_view(*ctx));
+    } catch (const unsupported &) {
+        return false;
+    }
+}
+
 void bind_session(py::module_ & m) {
+    const elastic_params d = elastic_default_params();
+
+    m.def("default_params", [] { return defaults_dict(elastic_default_params()); }, "Parameters of an elastic cache where none are given.");
     m.def("lazy_buffers", &elastic_lazy_buffers, py::arg("value"),
           "Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used.");
 
@@ -129,16 +153,19 @@ void bind_session(py::module_ & m) {
 Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
 
 Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.)pbdoc");
+    m.def("frees_layers", &frees_layers, py::arg("ctx"), py::call_guard<py::gil_scoped_release>(),
+          "Whether rows that single layers of the llama_context at this address do without can go back to the operating system.");
     m.def("layer_shares", &layer_shares, py::arg("scores"),
           "Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.");
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
         .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
                       const std::vector<float> &, bool, bool, bool, const std::optional<py::function> &>(),
-             py::arg("ctx"), py::kw_only(), py::arg("policy") = "elastic", py::arg("budget") = 0.2, py::arg("n_sink") = 1,
-             py::arg("offset") = 25, py::arg("min_cells") = 64, py::arg("n_threads") = 0, py::arg("max_cells") = 0,
-             py::arg("overdraft") = -1, py::arg("checkpoints") = 2, py::arg("layer_share") = std::vector<float>(),
-             py::arg("auto_layers") = false, py::arg("record") = false, py::arg("release_memory") = true, py::arg("scorer") = py::none(),
+             py::arg("ctx"), py::kw_only(), py::arg("policy") = d.policy, py::arg("budget") = d.budget, py::arg("n_sink") = d.n_sink,
+             py::arg("offset") = d.offset, py::arg("min_cells") = d.min_cells, py::arg("n_threads") = d.n_threads,
+             py::arg("max_cells") = d.max_cells, py::arg("overdraft") = d.overdraft, py::arg("checkpoints") = d.n_checkpoints,
+             py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = false, py::arg("record") = d.record,
+             py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -147,8 +174,8 @@ policy is made for). `checkpoints`: states that are kept of each sequence so tha
 can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
 > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
 `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
-`release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
-loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+`release_memory`, rows that are not in use go back to the operating system. With `record`, every score
+that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
 scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
 other parts stay.
 
@@ -204,6 +231,9 @@ Raises ValueError while a probe is running.)pbdoc")
         .def(
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
             "Whether what single layers do without (layer_share) goes back to the operating system.")
+        .def(
+            "has_own_op", [](const session & self) { return self.cache().has_own_op(); },
+            "Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.")
         .def(
             "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
             "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")

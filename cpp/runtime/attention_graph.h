@@ -32,6 +32,7 @@ class attention_graph {
     uint32_t n_sums(const llama_ubatch & ubatch) const;
     bool     wants_sums(const llama_ubatch & ubatch) const;
     bool     has_bias() const { return parts.bias.any(); }
+    bool     has_own_op() const { return own_op; }
     // dst f32 [n_sums, n_tokens / n_stream, n_head, n_stream]: the weight of each query in each sum
     void     set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const;
 

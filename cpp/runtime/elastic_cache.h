@@ -63,6 +63,7 @@ class elastic_cache : public llama_elastic_i {
     bool          has_bias() const { return state.bias.any(); }
     elastic_stats stats() const;
     void          reset_stats();
+    bool          has_own_op() const { return graph.has_own_op(); }
     int64_t       cell_bytes() const { return state.kv.shape.cell_bytes + state.bias.bytes_per_cell(); }
 
   private:

@@ -14,7 +14,8 @@ void room_maker::or_log(llama_seq_id seq_id, const std::function<void()> & chang
     try {
         change();
     } catch (const std::exception & e) {
-        kv_view::log_error("sequence " + std::to_string(seq_id) + " stays uncompressed: " + e.what());
+        const std::string what = e.what();  // with a traceback where a scorer in Python raised
+        kv_view::log_error("sequence " + std::to_string(seq_id) + " stays uncompressed: " + what.substr(0, what.find('\n')));
     }
 }
 

@@ -26,7 +26,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .config import ElasticConfig
+    from .config import ElasticConfig, scorer
     from .conversation import Conversation
     from .llama import ElasticLlama
     from .stats import ElasticStats, TurnStats
@@ -45,6 +45,7 @@ _LAZY = {
     "ElasticLlama": "llama",
     "ElasticStats": "stats",
     "TurnStats": "stats",
+    "scorer": "config",
 }
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "get_include",
     "get_library_dir",
     "lib_dir",
+    "scorer",
 ]
 
 

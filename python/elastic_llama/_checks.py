@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from .callbacks import is_callers
 from .config import ElasticConfig, whole
 from .errors import (
     ConfigError,
@@ -415,6 +416,8 @@ def translated_errors(limit: int | None = None) -> Iterator[None]:
     except ElasticError:
         raise
     except ValueError as e:
+        if is_callers(e):
+            raise
         message = str(e)
         if "exceed" in message or ("error code 1" in message and "evaluate" in message):
             raise _overflow(message, limit) from e

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError, text
 
@@ -39,6 +40,43 @@ def policy_row(name: str) -> dict[str, Any]:
     return _policy_table()[name]
 
 
+_F = TypeVar("_F", bound=Callable[[Any], Any])
+
+_LIKE = "elastic_like"  # attribute of a scorer: whose other parts are used
+
+
+def scorer(like: str = "elastic") -> Callable[[_F], _F]:
+    """Makes a callable a policy: its scores, and the other parts of the policy `like`.
+
+    The callable gets a `ScoreView` once per compression and returns scores
+    [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep.
+
+    Raises
+    ------
+    ConfigError
+        There is no policy `like`.
+
+    Examples
+    --------
+    >>> @scorer(like="h2o")
+    ... def received(view):
+    ...     return view.importance
+    >>> ElasticConfig(policy=received).policy
+    'h2o'
+    """
+    if not isinstance(like, str):
+        raise ConfigError(
+            text("scorer", "like", repr(like), "the name of a policy", 'write @scorer(like="...")')
+        )
+    policy_row(like)
+
+    def mark(score: _F) -> _F:
+        setattr(score, _LIKE, like)
+        return score
+
+    return mark
+
+
 @dataclass(frozen=True)
 class ElasticConfig:
     """Parameters of the elastic cache.
@@ -49,8 +87,10 @@ class ElasticConfig:
         What is KEPT. 0 < budget <= 1: the fraction of the tokens seen that stay as cells; a whole
         number above 1: that many cells. `elastic` leaves up to four of them free for the answer,
         unless a prompt ends with an image.
-    policy : str
-        A row of the policy table, see `policy_names`. "full" keeps everything.
+    policy : str or callable
+        A row of the policy table, see `policy_names`. "full" keeps everything. A callable, which
+        `scorer` may have marked, gives the scores instead of the policy's own: it becomes `scorer`,
+        and this the name of the policy whose other parts are used ("elastic" if it says nothing).
     n_sink : int
         First cells that always stay, >= 0.
     offset : int
@@ -89,6 +129,9 @@ class ElasticConfig:
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
+    scorer : callable, optional
+        Scores instead of those of `policy`: see the function of this name. What it raises reaches
+        the caller, and the prompt stays uncompressed.
 
     Examples
     --------
@@ -97,7 +140,7 @@ class ElasticConfig:
     """
 
     budget: float | int = 0.2
-    policy: str = "elastic"
+    policy: Any = "elastic"  # a str once it is made
     n_sink: int = 1
     offset: int = 25
     min_cells: int = 64
@@ -108,8 +151,10 @@ class ElasticConfig:
     checkpoints: int = 2
     layers: str | tuple[float, ...] = "auto"
     release_memory: bool = True
+    scorer: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        self._take_scorer()
         object.__setattr__(self, "budget", _budget(self.budget))
         leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0}
         for name, least in leasts.items():
@@ -145,6 +190,39 @@ class ElasticConfig:
                     do="choose another policy, or leave kv_cells out",
                 )
             )
+
+    def _take_scorer(self) -> None:
+        given = self.policy
+        if callable(given):
+            if self.scorer is not None:
+                raise ConfigError(
+                    text(
+                        "config",
+                        "a scorer as policy and another one",
+                        f"{given!r} and {self.scorer!r}",
+                        do="pass one of them",
+                    )
+                )
+            object.__setattr__(self, "scorer", given)
+            object.__setattr__(self, "policy", getattr(given, _LIKE, type(self).policy))
+        if self.scorer is None:
+            return
+        if not callable(self.scorer):
+            raise ConfigError(text("config", "scorer", repr(self.scorer), "a callable or None"))
+        if policy_row(self.policy)["keeps_all"]:
+            raise ConfigError(
+                text(
+                    "config",
+                    "a scorer with the policy that keeps every cell",
+                    repr(self.policy),
+                    do="choose another policy, or leave the scorer out",
+                )
+            )
+
+    def __repr__(self) -> str:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        shown = (f"{name}={x!r}" for name, x in values if name != "scorer" or x is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
     def off(cls) -> ElasticConfig:

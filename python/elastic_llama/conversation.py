@@ -343,7 +343,7 @@ class Conversation:
         self.llm._probe(token)
         stats.probe_ms = self.llm._probe_ms - probe_ms
         start = time.perf_counter()
-        session.compress(0)
+        self.llm._compress()
         stats.cells_kept = session.n_held(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,9 +13,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from . import _core, gguf_check
+from . import gguf_check
 from ._checks import (
-    OFF,
     add_lora,
     check_arguments,
     check_lora,
@@ -28,15 +26,13 @@ from ._checks import (
     translated_errors,
     with_budget,
 )
-from .callbacks import Guard
+from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig
 from .errors import (
-    ConfigError,
     ContextOverflowError,
     ElasticError,
     StateError,
-    UnsupportedModelError,
     text,
 )
 from .messages import clean, text_messages
@@ -44,8 +40,8 @@ from .native_log import route
 from .native_log import take as take_log
 from .pieces import ImagePiece, Piece, piece_ids
 from .probe import probe
-from .retrieval import measured_shares
 from .rewind import Rewinder
+from .session import Resolved, attach, lazy_buffers, resolve
 from .stats import ElasticStats
 
 __all__ = ["ElasticLlama"]
@@ -107,6 +103,7 @@ class ElasticLlama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._session: Any = None
+        self._attached: ElasticConfig | None = None  # what the session is made of
         self._phase = _Phase.FREE
         self._in_chat = False
         self._closed = False
@@ -114,6 +111,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
         self._rewind = Rewinder(self)
         self._guard = Guard()
+        self._scorer_guard = Guard()
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -167,6 +165,7 @@ class ElasticLlama(llama_cpp.Llama):
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = attach(self, self._ctx.ctx, elastic)
+        self._attached = elastic
 
     # -- the elastic side
 
@@ -179,6 +178,19 @@ class ElasticLlama(llama_cpp.Llama):
     def session(self) -> Any:
         """The native `_core.Session`, or None while the elastic cache is off."""
         return self._session
+
+    @property
+    def elastic_resolved(self) -> Resolved | None:
+        """What `elastic` came to with this model and context; None while the elastic cache is off.
+
+        Examples
+        --------
+        >>> ElasticLlama("model.gguf").elastic_resolved.layer_share  # doctest: +SKIP
+        (0.82, 0.82, 1.34)
+        """
+        if self._session is None or self._attached is None:
+            return None
+        return resolve(self._session, self._attached)
 
     @property
     def stats(self) -> ElasticStats:
@@ -240,17 +252,29 @@ class ElasticLlama(llama_cpp.Llama):
         start = time.perf_counter()
         n_steps = -1
         try:
-            n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+            with self._scorer_guard.watch():
+                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
         finally:
             if n_steps != 0:
                 self._requires_eval = True  # the logits are not the prompt's any more
                 self._probe_ms += 1000 * (time.perf_counter() - start)
 
+    def _calls_scorer(self) -> bool:
+        """Whether the next token of an answer compresses its prompt by a scorer in Python."""
+        has_scorer = self._attached is not None and self._attached.scorer is not None
+        return has_scorer and self._session is not None and self._session.n_to_leave(0) > 0
+
+    def _compress(self) -> None:
+        """Compress the prompt; all cells stay if a scorer written in Python raises."""
+        with self._scorer_guard.watch():
+            self._session.compress(0)
+
     def check_room(self, n_new: int) -> None:
         """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
         used = self._cells_used()
         if used + n_new > self.n_ctx() and self._session is not None:
-            self._session.make_room(n_new)
+            with self._scorer_guard.watch():
+                self._session.make_room(n_new)
             used = self._cells_used()
         if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
@@ -335,6 +359,8 @@ class ElasticLlama(llama_cpp.Llama):
         in_prompt = phase in (_Phase.PROMPT, _Phase.FIRST) or len(tokens) > 1
         if not in_prompt and tokens:
             self._probe(tokens[0])
+            if self._calls_scorer():
+                self._compress()  # what it raises comes before anything is decoded
         self._decode(tokens, in_prompt)
 
     def _decode(self, tokens: list[int], in_prompt: bool) -> None:
@@ -343,8 +369,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._grow_scores(self.n_tokens + len(tokens))
         try:
             self._set_prefill(in_prompt)
-            super().eval(tokens)
+            with self._scorer_guard.watch():
+                super().eval(tokens)
         except RuntimeError as e:
+            if is_callers(e):
+                raise
             raise decode_error(e, take_log()) from e
         finally:
             self._set_prefill(self._phase is _Phase.PROMPT)
@@ -394,8 +423,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._grow_scores(self.n_tokens + len(ids))
         take_log()
         try:
-            n_past = piece.decode(self.n_tokens)
+            with self._scorer_guard.watch():
+                n_past = piece.decode(self.n_tokens)
         except StateError as e:
+            if is_callers(e):
+                raise
             why = reason(take_log())
             raise StateError(f"{e}: {why}" if why else str(e)) from e
         self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
@@ -591,66 +623,6 @@ class ElasticLlama(llama_cpp.Llama):
     def __del__(self) -> None:
         with suppress(Exception):  # modules may be gone at exit
             self.close()
-
-
-def attach(llm: ElasticLlama, ctx: Any, elastic: ElasticConfig) -> Any:
-    """The native session of a context of the model of `llm`, its layers measured if that is due.
-
-    Raises
-    ------
-    UnsupportedModelError, ConfigError
-    """
-    session = _open_session(ctx, elastic)
-    if elastic.layers == "auto" and elastic.may_be_uneven and session.frees_rows():
-        session = _open_session(ctx, elastic, measured_shares(llm))
-    return session
-
-
-def _open_session(ctx: Any, elastic: ElasticConfig, shares: Sequence[float] = ()) -> Any:
-    """The native session of a llama_context (a ctypes pointer).
-
-    Parameters
-    ----------
-    shares : [n_layer]
-        Cells of each layer in relation to the others', where `elastic` does not say.
-
-    Raises
-    ------
-    UnsupportedModelError, ConfigError
-    """
-    try:
-        return _core.Session(
-            ctypes.cast(ctx, ctypes.c_void_p).value or 0,
-            policy=elastic.policy,
-            budget=float(elastic.budget),
-            n_sink=elastic.n_sink,
-            offset=elastic.offset,
-            min_cells=elastic.min_cells,
-            n_threads=elastic.n_threads,
-            max_cells=elastic.kv_cells or 0,
-            layer_share=shares if isinstance(elastic.layers, str) else elastic.layers,
-            overdraft=-1 if elastic.overdraft is None else elastic.overdraft,
-            checkpoints=elastic.checkpoints,
-            release_memory=elastic.release_memory,
-        )
-    except NotImplementedError as e:
-        raise UnsupportedModelError(f"{e}: {OFF}") from e
-    except ValueError as e:
-        raise ConfigError(str(e)) from e
-
-
-_making = threading.Lock()
-
-
-@contextmanager
-def lazy_buffers(elastic: ElasticConfig | None) -> Iterator[None]:
-    """Contexts made inside take memory as their cells are used, if that is what `elastic` says."""
-    with _making:  # the switch is the process's
-        _core.lazy_buffers(elastic is not None and elastic.release_memory and not elastic.is_off)
-        try:
-            yield
-        finally:
-            _core.lazy_buffers(False)
 
 
 def _placeholders(n: int) -> np.ndarray:

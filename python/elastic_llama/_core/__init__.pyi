@@ -13,6 +13,8 @@ __all__ = [
     "Session",
     "build_info",
     "core",
+    "default_params",
+    "frees_layers",
     "layer_shares",
     "lazy_buffers",
     "measure_layers",
@@ -54,8 +56,8 @@ class Session:
         can be taken back (0: none). `layer_share`: cells of each layer of the cache in relation to the others',
         > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
         `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
-        `release_memory`, rows that are not in use go back to the operating system. With `record`, every score that any policy looks at is kept, so that a saved prompt can be
-        loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+        `release_memory`, rows that are not in use go back to the operating system. With `record`, every score
+        that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
         scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
         other parts stay.
 
@@ -114,6 +116,10 @@ class Session:
     def frees_rows(self) -> bool:
         """
         Whether what single layers do without (layer_share) goes back to the operating system.
+        """
+    def has_own_op(self) -> bool:
+        """
+        Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.
         """
     def held_rows(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -198,6 +204,16 @@ class Session:
 def build_info() -> dict:
     """
     What this build is made of: llama.cpp commit, patches, backends, CPU features.
+    """
+
+def default_params() -> dict:
+    """
+    Parameters of an elastic cache where none are given.
+    """
+
+def frees_layers(ctx: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    """
+    Whether rows that single layers of the llama_context at this address do without can go back to the operating system.
     """
 
 def layer_shares(

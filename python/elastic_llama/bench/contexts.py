@@ -17,7 +17,8 @@ from ..batch import fill_batch
 from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, text
 from ..kv_types import KV_TYPES
-from ..llama import ElasticLlama, attach, lazy_buffers
+from ..llama import ElasticLlama
+from ..session import attach, lazy_buffers
 from .scenarios import Scenario
 
 _PAD = 256  # llama.cpp attends to whole multiples of these

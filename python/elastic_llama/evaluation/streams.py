@@ -63,6 +63,7 @@ class Streams:
             self.llm._session = _core.Session(address, policy="full", budget=1.0, record=True)
         except NotImplementedError as e:
             raise UnsupportedModelError(str(e)) from e
+        self.llm._attached = ElasticConfig.off()
 
     def attach(self, config: ElasticConfig) -> None:
         """Empty the cache; from now on the policy of `config` holds."""
