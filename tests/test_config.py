@@ -8,7 +8,8 @@ import re
 
 import numpy as np
 import pytest
-from elastic_llama import ConfigError, ElasticConfig, ElasticLlama, _core
+from elastic_llama import ConfigError, ElasticConfig, ElasticLlama, _core, cli
+from elastic_llama.cli import options
 from elastic_llama.config import policy_names
 
 
@@ -160,3 +161,8 @@ def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode):
     monkeypatch.setenv("ELASTIC_ATTENTION", mode)
     with ElasticLlama(tiny_gqa, n_ctx=256, n_gpu_layers=0) as llm:
         assert llm.elastic_resolved.own_op == (mode == "own")
+
+
+def test_defaults_of_the_command_line_are_those_of_the_config():
+    args = cli.build_parser().parse_args(["describe", "image.png"])
+    assert options.elastic_config(args) == ElasticConfig()
