@@ -16,7 +16,7 @@ POLICIES = ("elastic", "elastic-evict", "h2o", "random")  # the best first
 def mean_kl(items: list[Item], model: Path, mmproj: Path) -> dict[str, float]:
     """KL of the forced answers to the full cache's, by policy, at a fifth of the cells."""
     cases = [Case(policy, 0.2) for policy in POLICIES]
-    plan = Plan(cases, str(model), str(mmproj), metrics=("forced",), parallel=4, flash_attn=True)
+    plan = Plan(cases, str(model), str(mmproj), metrics=("forced",), parallel=4)
     runner = Runner(plan)
     try:
         rows = [row for group in runner.run(items, lambda n: None) for row in group]
