@@ -268,7 +268,7 @@ class World:
         assert ours.n_to_leave(seq) == theirs.n_to_leave(seq)
         for name in ("pos", "kind"):
             assert ours.cells(seq)[name].tolist() == theirs.cells(seq)[name].tolist(), name
-        for name in ("count", "bias") if self.cut_shared else ("mass", "count", "bias"):
+        for name in ("count", "bias") if self.cut_shared else ("importance", "count", "bias"):
             a, b = getattr(ours, name)(seq), getattr(theirs, name)(seq)
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3, err_msg=name)
 

@@ -42,16 +42,16 @@ def places(n: int, share: list[float], room: list[int]) -> list[int]:
 
 
 def problem_of(seed: int) -> dict[str, Any]:
-    """Text, or an image between two pieces of text; some cells a layer does without already."""
+    """Text, or an image between two pieces of text; some cells masked in a layer already."""
     rng = np.random.default_rng(seed)
     n_layer, n_cells = int(rng.integers(1, 5)), int(rng.integers(30, 91))
     shape = (n_layer, 2, n_cells)
     kind = np.zeros(n_cells, np.uint8)
     if seed % 2:
         kind[8 : n_cells - 8] = 1
-    absent = np.zeros((n_layer, n_cells), np.uint8)
+    masked = np.zeros((n_layer, n_cells), np.uint8)
     if seed % 3 == 0:
-        absent[:, 4:-4] = rng.random((n_layer, n_cells - 8)) < 0.3
+        masked[:, 4:-4] = rng.random((n_layer, n_cells - 8)) < 0.3
     keys = rng.standard_normal((*shape, 6)).astype(np.float32)
     return {
         "policy": "elastic",
@@ -64,7 +64,7 @@ def problem_of(seed: int) -> dict[str, Any]:
         "keys": keys,
         "values": rng.standard_normal(keys.shape).astype(np.float32),
         "layer_share": rng.uniform(0.2, 4, n_layer).tolist(),
-        "absent": absent,
+        "masked": masked,
     }
 
 
@@ -73,14 +73,14 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
     """NumPy's cover of the cells that the layer holds, with as many places as the layer has."""
     problem = problem_of(seed)
     plan = core.make_plan(**problem)
-    kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
+    kind, masked, n_keep = problem["kind"], problem["masked"], problem["n_keep"]
     score = oracle.scores("by_kind_damped", kind, problem["importance"], problem["recent"])
     stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
     closed = oracle.apart(kind, n_keep)
     n_of_run = oracle.quotas("coverage", kind, stay, n_keep)
-    n_layer = len(absent)
+    n_layer = len(masked)
     for run, n_run in n_of_run:
-        here = [[i for i in run if not absent[il, i]] for il in range(n_layer)]
+        here = [[i for i in run if not masked[il, i]] for il in range(n_layer)]
         is_open = n_run < len(run)
         free = n_run - len(stay.intersection(run))
         room = [len(cells) - len(stay.intersection(cells)) for cells in here]
@@ -106,7 +106,7 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
             got = [len([i for i in plan["kept"][il, 0] if i in run]) for il in range(n_layer)]
             n_stay = [len(stay.intersection(cells)) for cells in here]
             expected = places(free, problem["layer_share"], room)
-            if absent.any():  # another run may have left some
+            if masked.any():  # another run may have left some
                 assert sum(got) - sum(n_stay) >= sum(expected)
             else:
                 assert sum(got) - sum(n_stay) == sum(expected)
@@ -130,8 +130,8 @@ def test_ranks_agree_between_layers(seed: int) -> None:
     newest = oracle.protected("coverage", kind, problem["pinned"], problem["n_keep"], 0)
     tail = [i for i in range(len(kind)) if set(range(i, len(kind))) <= newest]
     for n, i in enumerate(reversed(tail)):
-        if not problem["absent"][:, i:].all(axis=0).any():  # somebody holds each of them
-            there = problem["absent"][:, i] == 0
+        if not problem["masked"][:, i:].all(axis=0).any():  # somebody holds each of them
+            there = problem["masked"][:, i] == 0
             assert (kept[there][..., -1 - n] == i).all()
     total = held[:, 0].sum()
     assert total <= problem["n_keep"] * held.shape[0]
@@ -158,7 +158,7 @@ def test_what_a_layer_cannot_take_goes_to_the_others() -> None:
         ({"layer_share": [1.0]}, r"layer_share: got 1 layers, expected 2"),
         ({"layer_share": [1.0, 0.0]}, r"layer_share: got 0\.0+, expected finite values > 0"),
         ({"layer_share": [1.0, float("nan")]}, r"layer_share: got -?nan"),
-        ({"absent": np.zeros(3, np.uint8)}, r"absent: got 3 entries"),
+        ({"masked": np.zeros(3, np.uint8)}, r"masked: got 3 entries"),
     ],
 )
 def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -166,8 +166,8 @@ def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
         core.make_plan(**make_problem(), **changes)
 
 
-def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
-    """No mass, and a bias under which nothing attends to it; the others merge as ever."""
+def test_a_masked_row_is_left_as_it_is() -> None:
+    """No importance, and a bias under which nothing attends to it; the others merge as ever."""
     rng = np.random.default_rng(0)
     n, d = 6, 8
     k, v = (rng.standard_normal((n, 1, d)).astype(np.float32) for _ in range(2))
@@ -177,15 +177,15 @@ def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
     rows = [7, 6, 5, 4, 3, 2]
     store_k, store_v = (np.zeros((8, d), np.float32) for _ in range(2))
     store_k[rows], store_v[rows] = k[:, 0], v[:, 0]
-    out_k, out_v, mass, _, bias = core.merge_layer(
+    out_k, out_v, importance, _, bias = core.merge_layer(
         "merge_biased", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
-        store_v.view(np.uint8).ravel(), "f32", False, d, 8, rows, [2, 3, 4],
+        store_v.view(np.uint8).ravel(), "f32", d, 8, rows, [2, 3, 4],
         ones, ones, 0 * ones,
     )  # fmt: skip
     out_k, out_v = (x.view(np.float32).reshape(8, d) for x in (out_k, out_v))
     np.testing.assert_array_equal(out_v[3], store_v[3])
     np.testing.assert_array_equal(out_k[3], store_k[3])
-    assert mass[0, 0].tolist() == [3, 0, 3]
+    assert importance[0, 0].tolist() == [3, 0, 3]
     assert bias[0, 0, 1] == -np.inf
     np.testing.assert_allclose(bias[0, 0, [0, 2]], np.log(3), rtol=1e-6)
     np.testing.assert_allclose(out_v[[2, 4]], [v[:3, 0].mean(0), v[3:, 0].mean(0)], rtol=1e-5)
@@ -233,8 +233,8 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, overdraft: int) -> None:
         assert 3 * total - 3 <= e.session.held_rows(0).sum() <= 3 * total
 
 
-def absent_rows(e: Engine) -> list[set[int]]:
-    """Rows of the cache that each layer does without."""
+def masked_rows(e: Engine) -> list[set[int]]:
+    """Masked rows of the cache in each layer."""
     index = e.session.cells(0)["index"]
     return [set(index[row]) for row in np.isneginf(e.session.bias(0)[:, 0])]
 
@@ -245,10 +245,10 @@ def test_what_leaves_leaves_every_layer(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=config) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        first = absent_rows(e)
+        first = masked_rows(e)
         for i in range(40):
             e.token(20, n + i)
-        assert absent_rows(e) == first
+        assert masked_rows(e) == first
         assert e.session.stats()["evictions"] > 0
 
 
@@ -258,15 +258,15 @@ def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path) -> None:
         n = feed(e, 300)
         e.session.compress(0)
         merges = []
-        before, gone = e.session.held_rows(0), absent_rows(e)
+        before, gone = e.session.held_rows(0), masked_rows(e)
         for i in range(120):
             e.token(20, n + i)
             rows = e.session.held_rows(0)
             index = e.session.cells(0)["index"]
-            absent = absent_rows(e)
-            assert not any(index[-1] in layer for layer in absent)  # the token itself
+            masked = masked_rows(e)
+            assert not any(index[-1] in layer for layer in masked)  # the token itself
             if rows[1] > before[1]:
-                assert absent == gone
+                assert masked == gone
                 assert (rows - before == 1).all()
             else:
                 merges.append(i)
@@ -274,8 +274,8 @@ def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path) -> None:
                 assert 3 * promised - 3 <= rows.sum() - 3 <= 3 * promised
                 assert max(rows[0], rows[2]) < promised < rows[1]
                 assert index.max() == len(index) - 1  # the first rows again
-                assert not set.intersection(*absent)
-            before, gone = rows, absent
+                assert not set.intersection(*masked)
+            before, gone = rows, masked
         assert merges == [46, 86]  # 68 cells at first, then 83: of 82 + 32, and of 90 + 32
         assert e.session.stats()["compressions"] == 3
         assert e.session.stats()["evictions"] == 0
@@ -327,7 +327,7 @@ def test_two_streams_do_not_disturb_each_other(tiny_gqa: Path) -> None:
 
 @linux
 def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
-    """The rows that single layers do without go back, not only those behind the last cell."""
+    """The rows masked in single layers go back, not only those behind the last cell."""
     with Engine(tiny_gqa, elastic=UNEVEN, n_ctx=8192, n_ubatch=1024) as e:
         n = feed(e, 6000)
         e.session.compress(0)
@@ -410,9 +410,9 @@ def test_what_a_run_lacks_goes_to_another() -> None:
     """Of a text that layers hold a fifth of, and an image that came later."""
     n_text, n_image = 100, 100
     kind = np.array([0] * n_text + [1] * n_image + [0] * 4, np.uint8)
-    absent = np.zeros((2, len(kind)), np.uint8)
-    absent[:, 4:84] = 1
-    problem = make_problem(n_cells=len(kind), n_keep=100, kind=kind, absent=absent)
+    masked = np.zeros((2, len(kind)), np.uint8)
+    masked[:, 4:84] = 1
+    problem = make_problem(n_cells=len(kind), n_keep=100, kind=kind, masked=masked)
     held = core.make_plan(**problem)["kept"] >= 0
     assert held[:, 0].sum() == 2 * 100
 

@@ -64,12 +64,12 @@ def attended(e: Engine, first: int, n: int, n_steps: int) -> tuple[np.ndarray, n
     for i in range(n_steps):
         token = int(e.token(token, n + i).argmax())
     e.session.set_prefill(False)
-    return e.session.mass(0)[..., :n], e.session.recent(0)[0][..., :n]
+    return e.session.importance(0)[..., :n], e.session.recent(0)[0][..., :n]
 
 
 def state(e: Engine, seq: int = 0) -> tuple[np.ndarray, ...]:
     cells = e.session.cells(seq)
-    return e.session.mass(seq), e.session.recent(seq)[0], cells["pos"], cells["kind"]
+    return e.session.importance(seq), e.session.recent(seq)[0], cells["pos"], cells["kind"]
 
 
 def test_as_if_it_had_been_prompt(tiny_gqa: Path) -> None:

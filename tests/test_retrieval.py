@@ -100,7 +100,7 @@ class Attention:
             i = past - self.first - retrieval.N_TOKENS  # the query's place in the repetition
             self.sum[:, 0, : self.n] += self.paid(i)[:, : self.n]
 
-    def mass(self, seq: int) -> np.ndarray:
+    def importance(self, seq: int) -> np.ndarray:
         return self.sum[..., : self.n].copy()
 
     def set_prefill(self, value: bool) -> None:
@@ -151,7 +151,7 @@ def test_the_context_of_the_user_is_left_alone(tiny_gqa: Path) -> None:
             llm.eval(random_tokens(150, llm.n_vocab(), 3))
             if measure:
                 retrieval.retrieval_scores(llm)
-            seen = [llm.n_tokens, *llm.session.cells(0).values(), llm.session.mass(0)]
+            seen = [llm.n_tokens, *llm.session.cells(0).values(), llm.session.importance(0)]
             for _ in range(8):  # the first one compresses
                 logits = llm._ctx.get_logits_ith(-1)
                 row = np.ctypeslib.as_array(logits, (llm.n_vocab(),)).copy()

@@ -203,7 +203,7 @@ Raises ValueError while a probe is running.)pbdoc")
             py::arg("seq_id") = 0, "Cells that a layer holds of the sequence, on average over the layers, rounded up.")
         .def(
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
-            "Whether what single layers do without (layer_share) goes back to the operating system.")
+            "Whether rows masked in single layers (layer_share) go back to the operating system.")
         .def(
             "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
             "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")
@@ -226,11 +226,11 @@ Raises ValueError while a probe is running.)pbdoc")
         .def("cells", &read_cells, py::arg("seq_id") = 0,
              "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
         .def(
-            "mass",
-            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).mass); },
+            "importance",
+            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).importance); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
         .def("recent", &read_recent, py::arg("seq_id") = 0,
-             "Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
+             "Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
         .def(
             "count",
             [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).count); },

@@ -15,10 +15,10 @@ int32_t leaving_cell(const evictor & e, const cells & c, int32_t n_prompt, int32
 // The cells among which each head loses one of its own, in logical order; empty: none may leave.
 std::vector<int32_t> leaving_candidates(const evictor & e, const cells & c, int32_t n_sink, const std::vector<float> & total);
 
-// By what the cells of one head may leave, the lowest first, added to `others`: their attention until now (mass), or, where the recent
-// one is kept too (fading, by `decay` per query, else nullptr), the share of either in all that n_queries gave (1 each). It is the
+// By what the cells of one head may leave, the lowest first, added to `others`: their attention until now (importance), or, where the
+// recent one is kept too (decayed, by `decay` per query, else nullptr), the share of either in all that n_queries gave (1 each). It is the
 // score of by_kind_scorer without its means over neighbours.
-std::vector<float> leaving_scores(const std::vector<float> & others, const float * mass, const float * fading, float decay,
+std::vector<float> leaving_scores(const std::vector<float> & others, const float * importance, const float * decayed, float decay,
                                   int64_t n_queries);
 
 // the first of `rows` with the lowest value >= 0; values of rows from `base` on, infinite for others

@@ -28,10 +28,10 @@ split split_with_past(int32_t n_keep, const cells & c) {
         n_new += !c.is_image(i) && !c.is_old(i);
     }
     const int64_t n_all   = n_tokens[0] + n_tokens[1];
-    const int32_t n_layer = c.absent.empty() ? 1 : (int32_t) (c.absent.size() / c.kind.size());
+    const int32_t n_layer = c.masked.empty() ? 1 : (int32_t) (c.masked.size() / c.kind.size());
     for (int32_t il = 0; il < n_layer; ++il) {
         for (int32_t i = 0; i < c.size(); ++i) {
-            n_held += c.is_image(i) && !c.is_absent(il, i);
+            n_held += c.is_image(i) && !c.is_masked(il, i);
         }
     }
     const int32_t n_old   = (int32_t) (n_keep * n_tokens_old / n_all);

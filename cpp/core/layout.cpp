@@ -44,12 +44,12 @@ protection protect_cells(const selector & s, const plan_params & params, const c
 
 namespace {
 
-// the run without the cells that a layer does without; so far its protected cells stay
+// the run without the cells masked in a layer; so far its protected cells stay
 run run_of_layer(const run & r, const cells & c, int32_t il) {
     run res;
     res.image = r.image;
     for (size_t k = 0; k < r.cells.size(); ++k) {
-        if (!c.is_absent(il, r.cells[k])) {
+        if (!c.is_masked(il, r.cells[k])) {
             res.cells.push_back(r.cells[k]);
             res.stay.push_back(r.stay[k]);
             res.verbatim.push_back(r.verbatim[k]);
@@ -106,7 +106,7 @@ std::vector<std::vector<run>> share_runs(const plan_params & params, const cells
         res.push_back(r.whole() ? whole_run(r, c, n_layer) : share_run(r, c, share, 0, most));
         n_left -= n_held(res.back());
     }
-    for (size_t r = 0; r < runs.size() && !c.absent.empty() && n_left >= n_layer; ++r) {
+    for (size_t r = 0; r < runs.size() && !c.masked.empty() && n_left >= n_layer; ++r) {
         if (runs[r].whole()) {
             continue;
         }
@@ -119,7 +119,7 @@ std::vector<std::vector<run>> share_runs(const plan_params & params, const cells
 
 bool held_by_any(const cells & c, int32_t n_layer, int32_t cell) {
     for (int32_t il = 0; il < n_layer; ++il) {
-        if (!c.is_absent(il, cell)) {
+        if (!c.is_masked(il, cell)) {
             return true;
         }
     }

@@ -8,7 +8,7 @@
 namespace elastic {
 
 // Ranks of a run: as many as the layer that keeps most of it. The protected cells that it ends with have the last ranks in every
-// layer, since they are the newest in each; a layer that keeps fewer does without those before them.
+// layer, since they are the newest in each; in a layer that keeps fewer those before them are masked.
 struct run_ranks {
     int32_t              first  = 0;  // rank of its first kept cell
     int32_t              n_body = 0;  // ranks before those of the tail

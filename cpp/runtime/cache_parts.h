@@ -45,7 +45,7 @@ struct cache_parts {
     void reset_cell(uint32_t strm, int32_t row, cell_kind kind);
     // what head (il, ih) holds in `src` is now what it holds in `dst`, K and V aside
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
-    // the layer does without the cell from now on
+    // the cell is masked in the layer from now on
     void mask(uint32_t strm, int32_t row, int32_t il);
 
     cell_state gather(uint32_t strm, const std::vector<int32_t> & rows) const;

@@ -92,7 +92,7 @@ void compressor::load(inputs & in) const {
     in.state  = parts.gather(in.strm, in.rows);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
-    in.scores.sum          = in.state.mass;
+    in.scores.sum          = in.state.importance;
     in.scores.recent       = parts.cfg.pol.n_window() > 0 ? scores.windowed : scores.decayed;
     in.decayed             = std::move(scores.decayed);
 }
@@ -117,7 +117,7 @@ cells compressor::describe(llama_seq_id seq_id, const inputs & in) const {
     if (std::any_of(in.held.begin(), in.held.end(), [&](int32_t held) { return held < n; })) {
         for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
             for (const int32_t row : in.rows) {
-                c.absent.push_back(parts.bias.is_masked(in.strm, row, il));
+                c.masked.push_back(parts.bias.is_masked(in.strm, row, il));
             }
         }
     }
@@ -207,7 +207,7 @@ void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, 
     parts.kv.search_from(in.strm, 0);
 
     cell_importance scores;
-    scores.sum     = after.mass;
+    scores.sum     = after.importance;
     scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.merges());
     parts.scores.scatter(in.strm, dst, scores);
     parts.table.set_counts(in.strm, dst, after.count);

@@ -47,8 +47,8 @@ struct elastic_stats {
     int64_t n_cells_after;   // and after
     int64_t n_bytes_before;  // K, V and bias bytes of those cells
     int64_t n_bytes_after;
-    int64_t n_bytes_released;  // K and V given back to the operating system, all times together; what single layers do without
-                               // counts at each compression
+    int64_t n_bytes_released;  // K and V given back to the operating system, all times together; rows masked in single layers
+                               // count at each compression
     int64_t t_score_us;        // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;

@@ -85,7 +85,7 @@ void cell_evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, cons
     move_row(strm, il, freed, lost);
 }
 
-// Where a layer does without the row that is freed, it does without one more: the one of least importance in all its heads.
+// Where the row that is freed is masked in a layer, one more is masked there: the one of least importance in all its heads.
 void cell_evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates) {
     int32_t best = -1;
     float   low  = 0.0f;

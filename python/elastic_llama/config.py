@@ -84,8 +84,8 @@ class ElasticConfig:
         "auto": layers that look words up keep more (`retrieval.py`), for the policy `elastic` where
         rows of single layers can go back to the operating system: on the CPU under Linux, with
         flash attention, `release_memory` and no `kv_cells`. "even", and "auto" elsewhere: all keep
-        as many. Numbers hold everywhere, but only there do rows that a layer does without save
-        memory; for the policy `elastic` without `kv_cells` only.
+        as many. Numbers hold everywhere, but only there do masked rows save memory; for the
+        policy `elastic` without `kv_cells` only.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.

@@ -81,11 +81,11 @@ def retrieval_scores(llm: ElasticLlama) -> NDArray[np.float64]:
         tokens = _random_tokens(vocab)
         first, past = len(start), len(start) + N_TOKENS + N_BEFORE
         _decode(ctx, start + tokens + tokens[:N_BEFORE], 0)
-        before = session.mass(0)
+        before = session.importance(0)
         total = np.zeros(before.shape[0])
         for i in range(N_BEFORE, N_BEFORE + N_QUERIES):
             _decode(ctx, [tokens[i]], past + i - N_BEFORE)
-            after = session.mass(0)
+            after = session.importance(0)
             paid = (after[..., : before.shape[2]] - before)[..., first : first + N_TOKENS]
             before = after
             # not the first cell: without a BOS, heads that find nothing rest on it

@@ -175,7 +175,7 @@ def look(
 def _shape(llm: ElasticLlama) -> tuple[int, int]:
     """Layers and KV heads."""
     if llm.session is not None:
-        n_layer, n_head = llm.session.mass().shape[:2]
+        n_layer, n_head = llm.session.importance().shape[:2]
     else:
         n_layer = llama_cpp.llama_model_n_layer(llm.model)
         n_head = llama_cpp.llama_model_n_head_kv(llm.model)

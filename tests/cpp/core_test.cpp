@@ -187,10 +187,10 @@ static void test_layers() {
             cells                c = make_cells(n);
             const random_rows    rows(3, 2, n, 16);
             const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), make_map(3, 2, n, 0.0f, 1.0f) };
-            for (const bool some_absent : { false, true }) {
-                c.absent.assign(some_absent ? 3 * n : 0, 0);
-                for (int32_t i = 2; some_absent && i < n - 1; i += 3) {
-                    c.absent[i] = c.absent[n + i] = 1;  // the last layer holds all
+            for (const bool some_masked : { false, true }) {
+                c.masked.assign(some_masked ? 3 * n : 0, 0);
+                for (int32_t i = 2; some_masked && i < n - 1; i += 3) {
+                    c.masked[i] = c.masked[n + i] = 1;  // the last layer holds all
                 }
                 const plan p = make_plan(pol, { n_keep, 2, { 1.0f, 4.0f, 0.5f } }, c, importance, &rows, 2);
                 validate(p, c, sink_cells(pol.select, { n_keep, 2, {} }));
@@ -426,15 +426,15 @@ static void test_merge(ggml_type type_k, ggml_type type_v, int32_t n, int32_t n_
                 CHECK(std::fabs(e) < 1.2f);  // false for NaN
             }
         }
-        double mass = 0.0, joined = 0.0;
+        double importance = 0.0, joined = 0.0;
         for (int32_t j = 0; j < n_keep; ++j) {
-            mass += out.mass.row(il, ih)[j];
+            importance += out.importance.row(il, ih)[j];
             CHECK(out.count.row(il, ih)[j] >= 1.0f && out.bias.row(il, ih)[j] >= 0.0f);
         }
         for (int32_t i = 0; i < n; ++i) {
-            joined += p.bucket_row(il, ih)[i] >= 0 ? in.mass.row(il, ih)[i] : 0.0f;
+            joined += p.bucket_row(il, ih)[i] >= 0 ? in.importance.row(il, ih)[i] : 0.0f;
         }
-        CHECK(std::fabs(mass - joined) < 1e-4 * (1.0 + joined));
+        CHECK(std::fabs(importance - joined) < 1e-4 * (1.0 + joined));
     }
 
     std::vector<int32_t> outside(src);
@@ -704,7 +704,7 @@ static void bench(const char * name, int32_t n, int32_t n_keep) {
     std::vector<double> t_plan, t_merge;
     for (int i = 0; i < 5; ++i) {
         const double t0 = now_ms();
-        const plan   p  = make_plan(pol, { n_keep, 1 }, c, { in.mass, in.mass }, &rows, 1);
+        const plan   p  = make_plan(pol, { n_keep, 1 }, c, { in.importance, in.importance }, &rows, 1);
         const double t1 = now_ms();
         for (int32_t il = 0; il < n_layer; ++il) {
             merge_layer(p, pol.combine, il, k[il % n_stream].t, v[il % n_stream].t, src, dst, in, out);

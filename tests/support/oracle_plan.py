@@ -172,7 +172,7 @@ def split(n_keep: int, n_text: int, n_image: int) -> tuple[int, int]:
 
 
 def split_later(
-    n_keep: int, kind: np.ndarray, old: Any, tokens: Any = None, absent: Any = None
+    n_keep: int, kind: np.ndarray, old: Any, tokens: Any = None, masked: Any = None
 ) -> tuple[int, int]:
     """Text and image cells that stay in a later turn about an image.
 
@@ -186,8 +186,8 @@ def split_later(
     older = n_keep * tokens_of([i for i in text if old[i]], tokens) // all_tokens
     half_share = n_keep * tokens_of(image, tokens) // (2 * all_tokens)
     has = len(image)
-    if absent is not None:  # on average over the layers, rounded up
-        rows = [sum(not row[i] for i in image) for row in absent]
+    if masked is not None:  # on average over the layers, rounded up
+        rows = [sum(not row[i] for i in image) for row in masked]
         has = -(-sum(rows) // len(rows))
     n_image = min(n_keep - len(question(kind, old)) - older, has)
     n_image = max(n_image, min(half_share, len(image)), n_keep - len(text))
@@ -247,7 +247,7 @@ def quotas(
     n_keep: int,
     old: Any = None,
     tokens: Any = None,
-    absent: Any = None,
+    masked: Any = None,
 ) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
     if rule not in ("image_first", "coverage"):
@@ -256,7 +256,7 @@ def quotas(
     image = [run for run in runs if kind[run[0]] == IMAGE]
     text = [run for run in runs if kind[run[0]] != IMAGE]
     if has_past(kind, old):
-        n_text, _ = split_later(n_keep, kind, old, tokens, absent)
+        n_text, _ = split_later(n_keep, kind, old, tokens, masked)
     else:
         n_text, _ = split(n_keep, sum(map(len, text)), sum(map(len, image)))
     must_text = sum(i in stay for run in text for i in run)

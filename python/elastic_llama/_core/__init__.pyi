@@ -145,7 +145,7 @@ class Session:
         """
         Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
         """
-    def mass(
+    def importance(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> numpy.typing.NDArray[numpy.float32]:
         """
@@ -177,7 +177,7 @@ class Session:
         """
     def recent(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> tuple:
         """
-        Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
+        Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
         """
     def reset_stats(self) -> None: ...
     def restore_logits(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
