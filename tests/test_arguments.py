@@ -356,7 +356,7 @@ def test_the_evaluation_attaches_a_cache_that_is_off(tiny_gqa: Path) -> None:
     with el.ElasticLlama(tiny_gqa, elastic=None, **SMALL) as llm:
         streams = Streams(llm, 1, 256)
         streams.attach(el.ElasticConfig.off())
-        assert streams.session.n_held(0) == 0
+        assert streams.session.n_per_layer(0) == 0
 
 
 def test_off_as_the_short_form(tiny: Any) -> None:

@@ -93,11 +93,11 @@ def test_ideal_holds_what_elastic_does_at_every_token(
             elastic.step(token, 150 + i)
             ideal.step(token)
             found.append(elastic.n_cells())
-            expected.append(ideal.n_held)
+            expected.append(ideal.n_now)
         assert found == expected
         assert max(found) <= (kv_cells or 1000)
         memory = stock.memory
-        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == ideal.n_held
+        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == ideal.n_now
         assert llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0
     finally:
         elastic.close()

@@ -66,7 +66,7 @@ def test_split_properties(turn):
     # half of its share at least
     assert n_image >= min(image.sum(), n_keep * tokens[image].sum() // (2 * tokens.sum()))
     # it keeps what it holds where the question and the share of older text leave as much, and gets
-    # more only where there is no other way to fill the places
+    # more only where there is no other way to fill the budget
     room = n_keep - (~image & ~old).sum() - n_keep * tokens[old].sum() // tokens.sum()
     if room >= image_held(turn):
         assert n_image >= image_held(turn)
@@ -76,7 +76,7 @@ def test_split_properties(turn):
 
 @settings(deadline=None, max_examples=80)
 @given(later_turns())
-def test_more_places_take_from_nobody(turn):
+def test_a_larger_budget_takes_from_nobody(turn):
     splits = [core.split_with_past(**{**turn, "n_keep": n}) for n in range(len(turn["kind"]) + 1)]
     steps = np.diff(splits, axis=0)
     assert ((steps >= 0) & (steps <= 1)).all()
@@ -125,7 +125,7 @@ def turn_of(n_old, n_image, n_new, **changes):
             15,
             (12, 3),
         ),
-        # places that text cannot fill go to the image, whatever it holds
+        # cells that text cannot fill go to the image, whatever it holds
         (turn_of(6, 6, 2, masked=[[0] * 6 + [1] * 6 + [0] * 2]), 12, (8, 4)),
     ],
 )
@@ -194,7 +194,7 @@ def test_old_text_without_an_image_is_text(policy):
         ([1] * 8 + [9] * 10 + [1] * 42, [3, 10, 3, 13, 1]),
         # the second text has said twice as much
         ([1] * 18 + [2] * 8 + [1] * 34, [4, 4, 8, 12, 2]),
-        # as much that text would have more places than cells: the image gets those
+        # as much that text would keep more than its cells: the image gets those
         ([1] * 18 + [9] * 8 + [1] * 34, [8, 3, 8, 7, 4]),
     ],
 )

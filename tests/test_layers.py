@@ -30,7 +30,7 @@ linux = pytest.mark.skipif(
 )
 
 
-def places(n: int, share: list[float], room: list[int]) -> list[int]:
+def cells_of_layers(n: int, share: list[float], room: list[int]) -> list[int]:
     """One for each layer with room, then all others one at a time to the layer furthest behind."""
     out = [min(1, r) if n > 0 else 0 for r in room]
     for _ in range(n * len(share) - sum(out)):
@@ -70,7 +70,7 @@ def problem_of(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
-    """NumPy's cover of the cells that the layer holds, with as many places as the layer has."""
+    """NumPy's selection by coverage of the cells that the layer holds, as many as it keeps."""
     problem = problem_of(seed)
     plan = core.make_plan(**problem)
     kind, masked, n_keep = problem["kind"], problem["masked"], problem["n_keep"]
@@ -105,7 +105,7 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
         if is_open:
             got = [len([i for i in plan["kept"][il, 0] if i in run]) for il in range(n_layer)]
             n_stay = [len(stay.intersection(cells)) for cells in here]
-            expected = places(free, problem["layer_share"], room)
+            expected = cells_of_layers(free, problem["layer_share"], room)
             if masked.any():  # another run may have left some
                 assert sum(got) - sum(n_stay) >= sum(expected)
             else:
@@ -203,19 +203,19 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, overdraft: int) -> None:
     with Engine(tiny_gqa, elastic=config) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        held = e.session.held_rows(0)
+        held = e.session.cells_per_layer(0)
         total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
         assert 3 * total - 3 <= held.sum() <= 3 * total
         assert held[0] == held[2] < total < held[1] == e.session.n_cells(0)
-        assert e.session.n_held(0) == -(-held.sum() // 3)
+        assert e.session.n_per_layer(0) == -(-held.sum() // 3)
         size = e.session.kv_bytes_per_cell()
         bias = 4 * 3 * 2
         assert e.session.kv_bytes(0) == held.sum() * (size - bias) // 3 + bias * held[1]
-        found, expected, promised = [e.session.n_held(0)], [e.session.n_held(0)], []
+        found, expected, promised = [e.session.n_per_layer(0)], [e.session.n_per_layer(0)], []
         for i in range(60):
             e.token(20, n + i)
             promised.append(-(-2 * (n + i + 1) // 10))
-            found.append(e.session.n_held(0))
+            found.append(e.session.n_per_layer(0))
             expected.append(held_after(expected[-1], promised[-1], overdraft))
             assert found[-1] <= promised[-1] + overdraft
         assert found == expected
@@ -224,13 +224,13 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, overdraft: int) -> None:
             assert found[-1] == 83 + 13
         else:
             assert found[-1] == -(-2 * (n + 60) // 10)
-        before = e.session.n_cells(0) - e.session.held_rows(0)
+        before = e.session.n_cells(0) - e.session.cells_per_layer(0)
         e.prompt(random_tokens(100, N_VOCAB, 5), n + 60)
-        np.testing.assert_array_equal(e.session.n_cells(0) - e.session.held_rows(0), before)
+        np.testing.assert_array_equal(e.session.n_cells(0) - e.session.cells_per_layer(0), before)
         e.session.compress(0)
         n += 160
         total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
-        assert 3 * total - 3 <= e.session.held_rows(0).sum() <= 3 * total
+        assert 3 * total - 3 <= e.session.cells_per_layer(0).sum() <= 3 * total
 
 
 def masked_rows(e: Engine) -> list[set[int]]:
@@ -239,7 +239,7 @@ def masked_rows(e: Engine) -> list[set[int]]:
     return [set(index[row]) for row in np.isneginf(e.session.bias(0)[:, 0])]
 
 
-def test_what_leaves_leaves_every_layer(tiny_gqa: Path) -> None:
+def test_what_is_evicted_is_evicted_from_every_layer(tiny_gqa: Path) -> None:
     """Each token that comes takes a row in all layers; none goes where a layer has given it up."""
     config = {**UNEVEN, "overdraft": 0}
     with Engine(tiny_gqa, elastic=config) as e:
@@ -258,10 +258,10 @@ def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path) -> None:
         n = feed(e, 300)
         e.session.compress(0)
         merges = []
-        before, gone = e.session.held_rows(0), masked_rows(e)
+        before, gone = e.session.cells_per_layer(0), masked_rows(e)
         for i in range(120):
             e.token(20, n + i)
-            rows = e.session.held_rows(0)
+            rows = e.session.cells_per_layer(0)
             index = e.session.cells(0)["index"]
             masked = masked_rows(e)
             assert not any(index[-1] in layer for layer in masked)  # the token itself
@@ -304,12 +304,12 @@ def test_save_load_continue(tiny_gqa: Path, whole: bool) -> None:
         e.forced(forced[:10], n)
         data = e.save(which)
         straight = e.forced(forced[10:], n + 10)
-        held = e.session.held_rows(0).tolist()
+        held = e.session.cells_per_layer(0).tolist()
     for config in (UNEVEN, ELASTIC):  # who loads it need not have shares of its own
         with Engine(tiny_gqa, elastic=config) as e:
             assert e.load(data, which) == len(data)
             assert nmse(straight, e.forced(forced[10:], n + 10)) <= 1e-10
-            assert e.session.held_rows(0).tolist() == held
+            assert e.session.cells_per_layer(0).tolist() == held
 
 
 def test_two_streams_do_not_disturb_each_other(tiny_gqa: Path) -> None:
@@ -331,7 +331,7 @@ def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=UNEVEN, n_ctx=8192, n_ubatch=1024) as e:
         n = feed(e, 6000)
         e.session.compress(0)
-        freed = 3 * n - int(e.session.held_rows(0).sum())
+        freed = 3 * n - int(e.session.cells_per_layer(0).sum())
         assert e.session.stats()["bytes_released"] > 0.9 * freed * (2 * 2 * 64 * 2)
         assert e.session.frees_rows()
     with Engine(tiny_gqa, elastic={**UNEVEN, "release_memory": False}) as e:
@@ -345,11 +345,11 @@ def test_a_pyramid_holds_fewer_cells_in_later_layers(tiny_gqa: Path) -> None:
         with Engine(tiny_gqa, elastic={**options, "max_cells": cap}, flash_attn=True) as e:
             e.prompt(random_tokens(150, N_VOCAB, 1))
             e.session.compress(0)
-            held = e.session.held_rows(0)
-            assert e.session.n_held(0) == math.ceil(0.3 * 150)
+            held = e.session.cells_per_layer(0)
+            assert e.session.n_per_layer(0) == math.ceil(0.3 * 150)
             assert (held[0] > held[1] > held[2]) if cap == 0 else len(set(held)) == 1
             assert np.isfinite(e.forced(random_tokens(20, N_VOCAB, 5), 150)).all()
-            assert e.session.n_held(0) <= math.ceil(0.3 * (150 + 20)) + 1
+            assert e.session.n_per_layer(0) <= math.ceil(0.3 * (150 + 20)) + 1
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,8 @@ def test_layers_are_measured_where_memory_follows(
         ) as llm:
             llm.eval(prompt)
             llm.session.compress(0)
-            assert llm.stats.cells == llm.session.n_held(0)
-            return np.array(llm.session.held_rows(0))
+            assert llm.stats.cells == llm.session.n_per_layer(0)
+            return np.array(llm.session.cells_per_layer(0))
 
     uneven = held()
     assert uneven[0] < 80 < uneven[-1]
@@ -418,7 +418,7 @@ def test_what_a_run_lacks_goes_to_another() -> None:
 
 
 @pytest.mark.parametrize(("overdraft", "n_answer"), [(0, 10), (0, 40), (32, 10), (32, 40)])
-def test_ranks_are_limited_by_the_places_of_the_context(
+def test_ranks_are_limited_by_the_slots_of_the_context(
     tiny_gqa: Path, overdraft: int, n_answer: int
 ) -> None:
     """Turn after turn under a number of cells that nearly fills the context."""
@@ -428,16 +428,16 @@ def test_ranks_are_limited_by_the_places_of_the_context(
         for _ in range(12):
             e.prompt(random_tokens(100, N_VOCAB, n), n)
             n, held = n + 100, held + 100
-            assert e.session.n_held(0) == held
+            assert e.session.n_per_layer(0) == held
             if held > 300:
                 held = 300 - oracle.left_free(300)
             for token in random_tokens(n_answer, N_VOCAB, n):
                 e.token(token, n)
                 n, held = n + 1, held_after(held, 300, overdraft)
-                assert e.session.n_held(0) == held
-            assert e.session.n_held(0) <= 300 + min(overdraft, n_answer - 4)
+                assert e.session.n_per_layer(0) == held
+            assert e.session.n_per_layer(0) <= 300 + min(overdraft, n_answer - 4)
             assert e.session.n_cells(0) <= 384 + min(n_answer, max(10, overdraft))
-        assert e.session.n_held(0) < e.session.n_cells(0)
+        assert e.session.n_per_layer(0) < e.session.n_cells(0)
 
 
 def test_an_answer_that_fills_the_context_is_merged(tiny_gqa: Path) -> None:
@@ -448,10 +448,10 @@ def test_an_answer_that_fills_the_context_is_merged(tiny_gqa: Path) -> None:
         held, merges = 0, []
         for i in range(400):
             assert np.isfinite(e.token(20 + i % 300, 450 + i)).all()
-            assert e.session.n_held(0) <= e.session.n_cells(0) <= 512
-            if e.session.n_held(0) < held:
-                merges.append((held, e.session.n_held(0)))
-            held = e.session.n_held(0)
+            assert e.session.n_per_layer(0) <= e.session.n_cells(0) <= 512
+            if e.session.n_per_layer(0) < held:
+                merges.append((held, e.session.n_per_layer(0)))
+            held = e.session.n_per_layer(0)
         assert len(merges) > 1
         assert all(after == 301 for _, after in merges)
         assert e.session.stats()["evictions"] == 0
@@ -462,16 +462,16 @@ def test_equalized_layers(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=UNEVEN) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        held = int(e.session.held_rows(0).sum())
+        held = int(e.session.cells_per_layer(0).sum())
         e.session.set_prefill(True)
         e.prompt(random_tokens(50, N_VOCAB, 1), n)
         e.session.equalize_layers(0)
-        rows = e.session.held_rows(0)
+        rows = e.session.cells_per_layer(0)
         assert e.session.n_cells(0) <= -(-(held + 150) // 3)
         assert rows.min() >= 90  # these held no more than 96
         e.session.set_prefill(False)
         e.token(20, n + 50)
-        assert e.session.n_held(0) <= -(-2 * (n + 51) // 10)
+        assert e.session.n_per_layer(0) <= -(-2 * (n + 51) // 10)
         np.testing.assert_array_equal(np.isfinite(e.logits(-1)), True)
 
 
@@ -489,7 +489,7 @@ def test_levelled_before_a_context_overflows(embedded_model: Path) -> None:
 @pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("budget", [32, 40])
 def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> None:
-    """Even where no row that may leave is held by all layers, and the budget holds."""
+    """Even where no evictable row is held by all layers, and the budget holds."""
     config = {**ELASTIC, "budget": budget, "layer_share": [0.1, 1.0, 1.9]}
     with Engine(tiny_gqa, elastic=with_overdraft(config, overdraft)) as e:
         n = feed(e, 300)
@@ -499,7 +499,7 @@ def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> 
             gone = np.isneginf(e.session.bias(0))
             assert (gone == gone[:, :1]).all()
             held = held_after(held, budget, overdraft)
-            assert e.session.n_held(0) == held <= budget + overdraft
+            assert e.session.n_per_layer(0) == held <= budget + overdraft
         assert e.session.stats()["compressions"] == (2 if overdraft else 1)
 
 
@@ -511,13 +511,13 @@ def test_behind_a_shared_prefix(tiny_gqa: Path) -> None:
         llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
         e.prompt(random_tokens(200, N_VOCAB, 2), 300, seq=1)
         e.session.compress(1)
-        assert 100 - 4 - 2 <= e.session.n_held(1) <= 100
+        assert 100 - 4 - 2 <= e.session.n_per_layer(1) <= 100
 
 
 @pytest.mark.parametrize("overdraft", [0, 5, OVERDRAFT])
 @pytest.mark.parametrize("cap", [70, 100, 120])
 def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overdraft: int) -> None:
-    """A cap is one of places, so the rows that any layer holds count; the budget is an average.
+    """A cap is one of slots, so the rows that any layer holds count; the budget is an average.
 
     Without an overdraft rows are made as few as the budget at once.
     """
@@ -525,7 +525,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
         n = feed(e, 300)
         e.session.compress(0)
         data = e.save(0)
-        held = e.session.n_held(0)
+        held = e.session.n_per_layer(0)
         rows = e.session.n_cells(0)
     assert held < 70 < 100 < rows
     config = with_overdraft({**ELASTIC, "max_cells": cap}, overdraft)
@@ -534,7 +534,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
         found, expected = [], []
         for i in range(60):
             promised = min(-(-2 * (n + i + 1) // 10), cap)
-            fits = rows < cap and e.session.n_held(0) < promised + overdraft
+            fits = rows < cap and e.session.n_per_layer(0) < promised + overdraft
             assert np.isfinite(e.token(20, n + i)).all()
             found.append(e.session.n_cells(0))
             if overdraft == 0:
@@ -542,7 +542,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
             else:
                 rows = rows + 1 if fits else held_after(cap, promised, overdraft, cap)
             expected.append(rows)
-            assert held / 2 < e.session.n_held(0) <= found[-1]
+            assert held / 2 < e.session.n_per_layer(0) <= found[-1]
         assert found == expected
         assert max(found) <= cap
 
@@ -562,7 +562,7 @@ def test_memory_follows_after_a_copy(tiny_gqa: Path, how: str) -> None:
         else:
             llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
         e.token(20, n, seq=1)
-        lacks = 3 * e.session.n_cells(1) - int(e.session.held_rows(1).sum())
+        lacks = 3 * e.session.n_cells(1) - int(e.session.cells_per_layer(1).sum())
         assert e.session.stats()["bytes_released"] - released > 0.9 * lacks * (2 * 2 * 64 * 2)
 
 

@@ -10,7 +10,7 @@ from elastic_llama import _core
 
 from tests.support.capture import Capture
 from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
-from tests.support.oracle_generate import GENERATED, NEWEST, leaving_candidates
+from tests.support.oracle_generate import GENERATED, NEWEST, eviction_candidates
 
 N_VOCAB = 384
 N_LAYER = {"tiny_gqa": 3, "tiny_mha": 2}
@@ -169,7 +169,7 @@ def test_each_head_loses_its_least_attended_cell(
             total = np.ones(60)
             if policy == "elastic":
                 total[np.flatnonzero(kind == 0)[-14:]] = np.inf
-            free = leaving_candidates(rule, kind, np.zeros(60), 4, total)
+            free = eviction_candidates(rule, kind, np.zeros(60), 4, total)
             for il, ih in np.ndindex(*importance.shape[:2]):
                 lost = min(free, key=lambda j: importance[il, ih, j])
                 stay = [j for j in range(60) if j != lost]
@@ -334,14 +334,14 @@ def test_biased_attention_equals_numpy(
         elastic={"policy": policy, "budget": 0.3, "min_cells": 8, "layer_share": share},
     ) as e:
         n = feed(e)
-        n_held = e.session.compress(0)
-        assert (e.session.n_held(0) < n_held) == bool(share)
+        n_after = e.session.compress(0)
+        assert (e.session.n_per_layer(0) < n_after) == bool(share)
         biased = bool((e.session.bias(0) != 0).any())
         capture_q.seen.clear()
         capture_o.seen.clear()
         capture_q.names.clear()
         e.prompt(forced, n)
-        assert e.session.n_cells(0) == n_held + n_new
+        assert e.session.n_cells(0) == n_after + n_new
         bias = e.session.bias(0)
         assert len(bias) == N_LAYER["tiny_gqa"]
         # `elastic-paper` scores prompts alone: what follows them goes through llama.cpp's ops
@@ -349,7 +349,7 @@ def test_biased_attention_equals_numpy(
         is_fused = in_graph and not (attention_op == "plain" and biased)
         assert ("kq_mask_bias" in capture_q.names) == (is_fused and biased)
         assert ("kq_plus_bias" in capture_q.names) == (in_graph and not is_fused)
-        ahead = np.arange(n_held + n_new) > n_held + np.arange(n_new)[:, None]
+        ahead = np.arange(n_after + n_new) > n_after + np.arange(n_new)[:, None]
         for il in range(bias.shape[0]):
             k, v = e.session.read_kv(0, il)
             q = capture_q.seen[f"Qcur-{il}"][-1].reshape(n_new, 4, 64).astype(np.float64)

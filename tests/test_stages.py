@@ -107,7 +107,7 @@ def test_long_generation_holds_its_cells(
             assert np.isfinite(e.token(10 + i % 300, n + i)).all()
             held = e.session.n_cells(0)
             promised = math.ceil(0.2 * (n + i + 1)) if budget < 1 else 150
-            if expected + 1 > promised + overdraft:  # one leaves, or all above are merged
+            if expected + 1 > promised + overdraft:  # one is evicted, or all above are merged
                 expected = promised - (overdraft == 0)
             expected += 1
             assert held == expected
@@ -413,7 +413,7 @@ def test_c_interface(tiny_gqa: Path) -> None:
         assert lib.elastic_attach(ctx, ctypes.byref(params)) == 0
         feed(e)
         assert lib.elastic_compress(ctx, 0) == lib.elastic_n_cells(ctx, 0)
-        assert lib.elastic_n_held(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
+        assert lib.elastic_n_per_layer(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         feed(e)
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)
@@ -425,7 +425,7 @@ def test_generated_tokens_are_scored_now_and_then(
     tiny_gqa: Path, policy: str, interval: int
 ) -> None:
     """A step that is scored adds a softmax, 1 in sum, for each token since the last such step."""
-    config = {"policy": policy, "budget": 0.99, "min_cells": 500}  # nothing leaves
+    config = {"policy": policy, "budget": 0.99, "min_cells": 500}  # nothing is dropped
     with Engine(tiny_gqa, elastic=config, type_k="f32", type_v="f32") as e:
         n = feed(e)
         before = e.session.importance(0).sum(axis=-1)

@@ -297,25 +297,25 @@ void bind_core(py::module_ & m) {
         },
         py::arg("n_keep"), py::arg("n_text"), py::arg("n_image"), "Text and image cells that stay of n_keep.");
     core.def(
-        "leaving_cell",
+        "cell_to_evict",
         [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_prompt, int32_t offset, int32_t n_sink,
            const std::vector<float> & total) {
             const cells c = make_cells(kind, pinned);
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
-                throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
+                throw error("[cell_to_evict] kind, pinned and total must have one entry per cell");
             }
-            return leaving_cell(evictor_from(rule), c, n_prompt, offset, n_sink, total);
+            return cell_to_evict(evictor_from(rule), c, n_prompt, offset, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
-        "Logical index of the cell that leaves, -1 for none.");
+        "Logical index of the cell to evict, -1 for none.");
     core.def(
-        "leaving_candidates",
+        "eviction_candidates",
         [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_sink, const std::vector<float> & total) {
             const cells c = make_cells(kind, pinned);
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
-                throw error("[leaving_candidates] kind, pinned and total must have one entry per cell");
+                throw error("[eviction_candidates] kind, pinned and total must have one entry per cell");
             }
-            return leaving_candidates(evictor_from(rule), c, n_sink, total);
+            return eviction_candidates(evictor_from(rule), c, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
         "Logical indices of the cells among which each head loses one of its own.");

@@ -82,14 +82,14 @@ std::vector<run> share_run(const run & r, const cells & c, const std::vector<flo
         res.push_back(run_of_layer(r, c, (int32_t) il));
         room.push_back(std::min(limit, (int32_t) res.back().cells.size() - res.back().n_stay));
     }
-    const auto places = places_of_layers(n_free + n_more, share, room);
+    const auto n_own = cells_of_layers(n_free + n_more, share, room);
     for (size_t il = 0; il < share.size(); ++il) {
-        res[il].n_keep += places[il];
+        res[il].n_keep += n_own[il];
     }
     return res;
 }
 
-int64_t n_held(const std::vector<run> & of_layers) {
+int64_t n_total(const std::vector<run> & of_layers) {
     return std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0, [](int64_t n, const run & own) { return n + own.n_keep; });
 }
 
@@ -104,15 +104,15 @@ std::vector<std::vector<run>> share_runs(const plan_params & params, const cells
     std::vector<std::vector<run>> res;
     for (const auto & r : runs) {
         res.push_back(r.whole() ? whole_run(r, c, n_layer) : share_run(r, c, share, 0, most));
-        n_left -= n_held(res.back());
+        n_left -= n_total(res.back());
     }
     for (size_t r = 0; r < runs.size() && !c.masked.empty() && n_left >= n_layer; ++r) {
         if (runs[r].whole()) {
             continue;
         }
-        const int64_t before = n_held(res[r]);
+        const int64_t before = n_total(res[r]);
         res[r]               = share_run(runs[r], c, share, (int32_t) (n_left / n_layer), most);
-        n_left -= n_held(res[r]) - before;
+        n_left -= n_total(res[r]) - before;
     }
     return res;
 }

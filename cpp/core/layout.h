@@ -41,7 +41,7 @@ protection protect_cells(const selector & s, const plan_params & params, const c
 // share: cells of each layer in relation to the others'  [n_layer]
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and
-//   may leave without moving anything. Otherwise ranks are in logical order.
+//   may be evicted without moving anything. Otherwise ranks are in logical order.
 layout lay_out(const selector & s, bool ranked, const plan_params & params, const std::vector<float> & share, const cells & c);
 
 }  // namespace elastic

@@ -166,7 +166,7 @@ void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     upload(strm, *lo, *hi + 1);
 }
 
-std::vector<int32_t> layer_bias::held(uint32_t strm, const std::vector<int32_t> & rows) const {
+std::vector<int32_t> layer_bias::cells_per_layer(uint32_t strm, const std::vector<int32_t> & rows) const {
     std::vector<int32_t> res(n_layer, (int32_t) rows.size());
     for (int32_t il = 0; n_masked > 0 && il < n_layer; ++il) {
         for (const int32_t row : rows) {

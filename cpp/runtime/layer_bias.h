@@ -40,7 +40,7 @@ class layer_bias {
     void mask(uint32_t strm, int32_t cell, int32_t il);
 
     // cells of `rows` that each layer holds  [n_layer]
-    std::vector<int32_t> held(uint32_t strm, const std::vector<int32_t> & rows) const;
+    std::vector<int32_t> cells_per_layer(uint32_t strm, const std::vector<int32_t> & rows) const;
 
   private:
     const int32_t n_layer;

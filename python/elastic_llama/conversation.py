@@ -329,7 +329,7 @@ class Conversation:
         if session is None:
             n_cells, n_bytes = self.llm.n_tokens, stock_bytes(self.llm._ctx.ctx)
         else:
-            n_cells, n_bytes = session.n_held(0), session.kv_bytes(0)
+            n_cells, n_bytes = session.n_per_layer(0), session.kv_bytes(0)
         stats.cells_prompt = stats.cells_kept = n_cells
         stats.bytes_prompt = stats.bytes_kept = n_bytes
 
@@ -344,7 +344,7 @@ class Conversation:
         stats.probe_ms = self.llm._probe_ms - probe_ms
         start = time.perf_counter()
         session.compress(0)
-        stats.cells_kept = session.n_held(0)
+        stats.cells_kept = session.n_per_layer(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
         if after["compressions"] > before["compressions"]:

@@ -203,7 +203,7 @@ class ElasticLlama(llama_cpp.Llama):
             merge_ms=s["merge_us"] / 1000,
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
-            cells=self._session.n_held(0),
+            cells=self._session.n_per_layer(0),
             tokens=self.n_tokens,
         )
 

@@ -33,7 +33,7 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
     """Decode likely answers, one token of each in a batch, and take them back.
 
     Nothing is decoded for a sequence with image cells, whose answer looks from one patch to
-    another, so that its beginning says little of the rest; nor where nothing has to leave. If
+    another, so that its beginning says little of the rest; nor where nothing is dropped. If
     anything was decoded, the logits of the context are not the prompt's any more.
 
     Parameters
@@ -95,7 +95,7 @@ def n_probe_tokens(
     ctx: Any, session: Any, config: ElasticConfig, seq_id: int, n_seqs: int = 1
 ) -> int:
     """Tokens of its answer that are decoded for a sequence, one of `n_seqs` at once."""
-    n_gone = int(session.n_to_leave(seq_id))
+    n_gone = int(session.n_to_drop(seq_id))
     if not config.probe or n_gone == 0 or not _looks(config):
         return 0
     if (session.cells(seq_id)["kind"] == _IMAGE).any():

@@ -192,7 +192,7 @@ def _compress(llm: ElasticLlama) -> tuple[np.ndarray, Any, int]:
     session.compress()
     # where nothing was compressed, the last plan is that of an earlier prompt
     plan = session.last_plan() if session.stats()["compressions"] > n_done else None
-    return ids, plan, int(session.n_held())
+    return ids, plan, int(session.n_per_layer())
 
 
 def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:

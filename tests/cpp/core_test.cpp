@@ -174,12 +174,12 @@ static void test_plans() {
 }
 
 static void test_layers() {
-    CHECK((places_of_layers(5, { 1.0f, 1.0f, 1.0f }, { 9, 9, 9 }) == std::vector<int32_t>{ 5, 5, 5 }));
-    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 9 }) == std::vector<int32_t>{ 2, 6 }));
-    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 4 }) == std::vector<int32_t>{ 4, 4 }));
-    CHECK((places_of_layers(9, { 1.0f, 1e9f }, { 3, 4 }) == std::vector<int32_t>{ 3, 4 }));
-    CHECK((places_of_layers(1, { 1.0f, 5.0f, 2.0f }, { 1, 0, 7 }) == std::vector<int32_t>{ 1, 0, 2 }));
-    CHECK((places_of_layers(0, { 1.0f, 2.0f }, { 3, 3 }) == std::vector<int32_t>{ 0, 0 }));
+    CHECK((cells_of_layers(5, { 1.0f, 1.0f, 1.0f }, { 9, 9, 9 }) == std::vector<int32_t>{ 5, 5, 5 }));
+    CHECK((cells_of_layers(4, { 1.0f, 3.0f }, { 9, 9 }) == std::vector<int32_t>{ 2, 6 }));
+    CHECK((cells_of_layers(4, { 1.0f, 3.0f }, { 9, 4 }) == std::vector<int32_t>{ 4, 4 }));
+    CHECK((cells_of_layers(9, { 1.0f, 1e9f }, { 3, 4 }) == std::vector<int32_t>{ 3, 4 }));
+    CHECK((cells_of_layers(1, { 1.0f, 5.0f, 2.0f }, { 1, 0, 7 }) == std::vector<int32_t>{ 1, 0, 2 }));
+    CHECK((cells_of_layers(0, { 1.0f, 2.0f }, { 3, 3 }) == std::vector<int32_t>{ 0, 0 }));
 
     const policy & pol = find_policy("elastic");
     for (const int32_t n : { 8, 33, 128 }) {
@@ -194,13 +194,13 @@ static void test_layers() {
                 }
                 const plan p = make_plan(pol, { n_keep, 2, { 1.0f, 4.0f, 0.5f } }, c, importance, &rows, 2);
                 validate(p, c, sink_cells(pol.select, { n_keep, 2, {} }));
-                int32_t n_held = 0;
+                int32_t n_total = 0;
                 for (int32_t il = 0; il < 3; ++il) {
                     for (int32_t j = 0; j < p.n_keep; ++j) {
-                        n_held += p.holds(il, j);
+                        n_total += p.holds(il, j);
                     }
                 }
-                CHECK(n_held <= 3 * n_keep);
+                CHECK(n_total <= 3 * n_keep);
                 CHECK(rank_positions(p).back() == n - 1);
             }
         }
@@ -215,11 +215,11 @@ static void test_generate() {
                 for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
                     for (const int32_t offset : { INT32_MIN, 0, 25, INT32_MAX }) {
                         cells         c = make_cells(n);
-                        const int32_t i = leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n));
+                        const int32_t i = cell_to_evict(rule, c, n_prompt, offset, n_sink, std::vector<float>(n));
                         CHECK(i >= -1 && i < std::max(n - 1, 0) + (i < 0));
                         CHECK(i < 0 || i >= n_sink);
                         c.pinned.assign(n, 1);
-                        CHECK(leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n)) == -1);
+                        CHECK(cell_to_evict(rule, c, n_prompt, offset, n_sink, std::vector<float>(n)) == -1);
                     }
                 }
             }
@@ -227,7 +227,7 @@ static void test_generate() {
     }
 }
 
-// what elastic lets leave where nothing can be merged is what elastic-evict does
+// what elastic evicts where nothing can be merged is what elastic-evict does
 static void test_merging_answer() {
     const recompress_evictor recompress;
     const per_head_evictor   per_head;
@@ -243,19 +243,19 @@ static void test_merging_answer() {
                 for (int32_t i = 0; i < n; i += 2) {
                     total[i] = HUGE_VALF;
                 }
-                const auto found = leaving_candidates(recompress, c, n_sink, total);
-                CHECK(found == leaving_candidates(per_head, c, n_sink, total));
+                const auto found = eviction_candidates(recompress, c, n_sink, total);
+                CHECK(found == eviction_candidates(per_head, c, n_sink, total));
                 CHECK(found.empty() == (n - per_head_recent <= std::max(n_sink, 0)));
                 CHECK(found.empty() || (found.front() >= n_sink && found.back() < n - per_head_recent));
                 c.pinned.assign(n, 1);
-                CHECK(leaving_candidates(recompress, c, n_sink, total).empty());
+                CHECK(eviction_candidates(recompress, c, n_sink, total).empty());
             }
         }
     }
     for (const auto & pol : policies()) {
         CHECK(pol.overdraft() == (pol.name == "elastic" ? recompress.n_overdraft : 0));
         CHECK(pol.recompresses() == (pol.overdraft() > 0));
-        CHECK(pol.overdraft() == 0 || (pol.leaves_per_head() && pol.generation_interval() == recompress.score_interval));
+        CHECK(pol.overdraft() == 0 || (pol.evicts_per_head() && pol.generation_interval() == recompress.score_interval));
     }
 }
 

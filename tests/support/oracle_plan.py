@@ -195,7 +195,7 @@ def split_later(
 
 
 def left_free(n_keep: int) -> int:
-    """Cells that `elastic` leaves for the answer when it compresses a prompt."""
+    """Cells that `elastic` leaves free for the answer when it compresses a prompt."""
     return min(4, n_keep // 8)
 
 
@@ -317,7 +317,7 @@ def rank_scores(
     old: Any = None,
     tokens: Any = None,
 ) -> np.ndarray:
-    """Score of each rank over all layers and heads [N]; infinite where it never leaves by score."""
+    """Score of each rank over all layers and heads [N]; infinite: never evicted by it."""
     n_keep = kept.shape[2]
     stay = protected(rule, kind, pinned, n_keep, n_sink, old)
     for run, n in quotas(rule, kind, stay, n_keep, old, tokens):

@@ -88,6 +88,12 @@ class Session:
         """
         Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).
         """
+    def cells_per_layer(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Cells that each layer holds of the sequence, int32 [n_layer].
+        """
     def compress(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Compress the prompt of a sequence now; returns the number of cells it holds after.
@@ -113,13 +119,13 @@ class Session:
         """
     def frees_rows(self) -> bool:
         """
-        Whether what single layers do without (layer_share) goes back to the operating system.
+        Whether rows masked in single layers (layer_share) go back to the operating system.
         """
-    def held_rows(
+    def importance(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
-    ) -> numpy.typing.NDArray[numpy.int32]:
+    ) -> numpy.typing.NDArray[numpy.float32]:
         """
-        Cells that each layer holds of the sequence, int32 [n_layer].
+        Importance, f32 [n_layer, n_head_kv, n_cells].
         """
     def kv_bytes(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
@@ -145,21 +151,15 @@ class Session:
         """
         Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
         """
-    def importance(
-        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
-    ) -> numpy.typing.NDArray[numpy.float32]:
-        """
-        Importance, f32 [n_layer, n_head_kv, n_cells].
-        """
     def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells the sequence holds; with layer_share not every layer holds all of them.
         """
-    def n_held(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    def n_per_layer(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells that a layer holds of the sequence, on average over the layers, rounded up.
         """
-    def n_to_leave(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    def n_to_drop(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells that the compression of the sequence's prompt is going to take away; 0 if it has been compressed.
         """

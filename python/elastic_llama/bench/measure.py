@@ -152,7 +152,7 @@ class Racer:
     def finish(self, cell_bytes: int) -> None:
         run = self.run
         if self.ideal is not None:
-            run.cells_end = self.ideal.n_held
+            run.cells_end = self.ideal.n_now
         elif self.context.session is not None:
             run.cells_end = self.context.n_cells()
             cell_bytes = self.context.session.kv_bytes_per_cell()

@@ -69,7 +69,7 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=25,
         metavar="N",
-        help="distance of the cell that leaves from the prompt's end (25)",
+        help="distance of the evicted cell from the prompt's end (25)",
     )
     group.add_argument(
         "--min-cells",

@@ -118,12 +118,12 @@ class Lanes:
                 going.append(i)
             if not rows:
                 break
-            # nothing has to leave but before an answer's first token
+            # nothing has to be dropped but before an answer's first token
             first = {i: token for token, _, i in rows}
             probe(self.streams.ctx, self.streams.session, self.config, first)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 lanes[i].logits.append(logits)
-                held = self.streams.session.n_held(i)
+                held = self.streams.session.n_per_layer(i)
                 lanes[i].cells = (lanes[i].cells[0] or held - 1, held)
             active = going
 
