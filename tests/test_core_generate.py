@@ -53,7 +53,7 @@ def make_problem(rule, n_cells, **changes):
 
 @settings(deadline=None, max_examples=1000)
 @given(problems())
-def test_leaving_cell_equals_oracle(problem):
+def test_cell_to_evict_equals_oracle(problem):
     assert core.cell_to_evict(**problem) == oracle.cell_to_evict(**problem)
 
 

@@ -128,7 +128,7 @@ def check_plan(problem):
     if rules["selector"] == "coverage":
         names = ("kind", "pinned", "keys", "values", "n_sink", "old")
         own = {name: problem[name] for name in names}
-        kept, found = oracle.cover(**own, score=score, kept=kept)
+        kept, found = oracle.coverage(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
     bucket = oracle.buckets(rules["combiner"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)

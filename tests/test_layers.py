@@ -74,9 +74,11 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
     problem = problem_of(seed)
     plan = core.make_plan(**problem)
     kind, masked, n_keep = problem["kind"], problem["masked"], problem["n_keep"]
-    score = oracle.scores("by_kind_damped", kind, problem["importance"], problem["recent"])
+    score = oracle.scores(
+        "expected_attention_damped", kind, problem["importance"], problem["recent"]
+    )
     stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
-    closed = oracle.apart(kind, n_keep)
+    not_mergeable = oracle.verbatim(kind, n_keep)
     n_of_run = oracle.quotas("coverage", kind, stay, n_keep)
     n_layer = len(masked)
     for run, n_run in n_of_run:
@@ -96,7 +98,7 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
                     here[il], problem["keys"][il, ih], problem["values"][il, ih]
                 )
                 chosen, joins = oracle.cover_run(
-                    here[il], stay, closed, score[il, ih], x, len(kept)
+                    here[il], stay, not_mergeable, score[il, ih], x, len(kept)
                 )
                 assert kept == chosen
                 row = list(plan["kept"][il, ih])

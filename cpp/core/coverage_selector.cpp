@@ -184,11 +184,11 @@ std::vector<uint8_t> coverage_selector::verbatim(int32_t n_keep, const cells & c
 
 choice coverage_selector::choose(const run & r, const float * score, head_rows & rows) const {
     rows.space.fill(r.cells, rows.k, rows.d_k, rows.v, rows.d_v);
-    chooser places(r, rows.space, score);
+    chooser chosen(r, rows.space, score);
     choice  res;
-    res.kept = places.choose();
+    res.kept = chosen.choose();
     for (int32_t i = 0; i < (int32_t) r.cells.size(); ++i) {
-        res.nearest.push_back(places.nearest(i));
+        res.nearest.push_back(chosen.nearest(i));
     }
     return res;
 }

@@ -17,7 +17,7 @@ std::vector<int32_t> eviction_candidates(const evictor & e, const cells & c, int
 
 // By what the cells of one head are evicted, the lowest first, added to `others`: their attention until now (importance), or, where the
 // recent one is kept too (decayed, by `decay` per query, else nullptr), the share of either in all that n_queries gave (1 each). It is the
-// score of by_kind_scorer without its means over neighbours.
+// score of expected_attention_scorer without its means over neighbours.
 std::vector<float> eviction_scores(const std::vector<float> & others, const float * importance, const float * decayed, float decay,
                                    int64_t n_queries);
 
