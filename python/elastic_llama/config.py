@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +34,7 @@ def policy_row(name: str) -> dict[str, Any]:
     """
     if name not in policy_names():
         raise ConfigError(
-            text("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
+            message("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
         )
     return _policy_table()[name]
 
@@ -128,7 +128,7 @@ class ElasticConfig:
             not row["can_vary_layers"] or self.kv_cells is not None
         ):
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "layers that keep different numbers of cells",
                     f"policy {self.policy!r}, kv_cells {self.kv_cells}",
@@ -138,7 +138,7 @@ class ElasticConfig:
             )
         if self.kv_cells is not None and row["keeps_all"]:
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "kv_cells with the policy that keeps every cell",
                     self.kv_cells,
@@ -179,7 +179,7 @@ class ElasticConfig:
         """Refuse a budget of more cells than the context has."""
         if self.budget > n_ctx:
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "budget in cells",
                     self.budget,
@@ -212,13 +212,13 @@ ElasticConfig.__init__ = _init_renamed  # type: ignore[method-assign]
 def _budget(value: object) -> float | int:
     expected = "a fraction in (0, 1] to keep, or a whole number of cells above 1"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConfigError(text("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", "budget", repr(value), expected))
     budget = float(value)
     if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
         hint = f"did you mean {budget / 100:g} ?" if 1 < budget < 100 else ""
-        raise ConfigError(text("config", "budget", repr(value), expected, hint))
+        raise ConfigError(message("config", "budget", repr(value), expected, hint))
     if budget > 2**31 - 1:
-        raise ConfigError(text("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", "budget", repr(value), expected))
     return int(budget) if budget > 1 else budget
 
 
@@ -234,7 +234,9 @@ def _layers(value: object) -> str | tuple[float, ...]:
         good = False
     if not good:
         raise ConfigError(
-            text("config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer')
+            message(
+                "config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer'
+            )
         )
     return shares
 
@@ -258,6 +260,6 @@ def whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
         or not least <= int(value) <= most
     ):
         raise ConfigError(
-            text("config", name, repr(value), f"a whole number from {least} to {most}")
+            message("config", name, repr(value), f"a whole number from {least} to {most}")
         )
     return int(value)

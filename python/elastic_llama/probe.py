@@ -16,7 +16,7 @@ import numpy as np
 
 from .batch import fill_batch
 from .config import ElasticConfig, policy_row
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 _IMAGE = 1  # kind of a cell
 
@@ -130,7 +130,7 @@ def _n_free(ctx: Any, session: Any, seq_id: int) -> int:
 def _check(ctx: Any, first: Mapping[int, int], n_vocab: int) -> None:
     n_batch = int(llama_cpp.llama_n_batch(ctx))
     if len(first) > n_batch:
-        raise ConfigError(text("probe", "sequences", len(first), f"at most n_batch = {n_batch}"))
+        raise ConfigError(message("probe", "sequences", len(first), f"at most n_batch = {n_batch}"))
     for token in first.values():
         if not 0 <= token < n_vocab:
-            raise ConfigError(text("probe", "token", token, f"0 to {n_vocab - 1}"))
+            raise ConfigError(message("probe", "token", token, f"0 to {n_vocab - 1}"))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from . import _core
 from .batch import fill_batch
 from .embedded import cache_dir
-from .errors import ConfigError, ElasticError, StateError, UnsupportedModelError, text
+from .errors import ConfigError, ElasticError, StateError, UnsupportedModelError, message
 
 if TYPE_CHECKING:
     from .llama import ElasticLlama
@@ -115,7 +115,7 @@ def layer_shares(scores: Sequence[float] | NDArray[np.float64]) -> list[float]:
     x = np.asarray(scores, dtype=np.float64)
     if x.ndim != 1 or x.size == 0 or not (np.isfinite(x) & (x >= 0)).all():
         raise ConfigError(
-            text("retrieval", "scores", x.tolist(), "one finite value >= 0 for each layer")
+            message("retrieval", "scores", x.tolist(), "one finite value >= 0 for each layer")
         )
     if x.max() < MIN_SCORE:
         return [1.0] * x.size
@@ -173,7 +173,7 @@ def _context(llm: ElasticLlama) -> Iterator[tuple[Any, Any]]:
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     ctx = llama_cpp.llama_init_from_model(llm._model.model, params)
     if not ctx:
-        raise StateError(text("retrieval", "llama.cpp refused a context", f"{N_CTX} cells"))
+        raise StateError(message("retrieval", "llama.cpp refused a context", f"{N_CTX} cells"))
     session = None
     try:
         address = ctypes.cast(ctx, ctypes.c_void_p).value or 0
@@ -199,7 +199,7 @@ def _decode(ctx: Any, tokens: list[int], past: int) -> None:
     finally:
         llama_cpp.llama_batch_free(batch)
     if code:
-        raise StateError(text("retrieval", "llama_decode failed", f"code {code}"))
+        raise StateError(message("retrieval", "llama_decode failed", f"code {code}"))
 
 
 def _random_tokens(vocab: Any) -> list[int]:
@@ -208,7 +208,7 @@ def _random_tokens(vocab: Any) -> list[int]:
     tokens = list(islice((t for t in order if _is_ordinary(vocab, t)), N_TOKENS))
     if len(tokens) < N_TOKENS:
         raise UnsupportedModelError(
-            text("retrieval", "ordinary tokens in the vocabulary", len(tokens), f">= {N_TOKENS}")
+            message("retrieval", "ordinary tokens in the vocabulary", len(tokens), f">= {N_TOKENS}")
         )
     return tokens
 

@@ -15,7 +15,7 @@ from llama_cpp import _internals
 
 from ..batch import fill_batch
 from ..config import ElasticConfig, policy_row
-from ..errors import ElasticError, StateError, text
+from ..errors import ElasticError, StateError, message
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama, attach, lazy_buffers
 from .scenarios import Scenario
@@ -24,7 +24,7 @@ _PAD = 256  # llama.cpp attends to whole multiples of these
 
 
 @dataclass(frozen=True)
-class Setting:
+class ContextOptions:
     """How a context holds its cells. Those of the elastic cache have flash attention only."""
 
     kv_type: str = "f16"
@@ -57,7 +57,7 @@ class Context:
     def __init__(
         self,
         llm: ElasticLlama,
-        setting: Setting,
+        setting: ContextOptions,
         n_seqs: int,
         n_cells: int,
         elastic: ElasticConfig | None = None,
@@ -82,7 +82,7 @@ class Context:
                     model=llm._model, params=params, verbose=llm.verbose
                 )
         except ValueError as e:
-            raise StateError(text("bench", "llama.cpp refused the context", str(e))) from e
+            raise StateError(message("bench", "llama.cpp refused the context", str(e))) from e
         self.ctx = self._native.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
@@ -161,7 +161,7 @@ class Context:
     def _decode(self, batch: Any) -> None:
         code = llama_cpp.llama_decode(self.ctx, batch)
         if code:
-            raise StateError(text("bench", "llama_decode failed", f"code {code}"))
+            raise StateError(message("bench", "llama_decode failed", f"code {code}"))
 
 
 class Ideal:
