@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting, llama_cpp
+from elastic_llama.bench.contexts import Context, ContextOptions, Ideal, Prompts, llama_cpp
 from elastic_llama.bench.scenarios import Scenario
 from elastic_llama.native_log import silence
 
@@ -47,8 +47,8 @@ def generate(model: str | None, cells: int, n_tokens: int, n_threads: int) -> di
     for "shift", which moves all its cells at once."""
     llm = ElasticLlama(model, elastic=None, n_ctx=256)
     scenario = Scenario("flat", "", 64, (576,), n_gen=n_tokens)
-    config = ElasticConfig(budget=cells, overdraft=0)  # a cell leaves for each token
-    setting = Setting(n_threads=n_threads)
+    config = ElasticConfig(budget=cells, overdraft=0)  # a cell is evicted for each token
+    setting = ContextOptions(n_threads=n_threads)
     size = scenario.n_prompt + cells
     elastic = Context(llm, setting, 1, size, config)
     stock, shift = Context(llm, setting, 1, size), Context(llm, setting, 1, cells)
@@ -83,7 +83,7 @@ def generate(model: str | None, cells: int, n_tokens: int, n_threads: int) -> di
                 if first >= FIRST:
                     middle = np.mean if name == "shift" else np.median
                     out[name].append(round(float(middle(ms)), 4))
-            assert elastic.n_cells() == ideal.n_held == cells
+            assert elastic.n_cells() == ideal.n_now == cells
         return out
     finally:
         elastic.close()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Setting, llama_cpp
+from elastic_llama.bench.contexts import Context, ContextOptions, llama_cpp
 from elastic_llama.evaluation.metrics import kl, log_softmax
 from elastic_llama.native_log import silence
 
@@ -37,7 +37,7 @@ class Answer:
 
 
 def answer(
-    llm: ElasticLlama, policy: str | None, setting: Setting, n_prompt: int, n: int
+    llm: ElasticLlama, policy: str | None, setting: ContextOptions, n_prompt: int, n: int
 ) -> Answer:
     """`n` forced tokens after a prompt of random ones."""
     tokens = np.random.default_rng(0).integers(10, llm.n_vocab(), n_prompt + n + 1).tolist()
@@ -71,13 +71,13 @@ def main() -> None:
         ElasticLlama(args.model, n_gpu_layers=99, **kw) as device,
     ):
         for fa, policy in RUNS:
-            setting = Setting(flash_attn=fa, n_threads=args.threads)
+            setting = ContextOptions(flash_attn=fa, n_threads=args.threads)
             ours, theirs = (
                 log_softmax(answer(x, policy, setting, 640, 32).logits) for x in (host, device)
             )
             print(f"fa {fa} {policy or 'stock'}: KL of host to device {kl(ours, theirs):.1e}")
         for fa, policy in RUNS:
-            setting = Setting(flash_attn=fa, n_threads=args.threads)
+            setting = ContextOptions(flash_attn=fa, n_threads=args.threads)
             answer(device, policy, setting, 2944, 4)  # the first one loads kernels
             a = answer(device, policy, setting, 2944, 60)
             print(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Prompts, Setting, llama_cpp
+from elastic_llama.bench.contexts import Context, ContextOptions, Prompts, llama_cpp
 from elastic_llama.bench.scenarios import find_scenarios
 from elastic_llama.native_log import silence
 
@@ -44,7 +44,7 @@ def main() -> None:
     prompts = Prompts(llm, scenario)
     turn = prompts.tokens[scenario.n_text : scenario.n_text + N_TURN]
     n_cells = scenario.n_prompt + N_TURN + 1
-    setting = Setting(n_threads=os.cpu_count() or 1)
+    setting = ContextOptions(n_threads=os.cpu_count() or 1)
     contexts = {
         "stock, fa off": Context(llm, replace(setting, flash_attn=False), 1, n_cells),
         "stock, fa on": Context(llm, setting, 1, n_cells),

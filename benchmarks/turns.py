@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_llama import Conversation, ElasticConfig, ElasticLlama
-from elastic_llama.errors import StateError, text
+from elastic_llama.errors import StateError, message
 from elastic_llama.evaluation.prompts import Prefiller
 from elastic_llama.evaluation.runner import make_config
 from elastic_llama.evaluation.streams import Streams
@@ -85,7 +85,7 @@ class Table:
             said = "".join(chat.ask(turn.question.text, given, max_tokens=self.max_tokens))
             n_read = chat.stats.n_text + chat.stats.n_image
             if i == 0 and prompt is not None and n_read:
-                raise StateError(text("turns", "a loaded prompt was read again", n_read, "0"))
+                raise StateError(message("turns", "a loaded prompt was read again", n_read, "0"))
             scene = arrived[turn.about] if turn.about >= 0 else None
             out.append({**score(turn, scene, said), "cells": llm.stats.cells})
         return out

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 import llama_cpp
-from elastic_llama.errors import StateError, text
+from elastic_llama.errors import StateError, message
 from elastic_llama.evaluation.items import Item
 from elastic_llama.evaluation.prompts import Prefiller
 from elastic_llama.evaluation.streams import Streams
@@ -31,7 +31,7 @@ class FirstPrompt:
         ctx = llm._ctx.ctx
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if not llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0):
-            raise StateError(text("turns", "llama.cpp refused a saved prompt"))
+            raise StateError(message("turns", "llama.cpp refused a saved prompt"))
         llm.n_tokens = self.prompt.n_tokens
         llm.input_ids[: llm.n_tokens] = self.ids
         # the answer's first token is sampled from these, not from what was decoded last

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from elastic_llama import _checks
-from elastic_llama.bench.contexts import Context, Prompts, Setting
+from elastic_llama.bench.contexts import Context, ContextOptions, Prompts
 from elastic_llama.bench.scenarios import Scenario
 from elastic_llama.evaluation.streams import Streams
 from elastic_llama.kv_types import KV_TYPES, stock_bytes
@@ -356,7 +356,7 @@ def test_the_evaluation_attaches_a_cache_that_is_off(tiny_gqa: Path) -> None:
     with el.ElasticLlama(tiny_gqa, elastic=None, **SMALL) as llm:
         streams = Streams(llm, 1, 256)
         streams.attach(el.ElasticConfig.off())
-        assert streams.session.n_held(0) == 0
+        assert streams.session.n_per_layer(0) == 0
 
 
 def test_off_as_the_short_form(tiny: Any) -> None:
@@ -449,7 +449,7 @@ def test_bench_rows_are_as_wide_as_the_model_reads(deepstack: Any) -> None:
     llm = deepstack[0].llm
     prompts = Prompts(llm, Scenario("", "", images=(3,), n_text=4, n_gen=4))
     assert prompts.images[0].shape == (3, 256)
-    context = Context(llm, Setting(), 1, 256)
+    context = Context(llm, ContextOptions(), 1, 256)
     assert context.n_embd == 256
     context.close()
 

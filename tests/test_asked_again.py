@@ -649,7 +649,7 @@ def test_bytes_of_checkpoints(tiny_mha: Path, opened: Any, policy: str) -> None:
     n_vocab, n_cells = caller.e.n_vocab, session.stats()["cells_after"]
     lazy = session.stats()["checkpoint_bytes"]
     assert 4 * n_vocab <= lazy < 4 * n_vocab + n_cells * (row // 2)
-    caller.ask(prompt_of("text"), 30)  # cells leave, or are merged
+    caller.ask(prompt_of("text"), 30)  # cells are evicted, or merged
     stored = session.stats()["checkpoint_bytes"]
     assert lazy + n_cells * row // 2 < stored < lazy + 2 * n_cells * row
     caller.e.clear()
@@ -679,7 +679,7 @@ class Program:
 
     def probe(self, token: int, pos: int) -> None:
         """As elastic.h shows it."""
-        if self.lib.elastic_n_to_leave(self.ctx, 0) == 0:
+        if self.lib.elastic_n_to_drop(self.ctx, 0) == 0:
             return
         assert self.lib.elastic_begin_probe(self.ctx) == 0
         for i in range(4):

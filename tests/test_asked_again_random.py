@@ -265,10 +265,10 @@ class World:
     def compare(self, seq: int) -> None:
         ours, theirs = self.e.session, self.twin.session
         assert ours.n_tokens(seq) == theirs.n_tokens(seq)
-        assert ours.n_to_leave(seq) == theirs.n_to_leave(seq)
+        assert ours.n_to_drop(seq) == theirs.n_to_drop(seq)
         for name in ("pos", "kind"):
             assert ours.cells(seq)[name].tolist() == theirs.cells(seq)[name].tolist(), name
-        for name in ("count", "bias") if self.cut_shared else ("mass", "count", "bias"):
+        for name in ("count", "bias") if self.cut_shared else ("importance", "count", "bias"):
             a, b = getattr(ours, name)(seq), getattr(theirs, name)(seq)
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3, err_msg=name)
 

@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import pytest
 from elastic_llama import ElasticConfig, ElasticLlama
-from elastic_llama.bench.contexts import Context, Ideal, Prompts, Setting
+from elastic_llama.bench.contexts import Context, ContextOptions, Ideal, Prompts
 from elastic_llama.bench.measure import measure, n_steps
 from elastic_llama.bench.report import COLUMNS, markdown, ratios, table
 from elastic_llama.bench.scenarios import Scenario, find_scenarios
@@ -36,7 +36,7 @@ def llm(tiny_gqa: Path) -> Any:
 def test_runs(llm: ElasticLlama, scenario: Scenario, overdraft: int | None) -> None:
     ticks: list[str] = []
     config = ElasticConfig(budget=0.5, min_cells=8, overdraft=overdraft)
-    setting = Setting("f16", n_ubatch=64)
+    setting = ContextOptions("f16", n_ubatch=64)
     measured = measure(llm, scenario, setting, [config], 2, ticks.append, [False, True])
     kinds = [("stock", False), ("stock", True), ("elastic", True), ("ideal", True)]
     assert [(run.kind, run.setting.flash_attn) for run in measured] == kinds
@@ -78,7 +78,7 @@ def test_ideal_holds_what_elastic_does_at_every_token(
     config = ElasticConfig(
         budget=budget, min_cells=8, overdraft=overdraft, kv_cells=kv_cells, n_sink=4
     )
-    setting = Setting(n_ubatch=64)
+    setting = ContextOptions(n_ubatch=64)
     elastic = Context(llm, setting, 1, 256, config)
     stock = Context(llm, setting, 1, 256)
     try:
@@ -93,11 +93,11 @@ def test_ideal_holds_what_elastic_does_at_every_token(
             elastic.step(token, 150 + i)
             ideal.step(token)
             found.append(elastic.n_cells())
-            expected.append(ideal.n_held)
+            expected.append(ideal.n_now)
         assert found == expected
         assert max(found) <= (kv_cells or 1000)
         memory = stock.memory
-        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == ideal.n_held
+        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == ideal.n_now
         assert llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0
     finally:
         elastic.close()

@@ -62,10 +62,10 @@ class Case:
             chosen = rng.permutation(n_cells - 1)[: n_keep - 1]
             self.kept[0, h] = np.sort(np.append(chosen, n_cells - 1))
             self.bucket[0, h, self.kept[0, h]] = np.arange(n_keep)
-        self.mass = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
-        self.mass[rng.random(self.mass.shape) < 0.2] = 0
+        self.importance = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
+        self.importance[rng.random(self.importance.shape) < 0.2] = 0
         self.weight = rng.gamma(0.5, 1.0, self.bucket.shape).astype(np.float32)
-        self.weight[rng.random(self.mass.shape) < 0.2] = 0
+        self.weight[rng.random(self.importance.shape) < 0.2] = 0
         self.count = rng.integers(1, 4, self.bucket.shape).astype(np.float32)
         self.key_weight = rng.choice(np.array([0.0, 0.4, 1.0], np.float32), n_cells)
         self.bias = np.abs(rng.standard_normal(self.bucket.shape)).astype(np.float32)
@@ -77,7 +77,7 @@ class Case:
         return Stream.from_rows(kind, self.d, rows)
 
     def merge(self, rule):
-        k, v, mass, count, bias = core.merge_layer(
+        k, v, importance, count, bias = core.merge_layer(
             rule,
             self.kept,
             self.bucket,
@@ -89,7 +89,7 @@ class Case:
             self.n_rows,
             list(self.src),
             list(self.dst),
-            self.mass,
+            self.importance,
             self.count,
             self.bias,
             self.weight,
@@ -97,14 +97,14 @@ class Case:
         )
         after_k = Stream(self.k.kind, self.n_head, self.d, k)
         after_v = Stream(self.v.kind, self.n_head, self.d, v)
-        return after_k, after_v, mass, count, bias
+        return after_k, after_v, importance, count, bias
 
     def cells(self, h):
         """What head h held before, as f32 in logical order."""
         return oracle.Cells(
             load(self.k.kind, self.k.rows()[self.src], self.d)[:, h],
             load(self.v.kind, self.v.rows()[self.src], self.d)[:, h],
-            self.mass[0, h],
+            self.importance[0, h],
             self.count[0, h],
             self.bias[0, h],
             self.weight[0, h],
@@ -127,7 +127,7 @@ def check_merged(kind, got, expected):
 
 
 def check(case, rule):
-    after_k, after_v, mass, count, bias = case.merge(rule)
+    after_k, after_v, importance, count, bias = case.merge(rule)
     for before, after in ((case.k, after_k), (case.v, after_v)):
         others = np.setdiff1d(np.arange(case.n_rows), case.dst)
         np.testing.assert_array_equal(after.rows()[others], before.rows()[others])
@@ -142,12 +142,14 @@ def check(case, rule):
             np.testing.assert_array_equal(new_rows[~new], old_rows[~new])
             if new.any():
                 check_merged(before.kind, new_rows[new], getattr(want, name)[new])
-        np.testing.assert_allclose(mass[0, h], want.mass, rtol=1e-6)
+        np.testing.assert_allclose(importance[0, h], want.importance, rtol=1e-6)
         np.testing.assert_array_equal(count[0, h], want.count)
         np.testing.assert_allclose(bias[0, h], want.bias, rtol=1e-6, atol=1e-6)
         joined = case.bucket[0, h] >= 0
         if rule != "evict":
-            np.testing.assert_allclose(mass[0, h].sum(), case.mass[0, h][joined].sum(), rtol=1e-5)
+            np.testing.assert_allclose(
+                importance[0, h].sum(), case.importance[0, h][joined].sum(), rtol=1e-5
+            )
             assert count[0, h].sum() == case.count[0, h][joined].sum()
 
 
@@ -182,7 +184,7 @@ def test_head_sizes_that_are_no_whole_blocks(kind, d):
         check(Case(seed, kind, kind, d=d), "merge_mean")
 
 
-def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
+def as_case(k, v, importance, kept, bucket, bias=None, count=None, key_weight=0.0):
     """An f32 case of one head out of given cells, in rows of their own."""
     case = Case(0, "f32", "f32", len(k), len(kept), 1, k.shape[1])
     case.n_rows = len(k)
@@ -190,17 +192,17 @@ def as_case(k, v, mass, kept, bucket, bias=None, count=None, key_weight=0.0):
     case.k = Stream.from_rows("f32", k.shape[1], store("f32", k[:, None]))
     case.v = Stream.from_rows("f32", k.shape[1], store("f32", v[:, None]))
     case.kept, case.bucket = kept[None, None].astype(np.int32), bucket[None, None].astype(np.int32)
-    case.mass = case.weight = mass[None, None].astype(np.float32)
+    case.importance = case.weight = importance[None, None].astype(np.float32)
     case.key_weight = np.full(len(k), key_weight, np.float32)
-    case.bias = np.zeros_like(case.mass) if bias is None else bias[None, None]
-    case.count = np.ones_like(case.mass) if count is None else count[None, None]
+    case.bias = np.zeros_like(case.importance) if bias is None else bias[None, None]
+    case.count = np.ones_like(case.importance) if count is None else count[None, None]
     return case
 
 
 def merged_cells(case, rule):
-    k, v, mass, count, bias = case.merge(rule)
+    k, v, importance, count, bias = case.merge(rule)
     rows_k, rows_v = (load("f32", s.rows()[case.dst], case.d)[:, 0] for s in (k, v))
-    return oracle.Cells(rows_k, rows_v, mass[0, 0], count[0, 0], bias[0, 0])
+    return oracle.Cells(rows_k, rows_v, importance[0, 0], count[0, 0], bias[0, 0])
 
 
 def random_plan(rng, n_cells, n_keep):
@@ -222,23 +224,25 @@ def test_biased_attention_is_conserved(seed, equal_keys, key_weight):
     kept, bucket = random_plan(rng, n, 9)
     if equal_keys:
         k = k[kept][bucket]
-    mass = oracle.attention_weights(q, k)
-    cells = merged_cells(as_case(k, v, mass, kept, bucket, key_weight=key_weight), "merge_biased")
-    # any query when keys are equal within a bucket, otherwise the one that the masses come from
+    importance = oracle.attention_weights(q, k)
+    cells = merged_cells(
+        as_case(k, v, importance, kept, bucket, key_weight=key_weight), "merge_biased"
+    )
+    # any query when keys are equal within a bucket, otherwise the one the importance comes from
     for query in (q, other) if equal_keys else (q,):
         want = oracle.attention(query, k, v, np.zeros(n))
         got = oracle.attention(query, cells.k, cells.v, cells.bias)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     # merged again, without the tokens being known any more
     kept, bucket = random_plan(rng, 9, 3)
-    state = cells.k, cells.v, cells.mass, kept, bucket, cells.bias, cells.count
+    state = cells.k, cells.v, cells.importance, kept, bucket, cells.bias, cells.count
     case = as_case(*state, key_weight)
     again = merged_cells(case, "merge_biased")
     got = oracle.attention(q, again.k, again.v, again.bias)
     want = oracle.attention(q, k, v, np.zeros(n))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert again.count.sum() == n
-    np.testing.assert_allclose(again.mass.sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(again.importance.sum(), 1, rtol=1e-5)
 
 
 def test_means_of_means_are_means_of_all():
@@ -247,7 +251,7 @@ def test_means_of_means_are_means_of_all():
     kept, bucket = random_plan(rng, 20, 6)
     first = merged_cells(as_case(k, v, np.ones(20), kept, bucket), "merge_mean")
     one = np.array([5]), np.array([0] * 6)
-    case = as_case(first.k, first.v, first.mass, *one, first.bias, first.count)
+    case = as_case(first.k, first.v, first.importance, *one, first.bias, first.count)
     last = merged_cells(case, "merge_mean")
     np.testing.assert_allclose(last.k[0], k.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(last.v[0], v.mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -256,11 +260,11 @@ def test_means_of_means_are_means_of_all():
 
 @pytest.mark.parametrize("key_weight", [0.0, 0.4])
 @pytest.mark.parametrize("smallest", [0.0, 1e-45, 1e-40, 1e-38])
-def test_anchors_next_to_no_mass_get_a_finite_bias(smallest, key_weight):
+def test_anchors_next_to_no_importance_get_a_finite_bias(smallest, key_weight):
     rng = np.random.default_rng(0)
     k, v = rng.standard_normal((2, 3, 16)).astype(np.float32)
-    mass = np.array([1, 2, smallest], np.float32)
-    case = as_case(k, v, mass, np.array([2]), np.array([0, 0, 0]), key_weight=key_weight)
+    importance = np.array([1, 2, smallest], np.float32)
+    case = as_case(k, v, importance, np.array([2]), np.array([0, 0, 0]), key_weight=key_weight)
     check(case, "merge_biased")
     assert np.isfinite(merged_cells(case, "merge_biased").bias).all()
 

@@ -18,7 +18,7 @@ BY_KIND = ("elastic", "elastic-evict")
 
 @st.composite
 def later_turns(draw):
-    """Some old text and some image, and layers that do without cells or not."""
+    """Some old text and some image, and cells that are masked in layers or not."""
     n_cells = draw(st.integers(2, 90))
     kind = draw(kinds(n_cells))
     i, j = draw(st.permutations(range(n_cells)))[:2]
@@ -29,22 +29,22 @@ def later_turns(draw):
     old &= kind != oracle.IMAGE
     most = draw(st.sampled_from([1, 1, 4, 300]))
     n_layer = draw(st.integers(0, 3))
-    absent = rng.random((n_layer, n_cells)) < draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    masked = rng.random((n_layer, n_cells)) < draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
     return {
         "n_keep": draw(st.integers(0, n_cells)),
         "kind": kind,
         "old": old.astype(np.uint8),
         "tokens": rng.integers(1, most + 1, n_cells).tolist(),
-        "absent": absent.astype(np.uint8) if n_layer else None,
+        "masked": masked.astype(np.uint8) if n_layer else None,
     }
 
 
 def image_held(turn) -> int:
     """Cells of the image that a layer has, on average, rounded up."""
     image = turn["kind"] == oracle.IMAGE
-    if turn["absent"] is None:
+    if turn["masked"] is None:
         return int(image.sum())
-    rows = (turn["absent"][:, image] == 0).sum(axis=1)
+    rows = (turn["masked"][:, image] == 0).sum(axis=1)
     return -(-int(rows.sum()) // len(rows))
 
 
@@ -66,7 +66,7 @@ def test_split_properties(turn):
     # half of its share at least
     assert n_image >= min(image.sum(), n_keep * tokens[image].sum() // (2 * tokens.sum()))
     # it keeps what it holds where the question and the share of older text leave as much, and gets
-    # more only where there is no other way to fill the places
+    # more only where there is no other way to fill the budget
     room = n_keep - (~image & ~old).sum() - n_keep * tokens[old].sum() // tokens.sum()
     if room >= image_held(turn):
         assert n_image >= image_held(turn)
@@ -76,7 +76,7 @@ def test_split_properties(turn):
 
 @settings(deadline=None, max_examples=80)
 @given(later_turns())
-def test_more_places_take_from_nobody(turn):
+def test_a_larger_budget_takes_from_nobody(turn):
     splits = [core.split_with_past(**{**turn, "n_keep": n}) for n in range(len(turn["kind"]) + 1)]
     steps = np.diff(splits, axis=0)
     assert ((steps >= 0) & (steps <= 1)).all()
@@ -119,18 +119,18 @@ def turn_of(n_old, n_image, n_new, **changes):
         # and of half its share no more than there are
         (turn_of(10, 4, 30, tokens=[1] * 10 + [200] * 4 + [1] * 30), 30, (26, 4)),
         # layers hold 3 of 6 cells of the image on average, or 2.5
-        (turn_of(6, 6, 6, absent=[[0] * 6 + [1] * 3 + [0] * 9] * 2), 15, (12, 3)),
+        (turn_of(6, 6, 6, masked=[[0] * 6 + [1] * 3 + [0] * 9] * 2), 15, (12, 3)),
         (
-            turn_of(6, 6, 6, absent=[[0] * 6 + [1] * 4 + [0] * 8, [0] * 6 + [1] * 3 + [0] * 9]),
+            turn_of(6, 6, 6, masked=[[0] * 6 + [1] * 4 + [0] * 8, [0] * 6 + [1] * 3 + [0] * 9]),
             15,
             (12, 3),
         ),
-        # places that text cannot fill go to the image, whatever it holds
-        (turn_of(6, 6, 2, absent=[[0] * 6 + [1] * 6 + [0] * 2]), 12, (8, 4)),
+        # cells that text cannot fill go to the image, whatever it holds
+        (turn_of(6, 6, 2, masked=[[0] * 6 + [1] * 6 + [0] * 2]), 12, (8, 4)),
     ],
 )
 def test_split_by_hand(turn, n_keep, expected):
-    turn = {**turn, "absent": np.array(turn["absent"], np.uint8)} if "absent" in turn else turn
+    turn = {**turn, "masked": np.array(turn["masked"], np.uint8)} if "masked" in turn else turn
     assert core.split_with_past(n_keep=n_keep, **turn) == expected
     assert oracle.split_later(n_keep=n_keep, **turn) == expected
 
@@ -194,7 +194,7 @@ def test_old_text_without_an_image_is_text(policy):
         ([1] * 8 + [9] * 10 + [1] * 42, [3, 10, 3, 13, 1]),
         # the second text has said twice as much
         ([1] * 18 + [2] * 8 + [1] * 34, [4, 4, 8, 12, 2]),
-        # as much that text would have more places than cells: the image gets those
+        # as much that text would keep more than its cells: the image gets those
         ([1] * 18 + [9] * 8 + [1] * 34, [8, 3, 8, 7, 4]),
     ],
 )
@@ -244,20 +244,20 @@ def test_layers_that_do_without_cells_of_the_image(seed):
     """The budget holds on average, the question stays whole, and the image has what was split."""
     rng = np.random.default_rng(seed)
     problem = later_problem(30, 40, 12, 60)
-    absent = np.zeros((2, 82), np.uint8)
-    absent[:, 33:70] = rng.random((2, 37)) < rng.uniform(0.3, 0.95)
+    masked = np.zeros((2, 82), np.uint8)
+    masked[:, 33:70] = rng.random((2, 37)) < rng.uniform(0.3, 0.95)
     problem["tokens"] = rng.integers(1, 4, 82).tolist()
-    plan = core.make_plan(**problem, absent=absent)
+    plan = core.make_plan(**problem, masked=masked)
     held = plan["kept"] >= 0
     assert (held == held[:, :1]).all()
     assert held[:, 0].sum() <= 2 * 60
     n_image = sum(np.isin(plan["kept"][il, 0], np.arange(30, 70)).sum() for il in range(2))
     turn = {name: problem[name] for name in ("kind", "old", "tokens")}
-    most = oracle.split_later(60, **turn, absent=absent)[1]
-    assert n_image == min(2 * most, (absent[:, 30:70] == 0).sum())
+    most = oracle.split_later(60, **turn, masked=masked)[1]
+    assert n_image == min(2 * most, (masked[:, 30:70] == 0).sum())
     for il, ih in np.ndindex(2, 3):
         assert set(range(70, 82)) <= set(plan["kept"][il, ih])
-        assert not set(np.flatnonzero(absent[il])) & set(plan["kept"][il, ih])
+        assert not set(np.flatnonzero(masked[il])) & set(plan["kept"][il, ih])
 
 
 def test_an_images_cells_weigh_their_score():

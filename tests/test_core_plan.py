@@ -128,7 +128,7 @@ def check_plan(problem):
     if rules["selector"] == "coverage":
         names = ("kind", "pinned", "keys", "values", "n_sink", "old")
         own = {name: problem[name] for name in names}
-        kept, found = oracle.cover(**own, score=score, kept=kept)
+        kept, found = oracle.coverage(**own, score=score, kept=kept)
     np.testing.assert_array_equal(plan["kept"], kept)
     bucket = oracle.buckets(rules["combiner"], kept, problem["kind"], problem["pinned"], found)
     np.testing.assert_array_equal(plan["bucket"], bucket)
@@ -138,7 +138,7 @@ def check_plan(problem):
         weights = score.astype(np.float64)
         np.testing.assert_allclose(plan["weight"], weights, rtol=1e-6)
     np.testing.assert_array_equal(plan["positions"], np.sort(kept, axis=2).max(axis=(0, 1)))
-    if rules["selector"] != "all":  # nothing leaves there
+    if rules["selector"] != "all":  # nothing is dropped there
         names = ("kind", "pinned", "n_sink", "old", "tokens")
         own = {name: problem[name] for name in names}
         ranks = oracle.rank_scores(rules["selector"], score=score, kept=kept, **own)
@@ -312,7 +312,7 @@ def test_rows_of_another_shape_are_refused(name):
 
 
 def test_cover_spends_no_place_on_a_copy():
-    """Two groups of equal cells: the second place goes to the other group, however unimportant.
+    """Two groups of equal cells: the second kept cell is of the other group, however unimportant.
 
     The first cell of the image stays by itself.
     """

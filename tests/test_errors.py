@@ -35,8 +35,8 @@ def test_one_family():
 
 
 def test_message_form():
-    assert errors.text("op", "what", 1, "2", "do 3") == "[op] what, got 1, expected 2; do 3"
-    assert errors.text("op", "what") == "[op] what"
+    assert errors.message("op", "what", 1, "2", "do 3") == "[op] what, got 1, expected 2; do 3"
+    assert errors.message("op", "what") == "[op] what"
 
 
 def works(model) -> None:

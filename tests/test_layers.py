@@ -30,7 +30,7 @@ linux = pytest.mark.skipif(
 )
 
 
-def places(n: int, share: list[float], room: list[int]) -> list[int]:
+def cells_of_layers(n: int, share: list[float], room: list[int]) -> list[int]:
     """One for each layer with room, then all others one at a time to the layer furthest behind."""
     out = [min(1, r) if n > 0 else 0 for r in room]
     for _ in range(n * len(share) - sum(out)):
@@ -42,16 +42,16 @@ def places(n: int, share: list[float], room: list[int]) -> list[int]:
 
 
 def problem_of(seed: int) -> dict[str, Any]:
-    """Text, or an image between two pieces of text; some cells a layer does without already."""
+    """Text, or an image between two pieces of text; some cells masked in a layer already."""
     rng = np.random.default_rng(seed)
     n_layer, n_cells = int(rng.integers(1, 5)), int(rng.integers(30, 91))
     shape = (n_layer, 2, n_cells)
     kind = np.zeros(n_cells, np.uint8)
     if seed % 2:
         kind[8 : n_cells - 8] = 1
-    absent = np.zeros((n_layer, n_cells), np.uint8)
+    masked = np.zeros((n_layer, n_cells), np.uint8)
     if seed % 3 == 0:
-        absent[:, 4:-4] = rng.random((n_layer, n_cells - 8)) < 0.3
+        masked[:, 4:-4] = rng.random((n_layer, n_cells - 8)) < 0.3
     keys = rng.standard_normal((*shape, 6)).astype(np.float32)
     return {
         "policy": "elastic",
@@ -64,23 +64,25 @@ def problem_of(seed: int) -> dict[str, Any]:
         "keys": keys,
         "values": rng.standard_normal(keys.shape).astype(np.float32),
         "layer_share": rng.uniform(0.2, 4, n_layer).tolist(),
-        "absent": absent,
+        "masked": masked,
     }
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
-    """NumPy's cover of the cells that the layer holds, with as many places as the layer has."""
+    """NumPy's selection by coverage of the cells that the layer holds, as many as it keeps."""
     problem = problem_of(seed)
     plan = core.make_plan(**problem)
-    kind, absent, n_keep = problem["kind"], problem["absent"], problem["n_keep"]
-    score = oracle.scores("by_kind_damped", kind, problem["importance"], problem["recent"])
+    kind, masked, n_keep = problem["kind"], problem["masked"], problem["n_keep"]
+    score = oracle.scores(
+        "expected_attention_damped", kind, problem["importance"], problem["recent"]
+    )
     stay = oracle.protected("coverage", kind, problem["pinned"], n_keep, 1)
-    closed = oracle.apart(kind, n_keep)
+    not_mergeable = oracle.verbatim(kind, n_keep)
     n_of_run = oracle.quotas("coverage", kind, stay, n_keep)
-    n_layer = len(absent)
+    n_layer = len(masked)
     for run, n_run in n_of_run:
-        here = [[i for i in run if not absent[il, i]] for il in range(n_layer)]
+        here = [[i for i in run if not masked[il, i]] for il in range(n_layer)]
         is_open = n_run < len(run)
         free = n_run - len(stay.intersection(run))
         room = [len(cells) - len(stay.intersection(cells)) for cells in here]
@@ -96,7 +98,7 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
                     here[il], problem["keys"][il, ih], problem["values"][il, ih]
                 )
                 chosen, joins = oracle.cover_run(
-                    here[il], stay, closed, score[il, ih], x, len(kept)
+                    here[il], stay, not_mergeable, score[il, ih], x, len(kept)
                 )
                 assert kept == chosen
                 row = list(plan["kept"][il, ih])
@@ -105,8 +107,8 @@ def test_each_layer_is_covered_as_if_it_were_alone(seed: int) -> None:
         if is_open:
             got = [len([i for i in plan["kept"][il, 0] if i in run]) for il in range(n_layer)]
             n_stay = [len(stay.intersection(cells)) for cells in here]
-            expected = places(free, problem["layer_share"], room)
-            if absent.any():  # another run may have left some
+            expected = cells_of_layers(free, problem["layer_share"], room)
+            if masked.any():  # another run may have left some
                 assert sum(got) - sum(n_stay) >= sum(expected)
             else:
                 assert sum(got) - sum(n_stay) == sum(expected)
@@ -130,8 +132,8 @@ def test_ranks_agree_between_layers(seed: int) -> None:
     newest = oracle.protected("coverage", kind, problem["pinned"], problem["n_keep"], 0)
     tail = [i for i in range(len(kind)) if set(range(i, len(kind))) <= newest]
     for n, i in enumerate(reversed(tail)):
-        if not problem["absent"][:, i:].all(axis=0).any():  # somebody holds each of them
-            there = problem["absent"][:, i] == 0
+        if not problem["masked"][:, i:].all(axis=0).any():  # somebody holds each of them
+            there = problem["masked"][:, i] == 0
             assert (kept[there][..., -1 - n] == i).all()
     total = held[:, 0].sum()
     assert total <= problem["n_keep"] * held.shape[0]
@@ -158,7 +160,7 @@ def test_what_a_layer_cannot_take_goes_to_the_others() -> None:
         ({"layer_share": [1.0]}, r"layer_share: got 1 layers, expected 2"),
         ({"layer_share": [1.0, 0.0]}, r"layer_share: got 0\.0+, expected finite values > 0"),
         ({"layer_share": [1.0, float("nan")]}, r"layer_share: got -?nan"),
-        ({"absent": np.zeros(3, np.uint8)}, r"absent: got 3 entries"),
+        ({"masked": np.zeros(3, np.uint8)}, r"masked: got 3 entries"),
     ],
 )
 def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -166,8 +168,8 @@ def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
         core.make_plan(**make_problem(), **changes)
 
 
-def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
-    """No mass, and a bias under which nothing attends to it; the others merge as ever."""
+def test_a_masked_row_is_left_as_it_is() -> None:
+    """No importance, and a bias under which nothing attends to it; the others merge as ever."""
     rng = np.random.default_rng(0)
     n, d = 6, 8
     k, v = (rng.standard_normal((n, 1, d)).astype(np.float32) for _ in range(2))
@@ -177,15 +179,15 @@ def test_a_row_that_a_layer_does_without_is_left_as_it_is() -> None:
     rows = [7, 6, 5, 4, 3, 2]
     store_k, store_v = (np.zeros((8, d), np.float32) for _ in range(2))
     store_k[rows], store_v[rows] = k[:, 0], v[:, 0]
-    out_k, out_v, mass, _, bias = core.merge_layer(
+    out_k, out_v, importance, _, bias = core.merge_layer(
         "merge_biased", kept, bucket, store_k.view(np.uint8).ravel(), "f32",
-        store_v.view(np.uint8).ravel(), "f32", False, d, 8, rows, [2, 3, 4],
+        store_v.view(np.uint8).ravel(), "f32", d, 8, rows, [2, 3, 4],
         ones, ones, 0 * ones,
     )  # fmt: skip
     out_k, out_v = (x.view(np.float32).reshape(8, d) for x in (out_k, out_v))
     np.testing.assert_array_equal(out_v[3], store_v[3])
     np.testing.assert_array_equal(out_k[3], store_k[3])
-    assert mass[0, 0].tolist() == [3, 0, 3]
+    assert importance[0, 0].tolist() == [3, 0, 3]
     assert bias[0, 0, 1] == -np.inf
     np.testing.assert_allclose(bias[0, 0, [0, 2]], np.log(3), rtol=1e-6)
     np.testing.assert_allclose(out_v[[2, 4]], [v[:3, 0].mean(0), v[3:, 0].mean(0)], rtol=1e-5)
@@ -203,19 +205,19 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, overdraft: int) -> None:
     with Engine(tiny_gqa, elastic=config) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        held = e.session.held_rows(0)
+        held = e.session.cells_per_layer(0)
         total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
         assert 3 * total - 3 <= held.sum() <= 3 * total
         assert held[0] == held[2] < total < held[1] == e.session.n_cells(0)
-        assert e.session.n_held(0) == -(-held.sum() // 3)
+        assert e.session.n_per_layer(0) == -(-held.sum() // 3)
         size = e.session.kv_bytes_per_cell()
         bias = 4 * 3 * 2
         assert e.session.kv_bytes(0) == held.sum() * (size - bias) // 3 + bias * held[1]
-        found, expected, promised = [e.session.n_held(0)], [e.session.n_held(0)], []
+        found, expected, promised = [e.session.n_per_layer(0)], [e.session.n_per_layer(0)], []
         for i in range(60):
             e.token(20, n + i)
             promised.append(-(-2 * (n + i + 1) // 10))
-            found.append(e.session.n_held(0))
+            found.append(e.session.n_per_layer(0))
             expected.append(held_after(expected[-1], promised[-1], overdraft))
             assert found[-1] <= promised[-1] + overdraft
         assert found == expected
@@ -224,31 +226,31 @@ def test_the_budget_holds_on_average(tiny_gqa: Path, overdraft: int) -> None:
             assert found[-1] == 83 + 13
         else:
             assert found[-1] == -(-2 * (n + 60) // 10)
-        before = e.session.n_cells(0) - e.session.held_rows(0)
+        before = e.session.n_cells(0) - e.session.cells_per_layer(0)
         e.prompt(random_tokens(100, N_VOCAB, 5), n + 60)
-        np.testing.assert_array_equal(e.session.n_cells(0) - e.session.held_rows(0), before)
+        np.testing.assert_array_equal(e.session.n_cells(0) - e.session.cells_per_layer(0), before)
         e.session.compress(0)
         n += 160
         total = int(0.2 * n) - oracle.left_free(int(0.2 * n))
-        assert 3 * total - 3 <= e.session.held_rows(0).sum() <= 3 * total
+        assert 3 * total - 3 <= e.session.cells_per_layer(0).sum() <= 3 * total
 
 
-def absent_rows(e: Engine) -> list[set[int]]:
-    """Rows of the cache that each layer does without."""
+def masked_rows(e: Engine) -> list[set[int]]:
+    """Masked rows of the cache in each layer."""
     index = e.session.cells(0)["index"]
     return [set(index[row]) for row in np.isneginf(e.session.bias(0)[:, 0])]
 
 
-def test_what_leaves_leaves_every_layer(tiny_gqa: Path) -> None:
+def test_what_is_evicted_is_evicted_from_every_layer(tiny_gqa: Path) -> None:
     """Each token that comes takes a row in all layers; none goes where a layer has given it up."""
     config = {**UNEVEN, "overdraft": 0}
     with Engine(tiny_gqa, elastic=config) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        first = absent_rows(e)
+        first = masked_rows(e)
         for i in range(40):
             e.token(20, n + i)
-        assert absent_rows(e) == first
+        assert masked_rows(e) == first
         assert e.session.stats()["evictions"] > 0
 
 
@@ -258,15 +260,15 @@ def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path) -> None:
         n = feed(e, 300)
         e.session.compress(0)
         merges = []
-        before, gone = e.session.held_rows(0), absent_rows(e)
+        before, gone = e.session.cells_per_layer(0), masked_rows(e)
         for i in range(120):
             e.token(20, n + i)
-            rows = e.session.held_rows(0)
+            rows = e.session.cells_per_layer(0)
             index = e.session.cells(0)["index"]
-            absent = absent_rows(e)
-            assert not any(index[-1] in layer for layer in absent)  # the token itself
+            masked = masked_rows(e)
+            assert not any(index[-1] in layer for layer in masked)  # the token itself
             if rows[1] > before[1]:
-                assert absent == gone
+                assert masked == gone
                 assert (rows - before == 1).all()
             else:
                 merges.append(i)
@@ -274,8 +276,8 @@ def test_an_overdraft_is_taken_in_every_layer(tiny_gqa: Path) -> None:
                 assert 3 * promised - 3 <= rows.sum() - 3 <= 3 * promised
                 assert max(rows[0], rows[2]) < promised < rows[1]
                 assert index.max() == len(index) - 1  # the first rows again
-                assert not set.intersection(*absent)
-            before, gone = rows, absent
+                assert not set.intersection(*masked)
+            before, gone = rows, masked
         assert merges == [46, 86]  # 68 cells at first, then 83: of 82 + 32, and of 90 + 32
         assert e.session.stats()["compressions"] == 3
         assert e.session.stats()["evictions"] == 0
@@ -304,12 +306,12 @@ def test_save_load_continue(tiny_gqa: Path, whole: bool) -> None:
         e.forced(forced[:10], n)
         data = e.save(which)
         straight = e.forced(forced[10:], n + 10)
-        held = e.session.held_rows(0).tolist()
+        held = e.session.cells_per_layer(0).tolist()
     for config in (UNEVEN, ELASTIC):  # who loads it need not have shares of its own
         with Engine(tiny_gqa, elastic=config) as e:
             assert e.load(data, which) == len(data)
             assert nmse(straight, e.forced(forced[10:], n + 10)) <= 1e-10
-            assert e.session.held_rows(0).tolist() == held
+            assert e.session.cells_per_layer(0).tolist() == held
 
 
 def test_two_streams_do_not_disturb_each_other(tiny_gqa: Path) -> None:
@@ -327,11 +329,11 @@ def test_two_streams_do_not_disturb_each_other(tiny_gqa: Path) -> None:
 
 @linux
 def test_memory_follows_the_layers(tiny_gqa: Path) -> None:
-    """The rows that single layers do without go back, not only those behind the last cell."""
+    """The rows masked in single layers go back, not only those behind the last cell."""
     with Engine(tiny_gqa, elastic=UNEVEN, n_ctx=8192, n_ubatch=1024) as e:
         n = feed(e, 6000)
         e.session.compress(0)
-        freed = 3 * n - int(e.session.held_rows(0).sum())
+        freed = 3 * n - int(e.session.cells_per_layer(0).sum())
         assert e.session.stats()["bytes_released"] > 0.9 * freed * (2 * 2 * 64 * 2)
         assert e.session.frees_rows()
     with Engine(tiny_gqa, elastic={**UNEVEN, "release_memory": False}) as e:
@@ -345,11 +347,11 @@ def test_a_pyramid_holds_fewer_cells_in_later_layers(tiny_gqa: Path) -> None:
         with Engine(tiny_gqa, elastic={**options, "max_cells": cap}, flash_attn=True) as e:
             e.prompt(random_tokens(150, N_VOCAB, 1))
             e.session.compress(0)
-            held = e.session.held_rows(0)
-            assert e.session.n_held(0) == math.ceil(0.3 * 150)
+            held = e.session.cells_per_layer(0)
+            assert e.session.n_per_layer(0) == math.ceil(0.3 * 150)
             assert (held[0] > held[1] > held[2]) if cap == 0 else len(set(held)) == 1
             assert np.isfinite(e.forced(random_tokens(20, N_VOCAB, 5), 150)).all()
-            assert e.session.n_held(0) <= math.ceil(0.3 * (150 + 20)) + 1
+            assert e.session.n_per_layer(0) <= math.ceil(0.3 * (150 + 20)) + 1
 
 
 @pytest.mark.parametrize(
@@ -390,8 +392,8 @@ def test_layers_are_measured_where_memory_follows(
         ) as llm:
             llm.eval(prompt)
             llm.session.compress(0)
-            assert llm.stats.cells == llm.session.n_held(0)
-            return np.array(llm.session.held_rows(0))
+            assert llm.stats.cells == llm.session.n_per_layer(0)
+            return np.array(llm.session.cells_per_layer(0))
 
     uneven = held()
     assert uneven[0] < 80 < uneven[-1]
@@ -410,15 +412,15 @@ def test_what_a_run_lacks_goes_to_another() -> None:
     """Of a text that layers hold a fifth of, and an image that came later."""
     n_text, n_image = 100, 100
     kind = np.array([0] * n_text + [1] * n_image + [0] * 4, np.uint8)
-    absent = np.zeros((2, len(kind)), np.uint8)
-    absent[:, 4:84] = 1
-    problem = make_problem(n_cells=len(kind), n_keep=100, kind=kind, absent=absent)
+    masked = np.zeros((2, len(kind)), np.uint8)
+    masked[:, 4:84] = 1
+    problem = make_problem(n_cells=len(kind), n_keep=100, kind=kind, masked=masked)
     held = core.make_plan(**problem)["kept"] >= 0
     assert held[:, 0].sum() == 2 * 100
 
 
 @pytest.mark.parametrize(("overdraft", "n_answer"), [(0, 10), (0, 40), (32, 10), (32, 40)])
-def test_ranks_are_limited_by_the_places_of_the_context(
+def test_ranks_are_limited_by_the_slots_of_the_context(
     tiny_gqa: Path, overdraft: int, n_answer: int
 ) -> None:
     """Turn after turn under a number of cells that nearly fills the context."""
@@ -428,16 +430,16 @@ def test_ranks_are_limited_by_the_places_of_the_context(
         for _ in range(12):
             e.prompt(random_tokens(100, N_VOCAB, n), n)
             n, held = n + 100, held + 100
-            assert e.session.n_held(0) == held
+            assert e.session.n_per_layer(0) == held
             if held > 300:
                 held = 300 - oracle.left_free(300)
             for token in random_tokens(n_answer, N_VOCAB, n):
                 e.token(token, n)
                 n, held = n + 1, held_after(held, 300, overdraft)
-                assert e.session.n_held(0) == held
-            assert e.session.n_held(0) <= 300 + min(overdraft, n_answer - 4)
+                assert e.session.n_per_layer(0) == held
+            assert e.session.n_per_layer(0) <= 300 + min(overdraft, n_answer - 4)
             assert e.session.n_cells(0) <= 384 + min(n_answer, max(10, overdraft))
-        assert e.session.n_held(0) < e.session.n_cells(0)
+        assert e.session.n_per_layer(0) < e.session.n_cells(0)
 
 
 def test_an_answer_that_fills_the_context_is_merged(tiny_gqa: Path) -> None:
@@ -448,10 +450,10 @@ def test_an_answer_that_fills_the_context_is_merged(tiny_gqa: Path) -> None:
         held, merges = 0, []
         for i in range(400):
             assert np.isfinite(e.token(20 + i % 300, 450 + i)).all()
-            assert e.session.n_held(0) <= e.session.n_cells(0) <= 512
-            if e.session.n_held(0) < held:
-                merges.append((held, e.session.n_held(0)))
-            held = e.session.n_held(0)
+            assert e.session.n_per_layer(0) <= e.session.n_cells(0) <= 512
+            if e.session.n_per_layer(0) < held:
+                merges.append((held, e.session.n_per_layer(0)))
+            held = e.session.n_per_layer(0)
         assert len(merges) > 1
         assert all(after == 301 for _, after in merges)
         assert e.session.stats()["evictions"] == 0
@@ -462,16 +464,16 @@ def test_equalized_layers(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=UNEVEN) as e:
         n = feed(e, 300)
         e.session.compress(0)
-        held = int(e.session.held_rows(0).sum())
+        held = int(e.session.cells_per_layer(0).sum())
         e.session.set_prefill(True)
         e.prompt(random_tokens(50, N_VOCAB, 1), n)
         e.session.equalize_layers(0)
-        rows = e.session.held_rows(0)
+        rows = e.session.cells_per_layer(0)
         assert e.session.n_cells(0) <= -(-(held + 150) // 3)
         assert rows.min() >= 90  # these held no more than 96
         e.session.set_prefill(False)
         e.token(20, n + 50)
-        assert e.session.n_held(0) <= -(-2 * (n + 51) // 10)
+        assert e.session.n_per_layer(0) <= -(-2 * (n + 51) // 10)
         np.testing.assert_array_equal(np.isfinite(e.logits(-1)), True)
 
 
@@ -489,7 +491,7 @@ def test_levelled_before_a_context_overflows(embedded_model: Path) -> None:
 @pytest.mark.usefixtures("attention_op")
 @pytest.mark.parametrize("budget", [32, 40])
 def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> None:
-    """Even where no row that may leave is held by all layers, and the budget holds."""
+    """Even where no evictable row is held by all layers, and the budget holds."""
     config = {**ELASTIC, "budget": budget, "layer_share": [0.1, 1.0, 1.9]}
     with Engine(tiny_gqa, elastic=with_overdraft(config, overdraft)) as e:
         n = feed(e, 300)
@@ -499,7 +501,7 @@ def test_heads_of_a_layer_agree(tiny_gqa: Path, budget: int, overdraft: int) -> 
             gone = np.isneginf(e.session.bias(0))
             assert (gone == gone[:, :1]).all()
             held = held_after(held, budget, overdraft)
-            assert e.session.n_held(0) == held <= budget + overdraft
+            assert e.session.n_per_layer(0) == held <= budget + overdraft
         assert e.session.stats()["compressions"] == (2 if overdraft else 1)
 
 
@@ -511,13 +513,13 @@ def test_behind_a_shared_prefix(tiny_gqa: Path) -> None:
         llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
         e.prompt(random_tokens(200, N_VOCAB, 2), 300, seq=1)
         e.session.compress(1)
-        assert 100 - 4 - 2 <= e.session.n_held(1) <= 100
+        assert 100 - 4 - 2 <= e.session.n_per_layer(1) <= 100
 
 
 @pytest.mark.parametrize("overdraft", [0, 5, OVERDRAFT])
 @pytest.mark.parametrize("cap", [70, 100, 120])
 def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overdraft: int) -> None:
-    """A cap is one of places, so the rows that any layer holds count; the budget is an average.
+    """A cap is one of slots, so the rows that any layer holds count; the budget is an average.
 
     Without an overdraft rows are made as few as the budget at once.
     """
@@ -525,7 +527,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
         n = feed(e, 300)
         e.session.compress(0)
         data = e.save(0)
-        held = e.session.n_held(0)
+        held = e.session.n_per_layer(0)
         rows = e.session.n_cells(0)
     assert held < 70 < 100 < rows
     config = with_overdraft({**ELASTIC, "max_cells": cap}, overdraft)
@@ -534,7 +536,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
         found, expected = [], []
         for i in range(60):
             promised = min(-(-2 * (n + i + 1) // 10), cap)
-            fits = rows < cap and e.session.n_held(0) < promised + overdraft
+            fits = rows < cap and e.session.n_per_layer(0) < promised + overdraft
             assert np.isfinite(e.token(20, n + i)).all()
             found.append(e.session.n_cells(0))
             if overdraft == 0:
@@ -542,7 +544,7 @@ def test_a_cap_levels_what_was_saved_without_one(tiny_gqa: Path, cap: int, overd
             else:
                 rows = rows + 1 if fits else held_after(cap, promised, overdraft, cap)
             expected.append(rows)
-            assert held / 2 < e.session.n_held(0) <= found[-1]
+            assert held / 2 < e.session.n_per_layer(0) <= found[-1]
         assert found == expected
         assert max(found) <= cap
 
@@ -562,7 +564,7 @@ def test_memory_follows_after_a_copy(tiny_gqa: Path, how: str) -> None:
         else:
             llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
         e.token(20, n, seq=1)
-        lacks = 3 * e.session.n_cells(1) - int(e.session.held_rows(1).sum())
+        lacks = 3 * e.session.n_cells(1) - int(e.session.cells_per_layer(1).sum())
         assert e.session.stats()["bytes_released"] - released > 0.9 * lacks * (2 * 2 * 64 * 2)
 
 

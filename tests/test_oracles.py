@@ -10,7 +10,7 @@ from elastic_llama import _core
 
 from tests.support.capture import Capture
 from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
-from tests.support.oracle_generate import GENERATED, NEWEST, leaving_candidates
+from tests.support.oracle_generate import GENERATED, NEWEST, eviction_candidates
 
 N_VOCAB = 384
 N_LAYER = {"tiny_gqa": 3, "tiny_mha": 2}
@@ -96,9 +96,9 @@ def test_importance_is_the_column_sum(
         elastic={"policy": "full", "budget": 1.0, "record": True},
     ) as e:
         n = feed(e, 150)
-        mass = e.session.mass(0)
-        fading, window = e.session.recent(0)
-        assert len(mass) == len(fading) == len(window) == N_LAYER[model]
+        importance = e.session.importance(0)
+        decayed, window = e.session.recent(0)
+        assert len(importance) == len(decayed) == len(window) == N_LAYER[model]
         keys = [e.session.read_kv(0, il)[0] for il in range(N_LAYER[model])]
     assert ("attn_beside" in capture.names) == (attention_op != "own")
     halves = attention_op != "own"
@@ -106,8 +106,8 @@ def test_importance_is_the_column_sum(
         a = attention(capture, il, k, halves)
         ago = np.arange(n)[::-1]
         is_text = np.r_[np.ones(40), np.zeros(150), np.ones(20)]
-        decayed = is_text * 0.9 ** (is_text[::-1].cumsum()[::-1] - is_text)
-        for found, weights in ((mass, ago >= 0), (window, ago < 32), (fading, decayed)):
+        by_age = is_text * 0.9 ** (is_text[::-1].cumsum()[::-1] - is_text)
+        for found, weights in ((importance, ago >= 0), (window, ago < 32), (decayed, by_age)):
             expected = np.einsum("gmn,m->gn", a, weights.astype(np.float64))
             close(found[il], expected, rtol=RTOL)
 
@@ -124,17 +124,17 @@ def test_every_fourth_generated_token_counts_for_four(tiny_gqa: Path, attention_
     ) as e:
         n_prompt = feed(e, 150)
         e.forced(random_tokens(10, N_VOCAB, 3), n_prompt)
-        mass = e.session.mass(0)
-        fading, _ = e.session.recent(0)
-        assert len(mass) == len(fading) == N_LAYER["tiny_gqa"]
-        keys = [e.session.read_kv(0, il)[0] for il in range(len(mass))]
+        importance = e.session.importance(0)
+        decayed, _ = e.session.recent(0)
+        assert len(importance) == len(decayed) == N_LAYER["tiny_gqa"]
+        keys = [e.session.read_kv(0, il)[0] for il in range(len(importance))]
     is_text = np.r_[np.ones(40), np.zeros(150), np.ones(20)]
     count = np.r_[np.ones(n_prompt), np.tile([0, 0, 0, 4], 2), 0, 0]
     ago = 8 + is_text[::-1].cumsum()[::-1] - is_text  # the last two do not count yet
     recent = np.r_[is_text * 0.9**ago, 0, 0, 0, 4 * 0.9**4, 0, 0, 0, 4, 0, 0]
     for il, k in enumerate(keys):
         a = attention(capture, il, k, attention_op != "own")
-        for found, weights in ((mass, count), (fading, recent)):
+        for found, weights in ((importance, count), (decayed, recent)):
             close(found[il], np.einsum("gmn,m->gn", a, weights), rtol=RTOL)
 
 
@@ -153,21 +153,25 @@ def test_each_head_loses_its_least_attended_cell(
             n += 1
         moved = 0
         for i, t in enumerate(random_tokens(40, N_VOCAB, 3)):
-            kind, mass, bias = e.session.cells(0)["kind"], e.session.mass(0), e.session.bias(0)
+            kind, importance, bias = (
+                e.session.cells(0)["kind"],
+                e.session.importance(0),
+                e.session.bias(0),
+            )
             if policy != "h2o":  # shares of all attention and of the recent one, 0.9 per token
-                mass = mass / (n + i) + e.session.recent(0)[0] * (1 - 0.9)
-            before = [e.session.read_kv(0, il) for il in range(len(mass))]
+                importance = importance / (n + i) + e.session.recent(0)[0] * (1 - 0.9)
+            before = [e.session.read_kv(0, il) for il in range(len(importance))]
             e.token(t, n + i)
-            after = [e.session.read_kv(0, il) for il in range(len(mass))]
+            after = [e.session.read_kv(0, il) for il in range(len(importance))]
             bias_after = e.session.bias(0)
             # 60 cells cannot hold 60 of text and an image: no text was kept whole. Of 56 a quarter
             # is newest text, which `elastic` protects and a short answer spares
             total = np.ones(60)
             if policy == "elastic":
                 total[np.flatnonzero(kind == 0)[-14:]] = np.inf
-            free = leaving_candidates(rule, kind, np.zeros(60), 4, total)
-            for il, ih in np.ndindex(*mass.shape[:2]):
-                lost = min(free, key=lambda j: mass[il, ih, j])
+            free = eviction_candidates(rule, kind, np.zeros(60), 4, total)
+            for il, ih in np.ndindex(*importance.shape[:2]):
+                lost = min(free, key=lambda j: importance[il, ih, j])
                 stay = [j for j in range(60) if j != lost]
                 for x, y in zip(before[il], after[il]):  # K, V
                     np.testing.assert_array_equal(
@@ -203,12 +207,12 @@ def test_an_overdraft_loses_nothing_until_it_is_merged(
         assert e.session.n_cells(0) == 56
         merges = []
         for i, t in enumerate(random_tokens(80, N_VOCAB, 3)):
-            cells, mass, bias = e.session.cells(0), e.session.mass(0), e.session.bias(0)
+            cells, importance, bias = e.session.cells(0), e.session.importance(0), e.session.bias(0)
             recent = e.session.recent(0)[0]
-            before = [e.session.read_kv(0, il) for il in range(len(mass))]
+            before = [e.session.read_kv(0, il) for il in range(len(importance))]
             held = len(cells["pos"])
             e.token(t, n + i)
-            after = [e.session.read_kv(0, il) for il in range(len(mass))]
+            after = [e.session.read_kv(0, il) for il in range(len(importance))]
             assert e.session.cells(0)["pos"][-1] == n + i
             assert e.session.cells(0)["kind"][-1] == GENERATED
             assert (e.session.bias(0)[..., -1] == 0).all()
@@ -228,7 +232,7 @@ def test_an_overdraft_loses_nothing_until_it_is_merged(
                 n_sink=4,
                 kind=cells["kind"],
                 pinned=np.zeros(held, np.uint8),
-                importance=mass,
+                importance=importance,
                 recent=recent,
                 keys=np.stack([k.swapaxes(0, 1) for k, _ in before]),
                 values=np.stack([v.swapaxes(0, 1) for _, v in before]),
@@ -242,7 +246,7 @@ def test_an_overdraft_loses_nothing_until_it_is_merged(
                 e.session.cells(0)["pos"][:-1], cells["pos"][expected["positions"]]
             )
             # what no other joins stays as it is
-            for il, ih in np.ndindex(*mass.shape[:2]):
+            for il, ih in np.ndindex(*importance.shape[:2]):
                 bucket = plan["bucket"][il, ih]
                 alone = np.flatnonzero(np.bincount(bucket[bucket >= 0], minlength=60) == 1)
                 assert len(alone) > 20
@@ -330,14 +334,14 @@ def test_biased_attention_equals_numpy(
         elastic={"policy": policy, "budget": 0.3, "min_cells": 8, "layer_share": share},
     ) as e:
         n = feed(e)
-        n_held = e.session.compress(0)
-        assert (e.session.n_held(0) < n_held) == bool(share)
+        n_after = e.session.compress(0)
+        assert (e.session.n_per_layer(0) < n_after) == bool(share)
         biased = bool((e.session.bias(0) != 0).any())
         capture_q.seen.clear()
         capture_o.seen.clear()
         capture_q.names.clear()
         e.prompt(forced, n)
-        assert e.session.n_cells(0) == n_held + n_new
+        assert e.session.n_cells(0) == n_after + n_new
         bias = e.session.bias(0)
         assert len(bias) == N_LAYER["tiny_gqa"]
         # `elastic-paper` scores prompts alone: what follows them goes through llama.cpp's ops
@@ -345,7 +349,7 @@ def test_biased_attention_equals_numpy(
         is_fused = in_graph and not (attention_op == "plain" and biased)
         assert ("kq_mask_bias" in capture_q.names) == (is_fused and biased)
         assert ("kq_plus_bias" in capture_q.names) == (in_graph and not is_fused)
-        ahead = np.arange(n_held + n_new) > n_held + np.arange(n_new)[:, None]
+        ahead = np.arange(n_after + n_new) > n_after + np.arange(n_new)[:, None]
         for il in range(bias.shape[0]):
             k, v = e.session.read_kv(0, il)
             q = capture_q.seen[f"Qcur-{il}"][-1].reshape(n_new, 4, 64).astype(np.float64)
@@ -409,15 +413,15 @@ def test_prompts_of_one_batch(tiny_gqa: Path, unified: bool, attention_op: str) 
     for prompt in prompts:
         with Engine(tiny_gqa, **kw) as e:
             e.prompt(prompt)
-            alone.append((e.logits(-1), e.session.mass(0), e.session.recent(0)[0]))
+            alone.append((e.logits(-1), e.session.importance(0), e.session.recent(0)[0]))
     with Engine(tiny_gqa, n_seq_max=2, unified=unified, **kw) as e:
         rows = [(t, i, seq, i == 149) for seq in (0, 1) for i, t in enumerate(prompts[seq])]
         assert e.decode(rows) == 0
-        for seq, (logits, mass, recent) in enumerate(alone):
+        for seq, (logits, importance, recent) in enumerate(alone):
             assert nmse(logits, e.logits(149 + 150 * seq)) <= 1e-6
             # the fused op rounds what later layers see, by where the prompt lies
             rtol = 5e-4 if attention_op != "own" else RTOL
-            close(e.session.mass(seq), mass, rtol=rtol)
+            close(e.session.importance(seq), importance, rtol=rtol)
             close(e.session.recent(seq)[0], recent, rtol=rtol)
 
 

@@ -21,7 +21,7 @@ from tests.support.oracle_plan import left_free
 from tests.test_oracles import N_VOCAB, feed, image_rows
 
 ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.2, "min_cells": 8}
-N = 300  # tokens of a prompt, of which 240 leave
+N = 300  # tokens of a prompt, of which 240 are dropped
 N_STEPS = 10
 
 
@@ -64,12 +64,12 @@ def attended(e: Engine, first: int, n: int, n_steps: int) -> tuple[np.ndarray, n
     for i in range(n_steps):
         token = int(e.token(token, n + i).argmax())
     e.session.set_prefill(False)
-    return e.session.mass(0)[..., :n], e.session.recent(0)[0][..., :n]
+    return e.session.importance(0)[..., :n], e.session.recent(0)[0][..., :n]
 
 
 def state(e: Engine, seq: int = 0) -> tuple[np.ndarray, ...]:
     cells = e.session.cells(seq)
-    return e.session.mass(seq), e.session.recent(seq)[0], cells["pos"], cells["kind"]
+    return e.session.importance(seq), e.session.recent(seq)[0], cells["pos"], cells["kind"]
 
 
 def test_as_if_it_had_been_prompt(tiny_gqa: Path) -> None:
@@ -160,7 +160,7 @@ def test_how_many(tiny_gqa: Path, elastic: dict[str, Any], given: int | None, n_
         assert run(e, {0: 20}, given, **elastic) == n_steps
         assert e.session.n_cells(0) == n
         e.token(20, n)
-        assert e.session.n_to_leave(0) == 0
+        assert e.session.n_to_drop(0) == 0
         assert run(e, {0: 21}, given, **elastic) == 0  # the prompt does not wait any more
 
 
@@ -197,14 +197,14 @@ def test_an_end_that_is_sampled_is_the_whole_answer(tiny_gqa: Path) -> None:
         assert run(e, {0: llama_cpp.llama_vocab_eos(vocab)}) == 0
 
 
-def test_shared_cells_do_not_leave(tiny_gqa: Path) -> None:
+def test_shared_cells_are_not_dropped(tiny_gqa: Path) -> None:
     """Of a prompt that another sequence uses too nothing is compressed, so there is no probe."""
     with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=True) as e:
         n = prompt(e)
         llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
         assert run(e, {0: 20, 1: 21}) == 0
-        e.prompt(random_tokens(60, N_VOCAB, 3), n, seq=1)  # all but one of these leave
-        assert e.session.n_to_leave(1) == 59
+        e.prompt(random_tokens(60, N_VOCAB, 3), n, seq=1)  # all but one of these are dropped
+        assert e.session.n_to_drop(1) == 59
         assert run(e, {1: 20}) == N_STEPS
         assert e.session.n_cells(0) == n
         assert e.session.n_cells(1) == n + 60
@@ -331,7 +331,7 @@ def test_from_c(tiny_gqa: Path) -> None:
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         ctx = ctypes.cast(e.ctx, ctypes.c_void_p)
         n = prompt(e)
-        assert lib.elastic_n_to_leave(ctx, 0) == N - N // 5  # without what stays free for an answer
+        assert lib.elastic_n_to_drop(ctx, 0) == N - N // 5  # without what stays free for an answer
         assert lib.elastic_begin_probe(ctx) == 0
         assert lib.elastic_begin_probe(ctx) == -1
         assert b"a probe is running" in lib.elastic_last_error()

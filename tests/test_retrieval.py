@@ -142,11 +142,11 @@ def measure_by_hand(llm: ElasticLlama) -> np.ndarray:
     first = len(start)
     with llm.prompt_phase():
         llm.eval(start + tokens + tokens[:N_BEFORE])
-        before = llm.session.mass(0).astype(np.float64)
+        before = llm.session.importance(0).astype(np.float64)
         scores = []
         for i in range(N_BEFORE, N_BEFORE + N_QUERIES):
             llm.eval([tokens[i]])
-            after = llm.session.mass(0).astype(np.float64)
+            after = llm.session.importance(0).astype(np.float64)
             paid = (after[..., : before.shape[2]] - before)[..., first : first + N_TOKENS]
             before = after
             others = np.delete(paid, [0, i + 1], axis=2).mean(axis=2)
@@ -183,7 +183,7 @@ def test_the_context_of_the_user_is_left_alone(tiny_gqa: Path) -> None:
             llm.eval(random_tokens(150, llm.n_vocab(), 3))
             if measures:
                 measure(llm)
-            seen = [llm.n_tokens, *llm.session.cells(0).values(), llm.session.mass(0)]
+            seen = [llm.n_tokens, *llm.session.cells(0).values(), llm.session.importance(0)]
             for _ in range(8):  # the first one compresses
                 logits = llm._ctx.get_logits_ith(-1)
                 row = np.ctypeslib.as_array(logits, (llm.n_vocab(),)).copy()

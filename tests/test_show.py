@@ -134,7 +134,7 @@ def test_embedded_model(
         kept = look(el.Conversation(llm), "What is in row 1?", [demo_image()], layer)
         plan = llm.session.last_plan()["kept"]
         start = len(llm.tokenize(b"<|im_start|>user\n", add_bos=False, special=True))
-        n_cells, n_after = llm.n_tokens, llm.session.n_held()
+        n_cells, n_after = llm.n_tokens, llm.session.n_per_layer()
     figure = draw(kept)
 
     rows = plan.reshape(-1, plan.shape[2]) if layer is None else plan[layer]

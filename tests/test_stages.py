@@ -107,7 +107,7 @@ def test_long_generation_holds_its_cells(
             assert np.isfinite(e.token(10 + i % 300, n + i)).all()
             held = e.session.n_cells(0)
             promised = math.ceil(0.2 * (n + i + 1)) if budget < 1 else 150
-            if expected + 1 > promised + overdraft:  # one leaves, or all above are merged
+            if expected + 1 > promised + overdraft:  # one is evicted, or all above are merged
                 expected = promised - (overdraft == 0)
             expected += 1
             assert held == expected
@@ -126,7 +126,7 @@ def test_what_comes_before_the_compression_is_scored(tiny_gqa: Path, policy: str
     with Engine(tiny_gqa, elastic={**ELASTIC, "policy": policy}) as e:
         n = feed(e)
         e.prompt([20, 21, 22, 23, 24], n)
-        assert (e.session.mass(0)[..., -5:] > 0).all()
+        assert (e.session.importance(0)[..., -5:] > 0).all()
 
 
 @pytest.mark.usefixtures("attention_op")
@@ -158,15 +158,19 @@ def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
     with Engine(tiny_gqa, elastic=elastic, n_ctx=2048) as e:
         n = feed(e)
         e.session.compress(0)
-        first_mass = e.session.mass(0).sum(-1)
+        first_importance = e.session.importance(0).sum(-1)
         count = e.session.count(0)
         if policy == "elastic-paper":
             assert (count.sum(-1) == n).all()
         e.prompt(random_tokens(30, N_VOCAB, 6), n, logits=False)
         e.image(image_rows(200, e.n_embd, 7), n + 30)
         e.prompt(random_tokens(10, N_VOCAB, 8), n + 230)
-        mass, recent, cells = e.session.mass(0), e.session.recent(0)[0], e.session.cells(0)
-        assert (mass.sum(-1) > first_mass).all()
+        importance, recent, cells = (
+            e.session.importance(0),
+            e.session.recent(0)[0],
+            e.session.cells(0),
+        )
+        assert (importance.sum(-1) > first_importance).all()
         held = e.session.compress(0)
         kept = math.ceil(0.4 * (n + 240))
         assert held == kept - (left_free(kept) if policy == "elastic" else 0)
@@ -177,7 +181,10 @@ def test_second_prompt_compresses_again(tiny_gqa: Path, policy: str) -> None:
             is_old = (cells["kind"] != 1) & (cells["pos"] < n)
             assert lost.any()
             assert not lost[..., ~is_old].any()
-            for was, now in ((mass, e.session.mass(0)), (recent, e.session.recent(0)[0])):
+            for was, now in (
+                (importance, e.session.importance(0)),
+                (recent, e.session.recent(0)[0]),
+            ):
                 expected = np.where(lost, 0, was).sum(-1)
                 np.testing.assert_allclose(now.sum(-1), expected, rtol=1e-4)
             cells = e.session.cells(0)
@@ -406,7 +413,7 @@ def test_c_interface(tiny_gqa: Path) -> None:
         assert lib.elastic_attach(ctx, ctypes.byref(params)) == 0
         feed(e)
         assert lib.elastic_compress(ctx, 0) == lib.elastic_n_cells(ctx, 0)
-        assert lib.elastic_n_held(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
+        assert lib.elastic_n_per_layer(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         feed(e)
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)
@@ -418,13 +425,13 @@ def test_generated_tokens_are_scored_now_and_then(
     tiny_gqa: Path, policy: str, interval: int
 ) -> None:
     """A step that is scored adds a softmax, 1 in sum, for each token since the last such step."""
-    config = {"policy": policy, "budget": 0.99, "min_cells": 500}  # nothing leaves
+    config = {"policy": policy, "budget": 0.99, "min_cells": 500}  # nothing is dropped
     with Engine(tiny_gqa, elastic=config, type_k="f32", type_v="f32") as e:
         n = feed(e)
-        before = e.session.mass(0).sum(axis=-1)
+        before = e.session.importance(0).sum(axis=-1)
         for i in range(13):
             e.token(20 + i, n + i)
-            after = e.session.mass(0).sum(axis=-1)
+            after = e.session.importance(0).sum(axis=-1)
             added = interval if (i + 1) % interval == 0 else 0
             np.testing.assert_allclose(after - before, added, atol=2e-3 if N_GPU_LAYERS else 1e-4)
             before = after
@@ -439,10 +446,10 @@ def test_sequences_that_generate_together_are_scored_together(tiny_gqa: Path) ->
         feed(e, seq=1)
         for i in range(2):
             e.token(20, n + i, seq=0)
-        before = [e.session.mass(seq).sum(axis=-1) for seq in (0, 1)]
+        before = [e.session.importance(seq).sum(axis=-1) for seq in (0, 1)]
         for i in range(2):
             assert e.decode([(20, n + 2 + i, 0, True), (20, n + i, 1, True)]) == 0
         for seq, added in ((0, 4), (1, 2)):
-            after = e.session.mass(seq).sum(axis=-1)
+            after = e.session.importance(seq).sum(axis=-1)
             tol = 2e-2 if N_GPU_LAYERS else 1e-4
             np.testing.assert_allclose(after - before[seq], added, atol=tol)

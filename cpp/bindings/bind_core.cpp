@@ -108,15 +108,15 @@ struct array_rows : row_source {
 static py::dict py_make_plan(const std::string & name, int32_t n_keep, int32_t n_sink, const u8_array & kind, const u8_array & pinned,
                              const f32_array & importance, const std::optional<f32_array> & recent, const std::optional<f32_array> & keys,
                              const std::optional<f32_array> & values, int32_t n_threads, const std::vector<float> & layer_share,
-                             const std::optional<u8_array> & absent, const std::optional<u8_array> & old,
+                             const std::optional<u8_array> & masked, const std::optional<u8_array> & old,
                              const std::vector<int32_t> & tokens, const std::optional<py::function> & scorer) {
     cells c  = make_cells(kind, pinned);
     c.tokens = tokens;
     if (old) {
         c.old.assign(old->data(), old->data() + old->size());
     }
-    if (absent) {
-        c.absent.assign(absent->data(), absent->data() + absent->size());
+    if (masked) {
+        c.masked.assign(masked->data(), masked->data() + masked->size());
     }
     importance_map m = { make_map(importance, "importance"), {} };
     if (recent) {
@@ -172,11 +172,11 @@ static kv_rows make_rows(std::vector<uint8_t> & bytes, const std::string & type,
     return t;
 }
 
-// one layer: kept [1, H, N], bucket [1, H, T], mass/count/bias [1, H, T]
+// one layer: kept [1, H, N], bucket [1, H, T], importance/count/bias [1, H, T]
 static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept, const i32_array & bucket, const u8_array & k,
                                 const std::string & type_k, const u8_array & v, const std::string & type_v, int32_t n_embd_head,
                                 int64_t n_rows, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & rows_dst,
-                                const f32_array & mass, const f32_array & count, const f32_array & bias,
+                                const f32_array & importance, const f32_array & count, const f32_array & bias,
                                 const std::optional<f32_array> & weight, const std::vector<float> & key_weight) {
     if (kept.ndim() != 3 || bucket.ndim() != 3 || kept.shape(0) != 1) {
         throw error("[merge_layer] plan: expected kept [1, n_head_kv, n_keep] and bucket [1, n_head_kv, n_cells]");
@@ -188,7 +188,7 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     p.n_cells   = (int32_t) bucket.shape(2);
 
     p.key_weight = key_weight.empty() ? std::vector<float>(p.n_cells) : key_weight;
-    p.weight     = make_map(weight ? *weight : mass, "weight");
+    p.weight     = make_map(weight ? *weight : importance, "weight");
     p.kept.assign(kept.data(), kept.data() + kept.size());
     p.bucket.assign(bucket.data(), bucket.data() + bucket.size());
 
@@ -202,16 +202,16 @@ static py::tuple py_merge_layer(const std::string & rule, const i32_array & kept
     const kv_rows        t_k = make_rows(bytes_k, type_k, n_rows, p.n_head_kv, n_embd_head);
     const kv_rows        t_v = make_rows(bytes_v, type_v, n_rows, p.n_head_kv, n_embd_head);
 
-    const cell_state in = { make_map(mass, "mass"), make_map(count, "count"), make_map(bias, "bias") };
-    for (const auto * m : { &in.mass, &in.count, &in.bias, &std::as_const(p).weight }) {
+    const cell_state in = { make_map(importance, "importance"), make_map(count, "count"), make_map(bias, "bias") };
+    for (const auto * m : { &in.importance, &in.count, &in.bias, &std::as_const(p).weight }) {
         if (m->n_layer != 1 || m->n_head_kv != p.n_head_kv || m->n_cells != p.n_cells) {
-            throw error("[merge_layer] mass, count, bias and weight: expected [1, n_head_kv, n_cells] like the plan");
+            throw error("[merge_layer] importance, count, bias and weight: expected [1, n_head_kv, n_cells] like the plan");
         }
     }
     cell_state out = { head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep), head_map(1, p.n_head_kv, p.n_keep) };
     merge_layer(p, combiner_from(rule), 0, t_k, t_v, rows_src, rows_dst, in, out);
 
-    return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.mass), to_array(out.count), to_array(out.bias));
+    return py::make_tuple(to_array(bytes_k), to_array(bytes_v), to_array(out.importance), to_array(out.count), to_array(out.bias));
 }
 
 static std::vector<int32_t> all_rows(int64_t n) {
@@ -258,19 +258,19 @@ void bind_core(py::module_ & m) {
         "The table of policies: their parts, and what they can do.");
     core.def("make_plan", &py_make_plan, py::arg("policy"), py::arg("n_keep"), py::arg("n_sink"), py::arg("kind"), py::arg("pinned"),
              py::arg("importance"), py::arg("recent") = py::none(), py::arg("keys") = py::none(), py::arg("values") = py::none(),
-             py::arg("n_threads") = 1, py::arg("layer_share") = std::vector<float>(), py::arg("absent") = py::none(),
+             py::arg("n_threads") = 1, py::arg("layer_share") = std::vector<float>(), py::arg("masked") = py::none(),
              py::arg("old") = py::none(), py::arg("tokens") = std::vector<int32_t>(), py::arg("scorer") = py::none(),
-             "Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and "
-             "rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does "
-             "without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a "
+             "Plan one compression: dict of kept [L, H, N] (-1: masked in the layer), bucket [L, H, T] (-1: evicted), positions [N] and "
+             "rank_score [N]. With layer_share [L], N is what the layers that keep most hold; masked [L, T]: cells masked "
+             "already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a "
              "callable that gets a ScoreView and returns the scores [L, H, T], in place of the policy's own.");
     core.def(
         "split_with_past",
         [](int32_t n_keep, const u8_array & kind, const u8_array & old, const std::vector<int32_t> & tokens,
-           const std::optional<u8_array> & absent) {
+           const std::optional<u8_array> & masked) {
             const size_t n      = (size_t) kind.size();
             const bool   agrees = n > 0 && ((size_t) old.size() == n || old.size() == 0) && (tokens.empty() || tokens.size() == n) &&
-                                (!absent || (size_t) absent->size() % n == 0);
+                                (!masked || (size_t) masked->size() % n == 0);
             if (!agrees || n_keep < 0 || n_keep > (int32_t) n || (!tokens.empty() && *std::min_element(tokens.begin(), tokens.end()) < 1)) {
                 throw error("[split_with_past] kind, old, tokens: expected one entry for each cell, tokens >= 1 and 0 <= n_keep <= " +
                             std::to_string(n));
@@ -281,14 +281,14 @@ void bind_core(py::module_ & m) {
             }
             c.old.assign(old.data(), old.data() + old.size());
             c.tokens = tokens;
-            if (absent) {
-                c.absent.assign(absent->data(), absent->data() + absent->size());
+            if (masked) {
+                c.masked.assign(masked->data(), masked->data() + masked->size());
             }
             const auto s = split_with_past(n_keep, c);
             return py::make_tuple(s.n_text, s.n_image);
         },
-        py::arg("n_keep"), py::arg("kind"), py::arg("old"), py::arg("tokens"), py::arg("absent") = py::none(),
-        "Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], absent [L, T].");
+        py::arg("n_keep"), py::arg("kind"), py::arg("old"), py::arg("tokens"), py::arg("masked") = py::none(),
+        "Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], masked [L, T].");
     core.def(
         "split_budget",
         [](int32_t n_keep, int32_t n_text, int32_t n_image) {
@@ -297,34 +297,35 @@ void bind_core(py::module_ & m) {
         },
         py::arg("n_keep"), py::arg("n_text"), py::arg("n_image"), "Text and image cells that stay of n_keep.");
     core.def(
-        "leaving_cell",
+        "cell_to_evict",
         [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_prompt, int32_t offset, int32_t n_sink,
            const std::vector<float> & total) {
             const cells c = make_cells(kind, pinned);
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
-                throw error("[leaving_cell] kind, pinned and total must have one entry per cell");
+                throw error("[cell_to_evict] kind, pinned and total must have one entry per cell");
             }
-            return leaving_cell(evictor_from(rule), c, n_prompt, offset, n_sink, total);
+            return cell_to_evict(evictor_from(rule), c, n_prompt, offset, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_prompt"), py::arg("offset"), py::arg("n_sink"), py::arg("total"),
-        "Logical index of the cell that leaves, -1 for none.");
+        "Logical index of the cell to evict, -1 for none.");
     core.def(
-        "leaving_candidates",
+        "eviction_candidates",
         [](const std::string & rule, const u8_array & kind, const u8_array & pinned, int32_t n_sink, const std::vector<float> & total) {
             const cells c = make_cells(kind, pinned);
             if ((int32_t) c.pinned.size() != c.size() || (int32_t) total.size() != c.size()) {
-                throw error("[leaving_candidates] kind, pinned and total must have one entry per cell");
+                throw error("[eviction_candidates] kind, pinned and total must have one entry per cell");
             }
-            return leaving_candidates(evictor_from(rule), c, n_sink, total);
+            return eviction_candidates(evictor_from(rule), c, n_sink, total);
         },
         py::arg("rule"), py::arg("kind"), py::arg("pinned"), py::arg("n_sink"), py::arg("total"),
         "Logical indices of the cells among which each head loses one of its own.");
     core.def("merge_layer", &py_merge_layer, py::arg("rule"), py::arg("kept"), py::arg("bucket"), py::arg("k"), py::arg("type_k"),
              py::arg("v"), py::arg("type_v"), py::arg("n_embd_head"), py::arg("n_rows"), py::arg("rows_src"), py::arg("rows_dst"),
-             py::arg("mass"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
+             py::arg("importance"), py::arg("count"), py::arg("bias"), py::arg("weight") = py::none(),
              py::arg("key_weight") = std::vector<float>(),
-             "Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the mass unless given; the keys of anchors "
-             "move by key_weight [T]. Returns (k, v, mass, count, bias).");
+             "Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the importance unless given; the keys of "
+             "anchors "
+             "move by key_weight [T]. Returns (k, v, importance, count, bias).");
     core.def("quantize_rows", &quantize_rows, py::arg("type"), py::arg("x"), "Rows of f32 [n, d] as stored bytes.");
     core.def("dequantize_rows", &dequantize_rows, py::arg("type"), py::arg("bytes"), py::arg("d"), "Stored bytes as f32 [n, d].");
 }

@@ -206,7 +206,7 @@ Raises ValueError while a probe is running.)pbdoc")
         .def(
             "end_probe", [](const session & self) { self.cache().end_probe(); }, py::call_guard<py::gil_scoped_release>())
         .def(
-            "n_to_leave", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().n_to_leave(seq_id); },
+            "n_to_drop", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().n_to_drop(seq_id); },
             py::arg("seq_id") = 0,
             "Cells that the compression of the sequence's prompt is going to take away; 0 if it has been compressed.")
         .def(
@@ -226,11 +226,11 @@ Raises ValueError while a probe is running.)pbdoc")
             "n_cells", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv.n_cells(seq_id); },
             py::arg("seq_id") = 0, "Cells the sequence holds; with layer_share not every layer holds all of them.")
         .def(
-            "n_held", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().n_held(seq_id); },
+            "n_per_layer", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().n_per_layer(seq_id); },
             py::arg("seq_id") = 0, "Cells that a layer holds of the sequence, on average over the layers, rounded up.")
         .def(
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
-            "Whether what single layers do without (layer_share) goes back to the operating system.")
+            "Whether rows masked in single layers (layer_share) go back to the operating system.")
         .def(
             "has_own_op", [](const session & self) { return self.cache().has_own_op(); },
             "Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.")
@@ -238,7 +238,8 @@ Raises ValueError while a probe is running.)pbdoc")
             "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
             "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")
         .def(
-            "held_rows", [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).parts().held_rows(seq_id)); },
+            "cells_per_layer",
+            [](const session & self, llama_seq_id seq_id) { return to_array(self.cache(seq_id).parts().cells_per_layer(seq_id)); },
             py::arg("seq_id") = 0, "Cells that each layer holds of the sequence, int32 [n_layer].")
         .def(
             "kv_bytes", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv_bytes(seq_id); },
@@ -256,11 +257,11 @@ Raises ValueError while a probe is running.)pbdoc")
         .def("cells", &read_cells, py::arg("seq_id") = 0,
              "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
         .def(
-            "mass",
-            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).mass); },
+            "importance",
+            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).importance); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
         .def("recent", &read_recent, py::arg("seq_id") = 0,
-             "Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
+             "Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
         .def(
             "count",
             [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).count); },

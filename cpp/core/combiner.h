@@ -19,7 +19,7 @@ enum class merging : int32_t {
 // one layer and head of a plan
 struct head_plan {
     const cells &   c;
-    const int32_t * kept;  // [n_keep], -1: the layer does without the rank
+    const int32_t * kept;  // [n_keep], -1: the rank is masked in the layer
     int32_t         n_keep;
     const int32_t * nearest;  // neighbours (select.h), set where wants_neighbours()  [n_cells]
 };

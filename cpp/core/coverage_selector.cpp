@@ -15,7 +15,7 @@ class chooser {
     chooser(const run & r, const kv_points & points, const float * score)
         : r(r), points(points), score(score), n((int32_t) r.cells.size()), has_place(n, 0), known(n) {}
 
-    // kept places, ascending
+    // kept cells, indices in the run, ascending
     std::vector<int32_t> choose() {
         for (int32_t i = 0; i < n; ++i) {
             if (r.stay[i]) {
@@ -74,7 +74,7 @@ class chooser {
 
     std::vector<uint8_t>        has_place;
     std::vector<nearest_anchor> known;
-    std::vector<int32_t>        anchors;  // cells that may be joined, in the order in which they got their places
+    std::vector<int32_t>        anchors;  // cells that may be joined, in the order in which they were chosen
     anchor_block                block;    // a few of them
     int32_t                     n_taken  = 0;
     int32_t                     n_passed = 0;  // anchors that all cells have looked at
@@ -184,11 +184,11 @@ std::vector<uint8_t> coverage_selector::verbatim(int32_t n_keep, const cells & c
 
 choice coverage_selector::choose(const run & r, const float * score, head_rows & rows) const {
     rows.space.fill(r.cells, rows.k, rows.d_k, rows.v, rows.d_v);
-    chooser places(r, rows.space, score);
+    chooser chosen(r, rows.space, score);
     choice  res;
-    res.kept = places.choose();
+    res.kept = chosen.choose();
     for (int32_t i = 0; i < (int32_t) r.cells.size(); ++i) {
-        res.nearest.push_back(places.nearest(i));
+        res.nearest.push_back(chosen.nearest(i));
     }
     return res;
 }

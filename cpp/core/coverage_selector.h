@@ -4,7 +4,7 @@
 
 namespace elastic {
 
-// Cells of a run that cover it: those left out have a kept one near (weighted farthest-first).
+// Selects cells of a run by coverage: those left out have a kept one near (weighted farthest-first).
 //
 // A dropped cell is merged into the nearest kept one, so dropping it costs its score times what is
 // lost by taking that one for it. Places are therefore given one after another, each to the cell of greatest

@@ -6,8 +6,8 @@
 
 namespace elastic {
 
-// The paper's fixed point: index n_prompt - offset, clamped to [n_sink, n_cells - 2]. Where that cell may not leave, the next later one
-// that may, then the next earlier.
+// The paper's fixed point: index n_prompt - offset, clamped to [n_sink, n_cells - 2]. Where that cell may not be evicted, the next later
+// one that may, then the next earlier.
 class distance_evictor : public evictor {
   public:
     const char * name() const override { return "distance"; }

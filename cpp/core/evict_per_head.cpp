@@ -5,7 +5,7 @@
 
 namespace elastic {
 
-std::vector<int32_t> cells_that_may_leave(const cells & c, int32_t n_sink, int32_t n_recent) {
+std::vector<int32_t> evictable_cells(const cells & c, int32_t n_sink, int32_t n_recent) {
     std::vector<int32_t> res;
     for (int32_t i = std::max(n_sink, 0); i < c.size() - n_recent; ++i) {
         if (!c.pinned[i]) {
@@ -16,7 +16,7 @@ std::vector<int32_t> cells_that_may_leave(const cells & c, int32_t n_sink, int32
 }
 
 std::vector<int32_t> per_head_evictor::candidates(const cells & c, int32_t n_sink, const std::vector<float> & total) const {
-    const auto all         = cells_that_may_leave(c, n_sink, n_recent);
+    const auto all         = evictable_cells(c, n_sink, n_recent);
     const auto n_generated = std::count(c.kind.begin(), c.kind.end(), cell_kind::generated);
 
     std::vector<int32_t> res;

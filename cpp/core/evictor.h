@@ -1,6 +1,6 @@
 #pragma once
 
-// Which cell leaves while generating?
+// Which cell is evicted while generating?
 
 #include "core/statistics.h"
 
@@ -16,9 +16,9 @@ class evictor {
 
     virtual const char * name() const = 0;
     virtual statistics   needs() const { return {}; }
-    // false: nothing leaves, and the cache grows
+    // false: nothing is evicted, and the cache grows
     virtual bool         evicts() const { return true; }
-    // whether each head lets a cell of its own leave, by scores that are kept up while generating
+    // whether each head evicts a cell of its own, by scores that are kept up while generating
     virtual bool         per_head() const { return false; }
     // at every how many tokens the attention is added to the scores
     virtual int32_t      interval() const { return 1; }
@@ -29,9 +29,9 @@ class evictor {
     // cells of n_keep that a compressed prompt leaves free for its answer
     virtual int32_t      reserve(const cells & /*c*/, int32_t /*n_keep*/) const { return 0; }
 
-    // Logical index of the cell that leaves in all heads, -1: none. Unless overridden at the index n_prompt - offset.
+    // Logical index of the cell to evict in all heads, -1: none. Unless overridden at the index n_prompt - offset.
     virtual int32_t cell(const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink, const std::vector<float> & total) const;
-    // the cells among which each head loses one, in logical order
+    // the eviction candidates of each head, in logical order
     virtual std::vector<int32_t> candidates(const cells & /*c*/, int32_t /*n_sink*/, const std::vector<float> & /*total*/) const {
         return {};
     }

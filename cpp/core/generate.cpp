@@ -5,27 +5,27 @@
 
 namespace elastic {
 
-int32_t leaving_cell(const evictor & e, const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink,
-                     const std::vector<float> & total) {
+int32_t cell_to_evict(const evictor & e, const cells & c, int32_t n_prompt, int32_t offset, int32_t n_sink,
+                      const std::vector<float> & total) {
     n_sink = std::max(n_sink, 0);
     return e.evicts() && n_sink < c.size() - 1 ? e.cell(c, n_prompt, offset, n_sink, total) : -1;
 }
 
-std::vector<int32_t> leaving_candidates(const evictor & e, const cells & c, int32_t n_sink, const std::vector<float> & total) {
+std::vector<int32_t> eviction_candidates(const evictor & e, const cells & c, int32_t n_sink, const std::vector<float> & total) {
     return e.candidates(c, n_sink, total);
 }
 
-std::vector<float> leaving_scores(const std::vector<float> & others, const float * mass, const float * fading, float decay,
-                                  int64_t n_queries) {
+std::vector<float> eviction_scores(const std::vector<float> & others, const float * importance, const float * decayed, float decay,
+                                   int64_t n_queries) {
     std::vector<float> res(others.size());
-    if (!fading) {
-        std::transform(others.begin(), others.end(), mass, res.begin(), [](float x, float y) { return x + y; });
+    if (!decayed) {
+        std::transform(others.begin(), others.end(), importance, res.begin(), [](float x, float y) { return x + y; });
         return res;
     }
     const float recent = 1.0f - decay;  // over the sum of all weights, 1/(1 - decay)
     const float all    = 1.0f / (float) n_queries;
     for (size_t i = 0; i < others.size(); ++i) {
-        res[i] = others[i] + mass[i] * all + fading[i] * recent;
+        res[i] = others[i] + importance[i] * all + decayed[i] * recent;
     }
     return res;
 }

@@ -20,7 +20,7 @@ split split_with_past(int32_t n_keep, const cells & c) {
     int64_t n_tokens[2]  = { 0, 0 };
     int64_t n_tokens_old = 0;
     int32_t n_new        = 0;
-    int64_t n_held       = 0;  // of the image, in all layers
+    int64_t n_rows       = 0;  // of the image, in all layers
     for (int32_t i = 0; i < c.size(); ++i) {
         n_cells[c.is_image(i)]++;
         n_tokens[c.is_image(i)] += c.n_tokens(i);
@@ -28,17 +28,17 @@ split split_with_past(int32_t n_keep, const cells & c) {
         n_new += !c.is_image(i) && !c.is_old(i);
     }
     const int64_t n_all   = n_tokens[0] + n_tokens[1];
-    const int32_t n_layer = c.absent.empty() ? 1 : (int32_t) (c.absent.size() / c.kind.size());
+    const int32_t n_layer = c.masked.empty() ? 1 : (int32_t) (c.masked.size() / c.kind.size());
     for (int32_t il = 0; il < n_layer; ++il) {
         for (int32_t i = 0; i < c.size(); ++i) {
-            n_held += c.is_image(i) && !c.is_absent(il, i);
+            n_rows += c.is_image(i) && !c.is_masked(il, i);
         }
     }
     const int32_t n_old   = (int32_t) (n_keep * n_tokens_old / n_all);
     const int32_t n_least = (int32_t) (n_keep * n_tokens[1] / (2 * n_all));
 
     split res;
-    res.n_image = std::min({ n_keep - n_new - n_old, (int32_t) ((n_held + n_layer - 1) / n_layer), n_cells[1] });
+    res.n_image = std::min({ n_keep - n_new - n_old, (int32_t) ((n_rows + n_layer - 1) / n_layer), n_cells[1] });
     res.n_image = std::max(res.n_image, std::max(std::min(n_least, n_cells[1]), n_keep - n_cells[0]));
     res.n_text  = n_keep - res.n_image;
     return res;

@@ -5,7 +5,7 @@
 
 namespace elastic {
 
-std::vector<int32_t> places_of_layers(int32_t n_average, const std::vector<float> & share, const std::vector<int32_t> & room) {
+std::vector<int32_t> cells_of_layers(int32_t n_average, const std::vector<float> & share, const std::vector<int32_t> & room) {
     const size_t         n_layer = share.size();
     std::vector<int32_t> res(n_layer, 0);
     int64_t              n_left = (int64_t) n_average * (int64_t) n_layer;

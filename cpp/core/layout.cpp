@@ -44,12 +44,12 @@ protection protect_cells(const selector & s, const plan_params & params, const c
 
 namespace {
 
-// the run without the cells that a layer does without; so far its protected cells stay
+// the run without the cells masked in a layer; so far its protected cells stay
 run run_of_layer(const run & r, const cells & c, int32_t il) {
     run res;
     res.image = r.image;
     for (size_t k = 0; k < r.cells.size(); ++k) {
-        if (!c.is_absent(il, r.cells[k])) {
+        if (!c.is_masked(il, r.cells[k])) {
             res.cells.push_back(r.cells[k]);
             res.stay.push_back(r.stay[k]);
             res.verbatim.push_back(r.verbatim[k]);
@@ -82,14 +82,14 @@ std::vector<run> share_run(const run & r, const cells & c, const std::vector<flo
         res.push_back(run_of_layer(r, c, (int32_t) il));
         room.push_back(std::min(limit, (int32_t) res.back().cells.size() - res.back().n_stay));
     }
-    const auto places = places_of_layers(n_free + n_more, share, room);
+    const auto n_own = cells_of_layers(n_free + n_more, share, room);
     for (size_t il = 0; il < share.size(); ++il) {
-        res[il].n_keep += places[il];
+        res[il].n_keep += n_own[il];
     }
     return res;
 }
 
-int64_t n_held(const std::vector<run> & of_layers) {
+int64_t n_total(const std::vector<run> & of_layers) {
     return std::accumulate(of_layers.begin(), of_layers.end(), (int64_t) 0, [](int64_t n, const run & own) { return n + own.n_keep; });
 }
 
@@ -104,22 +104,22 @@ std::vector<std::vector<run>> share_runs(const plan_params & params, const cells
     std::vector<std::vector<run>> res;
     for (const auto & r : runs) {
         res.push_back(r.whole() ? whole_run(r, c, n_layer) : share_run(r, c, share, 0, most));
-        n_left -= n_held(res.back());
+        n_left -= n_total(res.back());
     }
-    for (size_t r = 0; r < runs.size() && !c.absent.empty() && n_left >= n_layer; ++r) {
+    for (size_t r = 0; r < runs.size() && !c.masked.empty() && n_left >= n_layer; ++r) {
         if (runs[r].whole()) {
             continue;
         }
-        const int64_t before = n_held(res[r]);
+        const int64_t before = n_total(res[r]);
         res[r]               = share_run(runs[r], c, share, (int32_t) (n_left / n_layer), most);
-        n_left -= n_held(res[r]) - before;
+        n_left -= n_total(res[r]) - before;
     }
     return res;
 }
 
 bool held_by_any(const cells & c, int32_t n_layer, int32_t cell) {
     for (int32_t il = 0; il < n_layer; ++il) {
-        if (!c.is_absent(il, cell)) {
+        if (!c.is_masked(il, cell)) {
             return true;
         }
     }

@@ -8,7 +8,7 @@
 namespace elastic {
 
 // Ranks of a run: as many as the layer that keeps most of it. The protected cells that it ends with have the last ranks in every
-// layer, since they are the newest in each; a layer that keeps fewer does without those before them.
+// layer, since they are the newest in each; in a layer that keeps fewer those before them are masked.
 struct run_ranks {
     int32_t              first  = 0;  // rank of its first kept cell
     int32_t              n_body = 0;  // ranks before those of the tail
@@ -41,7 +41,7 @@ protection protect_cells(const selector & s, const plan_params & params, const c
 // share: cells of each layer in relation to the others'  [n_layer]
 //   ranked: a run's ranks go by score, highest first, between the protected cells that it begins with and its
 //   other protected cells: then the last of them is the least important one in every layer and head at once, and
-//   may leave without moving anything. Otherwise ranks are in logical order.
+//   may be evicted without moving anything. Otherwise ranks are in logical order.
 layout lay_out(const selector & s, bool ranked, const plan_params & params, const std::vector<float> & share, const cells & c);
 
 }  // namespace elastic

@@ -14,8 +14,8 @@ namespace {
 
 void check_cells(const cells & c, int32_t n_layer) {
     const int32_t n = c.size();
-    if (!c.absent.empty() && (int64_t) c.absent.size() != (int64_t) n_layer * n) {
-        refuse("absent: got " + std::to_string(c.absent.size()) + " entries, expected n_layer * n_cells");
+    if (!c.masked.empty() && (int64_t) c.masked.size() != (int64_t) n_layer * n) {
+        refuse("masked: got " + std::to_string(c.masked.size()) + " entries, expected n_layer * n_cells");
     }
     if ((!c.old.empty() && (int32_t) c.old.size() != n) || (!c.tokens.empty() && (int32_t) c.tokens.size() != n)) {
         refuse("old, tokens: got " + std::to_string(c.old.size()) + " and " + std::to_string(c.tokens.size()) +

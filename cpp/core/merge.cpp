@@ -140,9 +140,10 @@ bool any_key_moves(const plan & p, merging how) {
 class head_merge {
   public:
     head_merge(const plan & p, merging how, int32_t il, int32_t ih, const cell_state & in, cell_state & out)
-        : p(p), how(how), kept(p.kept_row(il, ih)), g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep), mass(in.mass.row(il, ih)),
-          count(in.count.row(il, ih)), bias(in.bias.row(il, ih)), weight(how == merging::biased ? p.weight.row(il, ih) : nullptr),
-          mass_out(out.mass.row(il, ih)), count_out(out.count.row(il, ih)), bias_out(out.bias.row(il, ih)) {}
+        : p(p), how(how), kept(p.kept_row(il, ih)), g(p.bucket_row(il, ih), kept, p.n_cells, p.n_keep),
+          importance(in.importance.row(il, ih)), count(in.count.row(il, ih)), bias(in.bias.row(il, ih)),
+          weight(how == merging::biased ? p.weight.row(il, ih) : nullptr), importance_out(out.importance.row(il, ih)),
+          count_out(out.count.row(il, ih)), bias_out(out.bias.row(il, ih)) {}
 
     void run(const kv_rows & k, const kv_rows & v, int32_t ih, const std::vector<int32_t> & rows_src,
              const std::vector<int32_t> & rows_dst) {
@@ -158,9 +159,9 @@ class head_merge {
         moving_rows head_v(v, rows_src, moved, ih, how != merging::none);
         for (int32_t j = 0; j < p.n_keep; ++j) {
             if (kept[j] < 0) {
-                mass_out[j]  = 0.0f;
-                count_out[j] = 0.0f;
-                bias_out[j]  = absent_bias;
+                importance_out[j] = 0.0f;
+                count_out[j]      = 0.0f;
+                bias_out[j]       = masked_bias;
             } else {
                 merge_rank(j, rows_dst[j], head_k, head_v);
             }
@@ -174,11 +175,11 @@ class head_merge {
     const merging   how;
     const int32_t * kept;
     const groups    g;
-    const float *   mass;
+    const float *   importance;
     const float *   count;
     const float *   bias;
     const float *   weight;
-    float *         mass_out;
+    float *         importance_out;
     float *         count_out;
     float *         bias_out;
 
@@ -191,15 +192,15 @@ class head_merge {
         if (how != merging::none) {
             members.insert(members.end(), g.members.begin() + g.first[j], g.members.begin() + g.first[j + 1]);
         }
-        float mass_sum  = 0.0f;
-        float count_sum = 0.0f;
+        float importance_sum = 0.0f;
+        float count_sum      = 0.0f;
         for (const int32_t i : members) {
-            mass_sum += mass[i];
+            importance_sum += importance[i];
             count_sum += count[i];
         }
-        mass_out[j]  = mass_sum;
-        count_out[j] = count_sum;
-        bias_out[j]  = bias[anchor];
+        importance_out[j] = importance_sum;
+        count_out[j]      = count_sum;
+        bias_out[j]       = bias[anchor];
         if (members.size() == 1) {
             return;
         }

@@ -10,18 +10,18 @@ namespace elastic {
 
 // what a cell stands for, per layer and KV head, in logical order
 struct cell_state {
-    head_map mass;   // importance, summed over what was merged in; never negative
-    head_map count;  // tokens merged in, 1 for an ordinary cell
-    head_map bias;   // added to the attention logits of later queries, 0 for an ordinary cell
+    head_map importance;  // summed over what was merged in; never negative
+    head_map count;       // tokens merged in, 1 for an ordinary cell
+    head_map bias;        // added to the attention logits of later queries, 0 for an ordinary cell
 };
 
-// bias of a row that its layer does without: nothing attends to it, whatever lies there
-constexpr float absent_bias = -std::numeric_limits<float>::infinity();
+// bias of a masked row: nothing attends to it, whatever lies there
+constexpr float masked_bias = -std::numeric_limits<float>::infinity();
 
 // Carries out one layer of the plan in place. rows_src[i]: stream row of logical cell i; rows_dst[j]: stream
 // row that kept rank j moves to (no two the same).
 // Reads a whole head before it writes one, so rows may move anywhere. Throws elastic::error on rows out of range.
-// A rank that the layer does without gets absent_bias and no mass; its row is not touched.
+// A masked rank gets masked_bias and no importance; its row is not touched.
 // Rows that are only moved are copied bit by bit; merged rows are summed in f64 and re-quantized.
 //   merging::mean:   K = sum(count_i K_i) / sum(count_i), V likewise
 //   merging::biased: with the plan's weights w, the attention that is expected of a cell:

@@ -12,8 +12,8 @@ struct plan {
     int32_t n_cells   = 0;  // before
     int32_t n_keep    = 0;  // after: ranks, the same for all layers and heads
 
-    // logical indices of the kept cells in rank order, which need not ascend; -1 in all heads of a layer that does without
-    // the rank  [n_layer][n_head_kv][n_keep]
+    // logical indices of the kept cells in rank order, which need not ascend; -1 in all heads of a layer where the rank
+    // is masked  [n_layer][n_head_kv][n_keep]
     std::vector<int32_t> kept;
 
     // for merge.h: the attention that is expected of each cell  [n_layer][n_head_kv][n_cells], and the share of the way to its
@@ -37,7 +37,7 @@ struct plan {
 void validate(const plan & p, const cells & c, int32_t n_sink);
 
 // logical index whose position stands for rank j after compaction: the largest over layers and heads of the j-th
-// kept cell in logical order, or less where layers do without ranks, so that positions ascend and the last one is the sequence's
+// kept cell in logical order, or less where ranks are masked, so that positions ascend and the last one is the sequence's
 // true last  [n_keep]
 std::vector<int32_t> rank_positions(const plan & p);
 

@@ -66,7 +66,7 @@ struct policy {
 
     // while generating
     bool    evicts() const { return generate->evicts(); }
-    // whether kept cells are ordered by score, so that the last of them may leave in all heads at once
+    // whether kept cells are ordered by score, so that the last of them may be evicted in all heads at once
     bool    ranked() const { return generate->by_rank(); }
     // whether scores go on while generating
     bool    scores_generation() const { return generate->per_head(); }
@@ -75,8 +75,8 @@ struct policy {
     // cells that an answer may take beyond the budget before it is compressed too; 0: it never is
     int32_t overdraft() const { return generate->overdraft(); }
     bool    recompresses() const { return generate->overdraft() > 0; }
-    // whether each head lets a cell of its own leave while generating
-    bool    leaves_per_head() const { return generate->per_head(); }
+    // whether each head evicts a cell of its own while generating
+    bool    evicts_per_head() const { return generate->per_head(); }
 };
 
 // Checks that the parts fit together. Throws elastic::error with what does not.

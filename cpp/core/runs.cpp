@@ -12,10 +12,10 @@ int32_t run::n_leading() const {
     return (int32_t) (std::find(stay.begin(), stay.end(), 0) - stay.begin());
 }
 
-std::vector<run> split_runs(bool by_kind, const cells & c, const protection & p) {
+std::vector<run> split_runs(bool split_kinds, const cells & c, const protection & p) {
     std::vector<run> res;
     for (int32_t i = 0; i < c.size(); ++i) {
-        if (i == 0 || (by_kind && c.is_image(i) != c.is_image(i - 1))) {
+        if (i == 0 || (split_kinds && c.is_image(i) != c.is_image(i - 1))) {
             res.emplace_back();
             res.back().image = c.is_image(i);
         }

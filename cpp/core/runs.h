@@ -33,7 +33,7 @@ struct run {
 };
 
 // all cells as one run, or as runs of one kind each, in logical order
-std::vector<run> split_runs(bool by_kind, const cells & c, const protection & p);
+std::vector<run> split_runs(bool split_kinds, const cells & c, const protection & p);
 
 // Shares n_keep between runs: each its protected cells, then in proportion to the tokens that the rest stands for,
 // rounded down, what is left over going to the earlier ones.

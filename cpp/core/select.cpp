@@ -9,7 +9,7 @@ namespace elastic {
 
 namespace {
 
-// the kept places of a run in the order of its ranks; the tail's may stand anywhere
+// the kept cells of a run, as indices in it, in the order of its ranks; the tail's may stand anywhere
 std::vector<int32_t> rank_order(const run & r, bool ranked, const float * score, std::vector<int32_t> kept) {
     const auto higher = [&](int32_t a, int32_t b) {
         const float x = score[r.cells[a]], y = score[r.cells[b]];

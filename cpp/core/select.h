@@ -13,7 +13,7 @@ typedef std::vector<int32_t> neighbours;
 neighbours select_cells(const selector & s, const layout & l, const head_map & score, const row_source * rows, plan & p, int32_t n_threads);
 
 // Fills rank_score: infinite for a rank that holds a protected cell in any head, or
-// text of a run that was kept whole, which never leaves by its score.
+// text of a run that was kept whole, which is never evicted by its score.
 void sum_rank_scores(const layout & l, const head_map & score, plan & p);
 
 }  // namespace elastic

@@ -10,7 +10,7 @@ namespace elastic {
 
 // what a selector found in one run of one layer and head; a place is an index into run::cells
 struct choice {
-    std::vector<int32_t> kept;     // places, ascending
+    std::vector<int32_t> kept;     // indices in the run, ascending
     std::vector<int32_t> nearest;  // the kept place nearest to each that is not, -1: none that may be joined; empty: not known
 };
 
@@ -34,7 +34,7 @@ class selector {
     virtual std::vector<uint8_t> verbatim(int32_t /*n_keep*/, const cells & c) const { return std::vector<uint8_t>(c.size(), 0); }
     // all cells, with how many of each run are kept; one run unless kinds are kept apart
     virtual std::vector<run>     runs(const protection & p, const cells & c, int32_t n_keep) const;
-    // pure: run::n_keep places, those that stay among them. `rows` is filled where needs() asks for them.
+    // pure: run::n_keep cells, those that stay among them. `rows` is filled where needs() asks for them.
     virtual choice               choose(const run & r, const float * score, head_rows & rows) const = 0;
 };
 

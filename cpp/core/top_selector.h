@@ -7,7 +7,7 @@ namespace elastic {
 // Places of the cells of highest score, and of those that stay; ties go to the earlier cell.
 choice choose_highest(const run & r, const float * score);
 
-// The highest scores of all cells; the newest n_window cells stay, as far as they take no more than half of the places.
+// The highest scores of all cells; the newest n_window cells stay, as far as they take no more than half of the kept cells.
 class top_selector : public selector {
   public:
     explicit top_selector(const char * label = "top", int32_t n_window = 1) : label(label), n_window(n_window) {}

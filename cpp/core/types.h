@@ -26,7 +26,7 @@ enum class cell_kind : uint8_t {
 struct cells {
     std::vector<cell_kind> kind;    // [n_cells]
     std::vector<uint8_t>   pinned;  // [n_cells], 1: another sequence uses it too, it must stay as it is
-    std::vector<uint8_t>   absent;  // [n_layer][n_cells], 1: the layer does without it; empty: every layer holds all
+    std::vector<uint8_t>   masked;  // [n_layer][n_cells], 1: masked in the layer; empty: none is
     std::vector<uint8_t>   old;     // [n_cells], 1: text of an earlier turn, or an answer's that is not its newest; empty: none
     std::vector<int32_t>   tokens;  // [n_cells], tokens it stands for, more than one after a compression; empty: one each
 
@@ -39,7 +39,7 @@ struct cells {
     // earlier turns about an image: what is left of them, and it, compete for what the present question leaves
     bool has_past() const;
 
-    bool is_absent(int32_t il, int32_t i) const { return !absent.empty() && absent[(size_t) il * kind.size() + i]; }
+    bool is_masked(int32_t il, int32_t i) const { return !masked.empty() && masked[(size_t) il * kind.size() + i]; }
 
     // nothing was said after the last image: what will be asked about it is not known yet
     bool ends_with_image() const { return !kind.empty() && kind.back() == cell_kind::image; }

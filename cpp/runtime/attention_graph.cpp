@@ -336,7 +336,7 @@ std::vector<float> attention_graph::decay_factors(const llama_ubatch & ubatch, u
     return res;
 }
 
-// places for the single queries of the window, [n_stream] of each stream
+// rows for the single queries of the window, [n_stream] of each stream
 std::vector<int32_t> attention_graph::begin_queries(const llama_ubatch & ubatch, const placed_cells & placed) {
     std::vector<int32_t> res(placed.n_stream, 0);
     for (int32_t s = 0; s < placed.n_stream; ++s) {

@@ -28,7 +28,7 @@ class attention_graph {
     // adds the sums of a graph that was computed for the ubatch to the importance
     void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const placed_cells & placed);
 
-    // sums of each ubatch: over all queries, decaying, and single queries of the window
+    // sums of each ubatch: over all queries, decayed, and single queries of the window
     uint32_t n_sums(const llama_ubatch & ubatch) const;
     bool     wants_sums(const llama_ubatch & ubatch) const;
     bool     has_bias() const { return parts.bias.any(); }

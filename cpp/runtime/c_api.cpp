@@ -134,16 +134,16 @@ void elastic_end_probe(llama_context * ctx) {
     }
 }
 
-int32_t elastic_n_to_leave(const llama_context * ctx, llama_seq_id seq_id) {
-    return guarded([&] { return need(ctx, seq_id).room().n_to_leave(seq_id); });
+int32_t elastic_n_to_drop(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).room().n_to_drop(seq_id); });
 }
 
 int32_t elastic_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] { return need(ctx, seq_id).parts().kv.n_cells(seq_id); });
 }
 
-int32_t elastic_n_held(const llama_context * ctx, llama_seq_id seq_id) {
-    return guarded([&] { return need(ctx, seq_id).parts().n_held(seq_id); });
+int32_t elastic_n_per_layer(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return need(ctx, seq_id).parts().n_per_layer(seq_id); });
 }
 
 int64_t elastic_n_tokens(const llama_context * ctx, llama_seq_id seq_id) {

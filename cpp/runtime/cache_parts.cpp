@@ -37,18 +37,19 @@ int32_t average(const std::vector<int32_t> & of_layers) {
     return (int32_t) ((total + (int64_t) of_layers.size() - 1) / (int64_t) of_layers.size());
 }
 
-std::vector<int32_t> cache_parts::held_rows(llama_seq_id seq_id) const {
-    return bias.any_masked() ? bias.held(kv.stream(seq_id), kv.rows(seq_id)) : std::vector<int32_t>(kv.shape.n_layer, kv.n_cells(seq_id));
+std::vector<int32_t> cache_parts::cells_per_layer(llama_seq_id seq_id) const {
+    return bias.any_masked() ? bias.cells_per_layer(kv.stream(seq_id), kv.rows(seq_id))
+                             : std::vector<int32_t>(kv.shape.n_layer, kv.n_cells(seq_id));
 }
 
-int32_t cache_parts::n_held(llama_seq_id seq_id) const {
-    return average(held_rows(seq_id));
+int32_t cache_parts::n_per_layer(llama_seq_id seq_id) const {
+    return average(cells_per_layer(seq_id));
 }
 
 int64_t cache_parts::kv_bytes(llama_seq_id seq_id) const {
     int64_t n_total = (int64_t) kv.n_cells(seq_id) * kv.shape.n_layer;
     if (memory.frees_layers()) {
-        const auto held = held_rows(seq_id);
+        const auto held = cells_per_layer(seq_id);
         n_total         = std::accumulate(held.begin(), held.end(), (int64_t) 0);
     }
     return n_total * kv.shape.cell_bytes / kv.shape.n_layer + kv.n_cells(seq_id) * bias.bytes_per_cell();

@@ -19,7 +19,7 @@ struct cache_parts {
     cache_parts(llama_context & ctx, const config & cfg, int32_t n_threads, int32_t n_ubatch);
 
     const config  cfg;
-    const bool    active;  // some cell may leave
+    const bool    active;  // some cell may be dropped
     const int32_t n_threads;
     const int32_t n_ubatch;
 
@@ -36,16 +36,16 @@ struct cache_parts {
     // cells that the budget allows after n_tokens tokens
     int32_t target_cells(int64_t n_tokens) const;
 
-    std::vector<int32_t> held_rows(llama_seq_id seq_id) const;    // cells that each layer holds
-    int32_t              n_held(llama_seq_id seq_id) const;       // on average over the layers, rounded up
-    int64_t              kv_bytes(llama_seq_id seq_id) const;     // K, V and bias of what its layers hold
-    int32_t              n_generated(llama_seq_id seq_id) const;  // cells of the answer to the last prompt
+    std::vector<int32_t> cells_per_layer(llama_seq_id seq_id) const;  // [n_layer]
+    int32_t              n_per_layer(llama_seq_id seq_id) const;      // the average, rounded up
+    int64_t              kv_bytes(llama_seq_id seq_id) const;         // K, V and bias of what its layers hold
+    int32_t              n_generated(llama_seq_id seq_id) const;      // cells of the answer to the last prompt
 
     // an ordinary, new cell
     void reset_cell(uint32_t strm, int32_t row, cell_kind kind);
     // what head (il, ih) holds in `src` is now what it holds in `dst`, K and V aside
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
-    // the layer does without the cell from now on
+    // the cell is masked in the layer from now on
     void mask(uint32_t strm, int32_t row, int32_t il);
 
     cell_state gather(uint32_t strm, const std::vector<int32_t> & rows) const;

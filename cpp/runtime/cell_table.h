@@ -20,7 +20,7 @@ class cell_table {
     cell_kind kind(uint32_t strm, int32_t cell) const { return kinds[strm][cell]; }
     void      set_kind(uint32_t strm, int32_t cell, cell_kind kind) { kinds[strm][cell] = kind; }
 
-    // summed over layers and heads, by which a cell may leave while generating; infinite: it says nothing
+    // summed over layers and heads, by which a cell may be evicted while generating; infinite: it says nothing
     float              rank_score(uint32_t strm, int32_t cell) const { return scores[strm][cell]; }
     std::vector<float> rank_scores(uint32_t strm, const std::vector<int32_t> & rows) const;
     void               set_rank_scores(uint32_t strm, const std::vector<int32_t> & rows, const std::vector<float> & values);

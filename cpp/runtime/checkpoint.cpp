@@ -63,7 +63,7 @@ bool equals(const kv_rows & t, int32_t row, const std::vector<uint8_t> & stored,
 std::vector<int32_t> checkpoint::rows_of_layer(int32_t il) const {
     std::vector<int32_t> res;
     for (size_t i = 0; i < rows.size(); ++i) {
-        if (bias.data.empty() || bias.row(il, 0)[i] != absent_bias) {
+        if (bias.data.empty() || bias.row(il, 0)[i] != masked_bias) {
             res.push_back(rows[i]);
         }
     }

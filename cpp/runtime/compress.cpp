@@ -62,8 +62,8 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
 
     auto & stats = parts.stats;
     stats.n_compressions++;
-    stats.n_cells_before = in.n_held;
-    stats.n_cells_after  = parts.n_held(seq_id);
+    stats.n_cells_before = in.n_per_layer;
+    stats.n_cells_after  = parts.n_per_layer(seq_id);
     stats.n_bytes_before = n_bytes;
     stats.n_bytes_after  = parts.kv_bytes(seq_id);
     stats.t_plan_us += t_merge - t_plan;
@@ -78,12 +78,12 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
 // cells that another sequence uses too stay as they are, where they are
 compressor::inputs compressor::gather(llama_seq_id seq_id) const {
     inputs in;
-    in.strm      = parts.kv.stream(seq_id);
-    in.rows      = parts.kv.own_rows(seq_id);
-    in.held      = parts.bias.held(in.strm, in.rows);
-    in.n_held    = parts.n_held(seq_id);
-    in.n_shared  = in.n_held - average(in.held);
-    in.described = describe(seq_id, in);
+    in.strm            = parts.kv.stream(seq_id);
+    in.rows            = parts.kv.own_rows(seq_id);
+    in.cells_per_layer = parts.bias.cells_per_layer(in.strm, in.rows);
+    in.n_per_layer     = parts.n_per_layer(seq_id);
+    in.n_shared        = in.n_per_layer - average(in.cells_per_layer);
+    in.described       = describe(seq_id, in);
     return in;
 }
 
@@ -92,7 +92,7 @@ void compressor::load(inputs & in) const {
     in.state  = parts.gather(in.strm, in.rows);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
-    in.scores.sum          = in.state.mass;
+    in.scores.sum          = in.state.importance;
     in.scores.recent       = parts.cfg.pol.n_window() > 0 ? scores.windowed : scores.decayed;
     in.decayed             = std::move(scores.decayed);
 }
@@ -114,23 +114,23 @@ cells compressor::describe(llama_seq_id seq_id, const inputs & in) const {
         c.tokens.push_back(std::max(1, pos - last));
         last = pos;
     }
-    if (std::any_of(in.held.begin(), in.held.end(), [&](int32_t held) { return held < n; })) {
+    if (std::any_of(in.cells_per_layer.begin(), in.cells_per_layer.end(), [&](int32_t held) { return held < n; })) {
         for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
             for (const int32_t row : in.rows) {
-                c.absent.push_back(parts.bias.is_masked(in.strm, row, il));
+                c.masked.push_back(parts.bias.is_masked(in.strm, row, il));
             }
         }
     }
     return c;
 }
 
-// of the sequence's own; 0: all, nothing has to leave
+// of the sequence's own; 0: all, nothing has to be dropped
 int32_t compressor::cells_to_keep(llama_seq_id seq_id, const compression & what, const inputs & in) const {
     const auto &  cfg   = parts.cfg;
-    const int32_t n_own = average(in.held);
-    const bool    even  = what.equalize || cfg.max_cells > 0;  // places are short
+    const int32_t n_own = average(in.cells_per_layer);
+    const bool    even  = what.equalize || cfg.max_cells > 0;  // slots are short
 
-    // with nothing of its own left to spare, the sequence keeps the answer that has begun, or the least that a plan can have
+    // with nothing of its own to drop, the sequence keeps the answer that has begun, or the least that a plan can have
     const int32_t n_answer = std::max(1, std::min(parts.n_generated(seq_id), per_head_recent));
     const int32_t n_least  = std::min(n_own, in.n_shared > 0 ? n_answer : cfg.n_sink + 1);
     const int32_t n_keep   = std::max(n_least, what.n_target - in.n_shared);
@@ -144,10 +144,10 @@ plan_params compressor::params_of(llama_seq_id seq_id, const compression & what,
     const auto & cfg = parts.cfg;
     plan_params  res = { n_keep, in.n_shared > 0 ? 0 : cfg.n_sink, {}, n_keep };
     if (!what.equalize && cfg.max_cells == 0 && (!cfg.layer_share.empty() || cfg.pol.shares_layers())) {
-        // the next turn needs places, too
-        const int32_t n_places = parts.kv.n_free(seq_id) + (int32_t) in.rows.size();
-        res.layer_share        = cfg.layer_share;
-        res.n_rank_max         = std::max(n_keep, n_places * 3 / 4);
+        // the next turn needs slots, too
+        const int32_t n_slots = parts.kv.n_free(seq_id) + (int32_t) in.rows.size();
+        res.layer_share       = cfg.layer_share;
+        res.n_rank_max        = std::max(n_keep, n_slots * 3 / 4);
     }
     return res;
 }
@@ -157,7 +157,7 @@ void compressor::stay_as_it_is(llama_seq_id seq_id, const inputs & in) {
     st.pending        = false;
     st.n_prompt_cells = parts.kv.n_cells(seq_id);
 
-    // image cells may leave by their importance
+    // image cells may be evicted by their importance
     std::vector<int32_t> image;
     for (const int32_t row : in.rows) {
         if (parts.table.kind(in.strm, row) == cell_kind::image) {
@@ -207,7 +207,7 @@ void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, 
     parts.kv.search_from(in.strm, 0);
 
     cell_importance scores;
-    scores.sum     = after.mass;
+    scores.sum     = after.importance;
     scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.merges());
     parts.scores.scatter(in.strm, dst, scores);
     parts.table.set_counts(in.strm, dst, after.count);

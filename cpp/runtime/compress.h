@@ -31,10 +31,10 @@ class compressor {
     // what a plan is made of
     struct inputs {
         uint32_t              strm;
-        std::vector<int32_t>  rows;      // the sequence's own, in logical order
-        std::vector<int32_t>  held;      // of them, by each layer
-        int32_t               n_held;    // by a layer on average, shared ones included
-        int32_t               n_shared;  // of those
+        std::vector<int32_t>  rows;             // the sequence's own, in logical order
+        std::vector<int32_t>  cells_per_layer;  // of them
+        int32_t               n_per_layer;      // cells per layer on average, shared ones included
+        int32_t               n_shared;         // of those
         cells                 described;
         std::vector<kv_layer> layers;
         cell_state            state;

@@ -24,7 +24,7 @@ struct elastic_params {
     double       budget;     // <= 1: fraction of the tokens seen that stay as cells; > 1: a number of cells. Up to four of
                              // them stay free for the answer, unless the prompt ends with an image (policy "elastic")
     int32_t      n_sink;     // first cells that always stay, >= 0
-    int32_t      offset;     // evictor "distance": cells between the one that leaves and the end of the prompt
+    int32_t      offset;     // evictor "distance": cells between the evicted one and the end of the prompt
     int32_t      min_cells;  // a sequence with fewer cells is left alone
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
@@ -42,13 +42,13 @@ struct elastic_params {
 
 struct elastic_stats {
     int64_t n_compressions;  // prompts compressed
-    int64_t n_evictions;     // cells that left while generating
+    int64_t n_evictions;     // cells evicted while generating
     int64_t n_cells_before;  // cells of the last compressed prompt, before; on average over the layers
     int64_t n_cells_after;   // and after
     int64_t n_bytes_before;  // K, V and bias bytes of those cells
     int64_t n_bytes_after;
-    int64_t n_bytes_released;  // K and V given back to the operating system, all times together; what single layers do without
-                               // counts at each compression
+    int64_t n_bytes_released;  // K and V given back to the operating system, all times together; rows masked in single layers
+                               // count at each compression
     int64_t t_score_us;        // reading and accumulating importance
     int64_t t_plan_us;
     int64_t t_merge_us;
@@ -68,7 +68,7 @@ LLAMA_API int32_t elastic_attach(struct llama_context * ctx, const struct elasti
 
 // How much each layer of the cache looks words up, by which ELASTIC_LAYERS_AUTO gives them cells: in [0, 1]. Takes a context of its own,
 // a prompt of 56 tokens and 32 steps.
-//   scores [n]: of the layers of the cache; n: places for them
+//   scores [n]: of the layers of the cache; n: room for so many
 //   returns the number of layers, or a negative code as above
 LLAMA_API int32_t elastic_measure_layers(struct llama_model * model, int32_t n_threads, float * scores, int32_t n);
 
@@ -86,7 +86,7 @@ LLAMA_API void elastic_set_prefill(struct llama_context * ctx, bool value);
 //   returns the cells it takes after (elastic_n_cells), or a negative code as above
 LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_id);
 
-// Gives all layers of a sequence as many cells, on average as many as before; with layer_share it takes fewer places then.
+// Gives all layers of a sequence as many cells, on average as many as before; with layer_share it takes fewer slots then.
 //   returns the cells it takes after, or a negative code as above
 LLAMA_API int32_t elastic_equalize_layers(struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -102,16 +102,16 @@ LLAMA_API int32_t elastic_make_room(struct llama_context * ctx, llama_seq_id seq
 //   for (int i = 0; i < 16; ++i) { llama_decode(ctx, batch_of(token)); token = most_likely(ctx); }
 //   elastic_end_probe(ctx);
 //
-// elastic_n_to_leave: cells of the sequence's own that the compression of its prompt is going to take away, 0 if it has been
+// elastic_n_to_drop: cells of the sequence's own that the compression of its prompt is going to drop or merge, 0 if it has been
 //   elastic_begin_probe returns 0, or -1: none is attached, or a probe is running
 LLAMA_API int32_t elastic_begin_probe(struct llama_context * ctx);
 LLAMA_API void    elastic_end_probe(struct llama_context * ctx);
-LLAMA_API int32_t elastic_n_to_leave(const struct llama_context * ctx, llama_seq_id seq_id);
+LLAMA_API int32_t elastic_n_to_drop(const struct llama_context * ctx, llama_seq_id seq_id);
 
-// Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells that a layer holds on
-// average over the layers, rounded up. Tokens it has seen (decoded since it was last empty)
+// Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells per layer, on
+// average, rounded up. Tokens it has seen (decoded since it was last empty)
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
-LLAMA_API int32_t elastic_n_held(const struct llama_context * ctx, llama_seq_id seq_id);
+LLAMA_API int32_t elastic_n_per_layer(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // llama_memory_seq_rm(mem, seq_id, p0, -1) works, and what follows is as if the tokens from p0 on had never been decoded, where p0 is

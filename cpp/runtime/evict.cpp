@@ -18,11 +18,11 @@ void cell_evictor::evict_one(llama_seq_id seq_id) {
         from.described.kind.push_back(parts.table.kind(from.strm, row));
         from.described.pinned.push_back(parts.kv.is_shared(from.strm, row));
     }
-    if (pol.leaves_per_head()) {
+    if (pol.evicts_per_head()) {
         return evict_per_head(seq_id, from);
     }
     const int32_t n_prompt = parts.seqs.get(seq_id).n_prompt_cells;
-    const int32_t i        = leaving_cell(pol.generate, from.described, n_prompt, parts.cfg.offset, parts.cfg.n_sink, from.rank_score);
+    const int32_t i        = cell_to_evict(pol.generate, from.described, n_prompt, parts.cfg.offset, parts.cfg.n_sink, from.rank_score);
     if (i >= 0) {
         free_row(seq_id, from.strm, from.rows[i]);
     }
@@ -44,11 +44,11 @@ bool cell_evictor::held_by_all(uint32_t strm, int32_t row) const {
     return true;
 }
 
-// Every head loses the cell of its own lowest score. The row that is freed is the newest of those that may leave and that all
+// Every head loses the cell of its own lowest score. The row that is freed is the newest of the candidates that all
 // layers hold: a head that loses another cell keeps this one in the place of the lost.
 void cell_evictor::evict_per_head(llama_seq_id seq_id, const choice & from) {
     std::vector<int32_t> candidates;
-    for (const int32_t i : leaving_candidates(parts.cfg.pol.generate, from.described, parts.cfg.n_sink, from.rank_score)) {
+    for (const int32_t i : eviction_candidates(parts.cfg.pol.generate, from.described, parts.cfg.n_sink, from.rank_score)) {
         candidates.push_back(from.rows[i]);
     }
     if (candidates.empty()) {
@@ -79,13 +79,13 @@ void cell_evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, cons
     for (int32_t ih = 0; ih < parts.kv.shape.n_head_kv; ++ih) {
         const float * sum     = parts.scores.sum_row(strm, il, ih) + base;
         const float * decayed = decay > 0.0f ? parts.scores.decayed_row(strm, il, ih) + base : nullptr;
-        const auto    scores  = leaving_scores(others, sum, decayed, decay, n_queries);
+        const auto    scores  = eviction_scores(others, sum, decayed, decay, n_queries);
         lost.push_back(first_lowest(scores, candidates, base));
     }
     move_row(strm, il, freed, lost);
 }
 
-// Where a layer does without the row that is freed, it does without one more: the one of least importance in all its heads.
+// Where the row that is freed is masked in a layer, one more is masked there: the one of least importance in all its heads.
 void cell_evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates) {
     int32_t best = -1;
     float   low  = 0.0f;

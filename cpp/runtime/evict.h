@@ -1,6 +1,6 @@
 #pragma once
 
-// While generating: one cell of a sequence leaves for a new token, the same one in all heads, or one of each head's own.
+// While generating: one cell of a sequence is evicted for a new token, the same one in all heads, or one of each head's own.
 
 #include "runtime/cache_parts.h"
 
@@ -16,7 +16,7 @@ class cell_evictor {
   private:
     cache_parts & parts;
 
-    // the cells among which one leaves
+    // the cells among which one is evicted
     struct choice {
         uint32_t             strm;
         std::vector<int32_t> rows;  // of the sequence, in logical order

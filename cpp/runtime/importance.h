@@ -13,7 +13,7 @@ namespace elastic {
 // what is kept of every cell
 struct importance_needs {
     bool    sum      = false;
-    float   decay    = 0.0f;  // of the decaying sum, per query; 0: it is not kept
+    float   decay    = 0.0f;  // of the decayed sum, per query; 0: it is not kept
     int32_t n_window = 0;     // queries of the sum over the last ones; 0: it is not kept
 };
 
@@ -39,7 +39,7 @@ class importance {
     // adding what a graph says
     //
 
-    // before the sums of new queries are added: the decaying sum of each cell by its factor, [n]
+    // before the sums of new queries are added: the decayed sum of each cell by its factor, [n]
     void decay(uint32_t strm, const std::vector<float> & factor);
     // room for one more query of the window. Queries of all sequences of a stream count
     void begin_query(uint32_t strm);

@@ -119,7 +119,7 @@ void layer_bias::set(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float 
     if (value != 0.0f) {
         set_biased(strm, cell, true);
     }
-    set_masked(strm, cell, il, maps[strm].row(index(il, 0))[cell] == absent_bias);
+    set_masked(strm, cell, il, maps[strm].row(index(il, 0))[cell] == masked_bias);
     ggml_tensor * t = tensors[il];
     ggml_backend_tensor_set(t, &value, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
 }
@@ -132,7 +132,7 @@ void layer_bias::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, 
 
 void layer_bias::mask(uint32_t strm, int32_t cell, int32_t il) {
     for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-        set(strm, cell, il, ih, absent_bias);
+        set(strm, cell, il, ih, masked_bias);
     }
 }
 
@@ -158,7 +158,7 @@ void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
                 maps[strm].row(index(il, ih))[rows[i]] = value;
                 any |= value != 0.0f;
             }
-            set_masked(strm, rows[i], il, values.row(il, 0)[i] == absent_bias);
+            set_masked(strm, rows[i], il, values.row(il, 0)[i] == masked_bias);
         }
         set_biased(strm, rows[i], any);
     }
@@ -166,7 +166,7 @@ void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     upload(strm, *lo, *hi + 1);
 }
 
-std::vector<int32_t> layer_bias::held(uint32_t strm, const std::vector<int32_t> & rows) const {
+std::vector<int32_t> layer_bias::cells_per_layer(uint32_t strm, const std::vector<int32_t> & rows) const {
     std::vector<int32_t> res(n_layer, (int32_t) rows.size());
     for (int32_t il = 0; n_masked > 0 && il < n_layer; ++il) {
         for (const int32_t row : rows) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// The bias of cells in the attention logits, where the graphs read it, and the cells that single layers do without: those are
-// masked, which is a bias of -infinity.
+// The bias of cells in the attention logits, where the graphs read it, and the cells that are masked in single layers, by a
+// bias of -infinity.
 
 #include "core/merge.h"
 #include "runtime/kv_view.h"
@@ -33,14 +33,14 @@ class layer_bias {
     head_map gather(uint32_t strm, const std::vector<int32_t> & rows) const;
     void     scatter(uint32_t strm, const std::vector<int32_t> & rows, const head_map & values);
 
-    // the layer does without the cell
+    // whether the cell is masked in the layer
     bool is_masked(uint32_t strm, int32_t cell, int32_t il) const {
         return n_masked > 0 && !masked[strm].empty() && masked[strm][(size_t) il * kv_size + cell];
     }
     void mask(uint32_t strm, int32_t cell, int32_t il);
 
     // cells of `rows` that each layer holds  [n_layer]
-    std::vector<int32_t> held(uint32_t strm, const std::vector<int32_t> & rows) const;
+    std::vector<int32_t> cells_per_layer(uint32_t strm, const std::vector<int32_t> & rows) const;
 
   private:
     const int32_t n_layer;

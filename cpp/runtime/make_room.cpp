@@ -27,7 +27,7 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
     logits.collect();
     const auto    st       = parts.seqs.get(seq_id);
     const int32_t n_target = parts.target_cells(st.n_tokens);
-    if (!st.pending && parts.n_held(seq_id) <= n_target) {
+    if (!st.pending && parts.n_per_layer(seq_id) <= n_target) {
         return parts.kv.n_cells(seq_id);  // has been, and what the answer goes by stays as it is
     }
     const int32_t n = compress_.run(seq_id, { n_target, true });
@@ -40,7 +40,7 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
 
 int32_t room_maker::equalize_layers(llama_seq_id seq_id) {
     const bool    pending = parts.seqs.get(seq_id).pending;
-    const int32_t n       = compress_.run(seq_id, { parts.n_held(seq_id), false, true });
+    const int32_t n       = compress_.run(seq_id, { parts.n_per_layer(seq_id), false, true });
 
     parts.seqs.at(seq_id).pending = pending;  // what has come since is still to be compressed
     return n;
@@ -66,19 +66,19 @@ int32_t room_maker::make_room(llama_seq_id seq_id, int32_t n_new) {
     if (lacks() && !parts.seqs.get(seq_id).pending && parts.cfg.pol.recompresses()) {
         merge_overdraft(seq_id, 0);
     }
-    if (lacks() && parts.kv.n_cells(seq_id) > parts.n_held(seq_id)) {
+    if (lacks() && parts.kv.n_cells(seq_id) > parts.n_per_layer(seq_id)) {
         equalize_layers(seq_id);
     }
     return parts.kv.n_cells(seq_id);
 }
 
-int32_t room_maker::n_to_leave(llama_seq_id seq_id) const {
+int32_t room_maker::n_to_drop(llama_seq_id seq_id) const {
     const auto st = parts.seqs.get(seq_id);
     if (!parts.active || !st.pending || parts.n_generated(seq_id) > 0) {
         return 0;
     }
-    const int32_t n_own    = average(parts.bias.held(parts.kv.stream(seq_id), parts.kv.own_rows(seq_id)));
-    const int32_t n_shared = parts.n_held(seq_id) - n_own;
+    const int32_t n_own    = average(parts.bias.cells_per_layer(parts.kv.stream(seq_id), parts.kv.own_rows(seq_id)));
+    const int32_t n_shared = parts.n_per_layer(seq_id) - n_own;
     return std::max(0, n_own - std::max(1, parts.target_cells(st.n_tokens) - n_shared));
 }
 
@@ -121,13 +121,13 @@ void room_maker::evict_one(llama_seq_id seq_id) {
     evict.evict_one(seq_id);
 }
 
-// one cell leaves for each new one
+// one cell is evicted for each new one
 void room_maker::keep_by_evicting(llama_seq_id seq_id) {
-    const int32_t n_spare = parts.kv.n_cells(seq_id) - parts.n_held(seq_id);  // of some layers
+    const int32_t n_more  = parts.kv.n_cells(seq_id) - parts.n_per_layer(seq_id);  // of some layers
     int32_t       allowed = parts.target_cells(parts.seqs.get(seq_id).n_tokens + 1);
     if (parts.cfg.max_cells == 0) {
-        allowed += n_spare;
-    } else if (n_spare > 0 && parts.kv.n_cells(seq_id) > allowed) {  // a state of a cache without the cap
+        allowed += n_more;
+    } else if (n_more > 0 && parts.kv.n_cells(seq_id) > allowed) {  // a state of a cache without the cap
         or_log(seq_id, [&] { compress_.run(seq_id, { allowed, false }); });
     }
     for (int32_t n = parts.kv.n_cells(seq_id); n + 1 > allowed; --n) {
@@ -142,15 +142,15 @@ void room_maker::keep_by_evicting(llama_seq_id seq_id) {
 void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     const auto &  cfg     = parts.cfg;
     const int32_t allowed = parts.target_cells(parts.seqs.get(seq_id).n_tokens + 1);
-    // the cap is one of places in the context, the budget one of what layers hold on average
+    // the cap is one of slots in the context, the budget one of what layers hold on average
     const auto    is_over = [&] {
         const bool capped = cfg.max_cells > 0 && parts.kv.n_cells(seq_id) + 1 > cfg.max_cells;
-        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_held(seq_id) + 1 > allowed + cfg.n_overdraft();
+        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_per_layer(seq_id) + 1 > allowed + cfg.n_overdraft();
     };
     if (is_over()) {
         or_log(seq_id, [&] { merge_overdraft(seq_id, 1); });
     }
-    if (is_over() && parts.kv.n_cells(seq_id) > parts.n_held(seq_id)) {
+    if (is_over() && parts.kv.n_cells(seq_id) > parts.n_per_layer(seq_id)) {
         or_log(seq_id, [&] { equalize_layers(seq_id); });
         parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + 1, true);
     }

@@ -1,6 +1,6 @@
 #pragma once
 
-// When cells have to leave, and how many: after a prompt, for the next token of an answer, under a cap, and where the context is
+// When cells have to be dropped, and how many: after a prompt, for the next token of an answer, under a cap, and where the context is
 // full. Says what compressor and evictor do.
 
 #include "runtime/compress.h"
@@ -31,7 +31,7 @@ class room_maker {
     int32_t make_room(llama_seq_id seq_id, int32_t n_new);
 
     // cells of its own that the compression of the sequence's prompt is going to take away; 0 if it has been compressed
-    int32_t n_to_leave(llama_seq_id seq_id) const;
+    int32_t n_to_drop(llama_seq_id seq_id) const;
     // cells that a prompt may take before it is compressed for max_cells
     int32_t room_under_cap(llama_seq_id seq_id) const;
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// The memory of K and V follows the cells in use: rows beyond the last one, and rows that single layers do without, go back to
+// The memory of K and V follows the cells in use: rows beyond the last one, and rows masked in single layers, go back to
 // the operating system.
 
 #include "runtime/kv_view.h"
@@ -22,7 +22,7 @@ class resident_memory {
 
     // rows up to this one may take memory from now on, as they are written
     void wrote(uint32_t strm, int32_t n_rows);
-    // rows that layers do without were written to, all of them perhaps
+    // masked rows were written to, all of them perhaps
     void dirtied(uint32_t strm) { dirty[strm] = 1; }
 
     // before a batch: what was removed since the last one, not every few rows anew, and dirty rows. rows_of: rows in use by

@@ -26,7 +26,9 @@ from .errors import (
     ModelFileError,
     StateError,
     UnsupportedModelError,
-    text,
+)
+from .errors import (
+    message as error_message,
 )
 from .gguf_check import Header, read_header
 from .kv_types import KV_TYPES, PLAIN_TYPES, kv_type
@@ -84,11 +86,15 @@ _SWITCHES = (
 
 def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> ElasticConfig | None:
     if elastic is not None and not isinstance(elastic, ElasticConfig):
-        raise ConfigError(text("config", "elastic", repr(elastic), "an ElasticConfig or None"))
+        raise ConfigError(
+            error_message("config", "elastic", repr(elastic), "an ElasticConfig or None")
+        )
     if budget is None:
         return elastic
     if elastic is None:
-        raise ConfigError(text("config", "kv_budget with elastic=None", budget, "one of them"))
+        raise ConfigError(
+            error_message("config", "kv_budget with elastic=None", budget, "one of them")
+        )
     return replace(elastic, budget=budget)
 
 
@@ -149,7 +155,7 @@ def _choice(name: str, value: Any) -> int | None:
     whole_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole_number or int(value) not in known:
         expected = ", ".join(f"{number} ({what})" for number, what in known.items())
-        raise ConfigError(text("config", name, repr(value), f"one of {expected}"))
+        raise ConfigError(error_message("config", name, repr(value), f"one of {expected}"))
     return int(value)
 
 
@@ -160,14 +166,14 @@ def _real(name: str, value: Any, least: float = -math.inf) -> float:
             if math.isfinite(np.float32(value)) and float(value) >= least:
                 return float(value)
     at_least = "" if math.isinf(least) else f" >= {least:g}"
-    raise ConfigError(text("config", name, repr(value), f"a finite number{at_least}"))
+    raise ConfigError(error_message("config", name, repr(value), f"a finite number{at_least}"))
 
 
 def _switch(name: str, value: Any) -> bool | None:
     if value is None:
         return None
     if not isinstance(value, (bool, np.bool_, numbers.Integral)) or int(value) not in (0, 1):
-        raise ConfigError(text("config", name, repr(value), "True or False"))
+        raise ConfigError(error_message("config", name, repr(value), "True or False"))
     return bool(value)
 
 
@@ -181,7 +187,7 @@ def _tensor_split(value: Any) -> list[float] | None:
         or len(value) > most
     ):
         expected = f"at most {most} numbers >= 0, one for each GPU"
-        raise ConfigError(text("config", "tensor_split", reprlib.repr(value), expected))
+        raise ConfigError(error_message("config", "tensor_split", reprlib.repr(value), expected))
     return [_real("tensor_split", x, 0.0) for x in value]
 
 
@@ -194,7 +200,7 @@ def _overrides(value: Any) -> dict[str, Any] | None:
     )
     if not good:
         raise ConfigError(
-            text(
+            error_message(
                 "config",
                 "kv_overrides",
                 reprlib.repr(value),
@@ -222,7 +228,7 @@ def _check_together(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> No
         "flash_attn"
     ):
         raise ConfigError(
-            text(
+            error_message(
                 "config",
                 "a quantized V cache without flash attention",
                 f"type_v={type_v}",
@@ -233,9 +239,13 @@ def _check_together(elastic: ElasticConfig | None, kwargs: dict[str, Any]) -> No
     if draft_model is None:
         return
     if not callable(draft_model):
-        raise ConfigError(text("config", "draft_model", repr(draft_model), "a LlamaDraftModel"))
+        raise ConfigError(
+            error_message("config", "draft_model", repr(draft_model), "a LlamaDraftModel")
+        )
     if elastic is not None and not elastic.is_off:
-        raise ConfigError(text("config", "draft_model together with an elastic cache", do=OFF))
+        raise ConfigError(
+            error_message("config", "draft_model together with an elastic cache", do=OFF)
+        )
 
 
 def size_cache(
@@ -250,7 +260,7 @@ def size_cache(
         return 2048 if n_ctx is None else n_ctx, kwargs
     if kwargs.get("logits_all"):
         raise ConfigError(
-            text(
+            error_message(
                 "config",
                 "logits_all with kv_cells",
                 do="leave one out: a prompt may be longer than the rows of logits kept for it",
@@ -259,10 +269,12 @@ def size_cache(
     n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
     least = elastic.kv_cells + n_ubatch
     if least > INT_MAX:
-        raise ConfigError(text("config", "kv_cells + n_ubatch", least, f"at most {INT_MAX}"))
+        raise ConfigError(
+            error_message("config", "kv_cells + n_ubatch", least, f"at most {INT_MAX}")
+        )
     if n_ctx and n_ctx < least:
         raise ConfigError(
-            text(
+            error_message(
                 "config",
                 "n_ctx with kv_cells",
                 n_ctx,
@@ -285,7 +297,7 @@ def check_lora(path: str, model: Header) -> None:
     if found != ("adapter", "lora", model.architecture):
         kind, adapter, architecture = found
         raise ModelFileError(
-            text(
+            error_message(
                 "lora",
                 path,
                 f"a GGUF of type {adapter or kind or 'model'} for {architecture or '?'}",
@@ -305,13 +317,13 @@ def add_lora(llm: Any, path: str, scale: float) -> None:
     adapter = llama_cpp.llama_adapter_lora_init(llm._model.model, os.fsencode(path))
     if not adapter:
         raise ModelFileError(
-            text("lora", path, "a file that llama.cpp refuses", "an adapter of this model")
+            error_message("lora", path, "a file that llama.cpp refuses", "an adapter of this model")
         )
     llm.lora_path, llm._lora_adapter = path, adapter
     llm._stack.callback(_free_lora, llm)
     adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
     if llama_cpp.llama_set_adapters_lora(llm._ctx.ctx, adapters, 1, (ctypes.c_float * 1)(scale)):
-        raise ModelFileError(text("lora", path, "an adapter that llama.cpp cannot apply"))
+        raise ModelFileError(error_message("lora", path, "an adapter that llama.cpp cannot apply"))
 
 
 def _free_lora(llm: Any) -> None:
@@ -343,15 +355,17 @@ def check_memory(
         return
     what = f"{path} has no KV cache: it makes embeddings, or whole texts at once"
     if not kwargs.get("embedding"):
-        raise UnsupportedModelError(text("load", what, do="pass embedding=True and kv_budget=1"))
+        raise UnsupportedModelError(
+            error_message("load", what, do="pass embedding=True and kv_budget=1")
+        )
     if elastic is not None and not elastic.is_off:
-        raise UnsupportedModelError(text("load", what, do=OFF))
+        raise UnsupportedModelError(error_message("load", what, do=OFF))
     _refuse_cells(ctx, what, "use embed or create_embedding")
 
 
 def _refuse_cells(ctx: Any, what: str, do: str) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError(text("decode", what, do=do))
+        raise UnsupportedModelError(error_message("decode", what, do=do))
 
     ctx.kv_cache_seq_rm = refuse  # llama-cpp-python asserts; comes before anything is decoded
 
@@ -359,11 +373,13 @@ def _refuse_cells(ctx: Any, what: str, do: str) -> None:
 def load_error(path: str, error: ValueError | MemoryError) -> ElasticError:
     if isinstance(error, MemoryError):
         return ConfigError(
-            text("load", path, str(error), "a context that fits memory", "lower n_ctx or n_batch")
+            error_message(
+                "load", path, str(error), "a context that fits memory", "lower n_ctx or n_batch"
+            )
         )
     if "context" in str(error):
         return ConfigError(
-            text(
+            error_message(
                 "load",
                 path,
                 str(error),
@@ -372,7 +388,9 @@ def load_error(path: str, error: ValueError | MemoryError) -> ElasticError:
             )
         )
     return ModelFileError(
-        text("load", path, str(error), "a model that llama.cpp can load", "verbose=True says why")
+        error_message(
+            "load", path, str(error), "a model that llama.cpp can load", "verbose=True says why"
+        )
     )
 
 
@@ -381,9 +399,9 @@ def decode_error(error: RuntimeError, log: Sequence[str] = ()) -> ElasticError:
     if isinstance(error, ElasticError):
         return type(error)(*error.args)
     if str(error).endswith("returned 1"):
-        return ContextOverflowError(text("decode", "no free cells", do="raise n_ctx"))
+        return ContextOverflowError(error_message("decode", "no free cells", do="raise n_ctx"))
     why = reason(log)
-    return StateError(text("decode", f"{error}: {why}" if why else str(error)))
+    return StateError(error_message("decode", f"{error}: {why}" if why else str(error)))
 
 
 def reason(log: Sequence[str]) -> str:
@@ -398,7 +416,9 @@ def _overflow(message: str, limit: int | None) -> ContextOverflowError:
     else:
         found, expected = f"{asked[1]} tokens", f"fewer than {limit}"
     return ContextOverflowError(
-        text("prompt", "the context is too small", found, expected, "raise n_ctx or shorten it")
+        error_message(
+            "prompt", "the context is too small", found, expected, "raise n_ctx or shorten it"
+        )
     )
 
 
@@ -423,11 +443,11 @@ def translated_errors(limit: int | None = None) -> Iterator[None]:
             raise _overflow(message, limit) from e
         if "bitmap" in message or "tokenize input" in message:
             raise ImageError(
-                text("image", message, do="pass one readable image per image_url")
+                error_message("image", message, do="pass one readable image per image_url")
             ) from e
         if "mtmd context" in message or "Vision is not supported" in message:
             raise ModelFileError(
-                text(
+                error_message(
                     "mmproj",
                     message,
                     expected="a vision tower for this model",

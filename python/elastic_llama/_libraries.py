@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .errors import ElasticError, LibraryConflictError, text
+from .errors import ElasticError, LibraryConflictError, message
 
 _VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")  # llama-cpp-python reads them at first import
 
@@ -34,7 +34,7 @@ def lib_dir() -> Path:
     path = find_lib_dir()
     if path is None or not path.is_dir():
         raise ElasticError(
-            text(
+            message(
                 "import",
                 "native libraries",
                 path or "no _core extension",
@@ -82,7 +82,7 @@ def use_our_libraries() -> None:
     theirs = getattr(getattr(loaded, "_lib", None), "_name", None)
     if theirs is not None and Path(theirs).resolve().parent != ours:
         raise LibraryConflictError(
-            text(
+            message(
                 "import",
                 "llama_cpp was imported before elastic_llama, with other libraries",
                 theirs,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 __all__ = ["Guard", "is_callers"]
 
@@ -88,11 +88,11 @@ def _checked_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
             out = np.ascontiguousarray(scores, dtype=np.float32)
     except (TypeError, ValueError):
         got = type(scores).__name__
-        raise ConfigError(text("scorer", "scores", got, expected)) from None
+        raise ConfigError(message("scorer", "scores", got, expected)) from None
     if scores is None or out.shape != shape:  # NumPy takes None for a NaN
         got = "None" if scores is None else str(list(np.shape(scores)))
-        raise ConfigError(text("scorer", "scores", got, expected))
+        raise ConfigError(message("scorer", "scores", got, expected))
     good = np.isfinite(out) & (out >= 0)
     if not good.all():
-        raise ConfigError(text("scorer", "scores", out[~good][0], "finite values >= 0"))
+        raise ConfigError(message("scorer", "scores", out[~good][0], "finite values >= 0"))
     return out

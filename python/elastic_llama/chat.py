@@ -13,7 +13,7 @@ from llama_cpp import llama_chat_format as formats
 from llama_cpp import mtmd_cpp
 
 from .errors import ConfigError
-from .errors import text as error_text
+from .errors import message as error_message
 from .images import load_image, to_png
 from .llama import ElasticLlama
 from .messages import clean_text, read_messages
@@ -118,7 +118,7 @@ class ElasticChatHandler(formats.MTMDChatHandler):
         n_places = text.count(_PLACE)
         if n_places != len(image_urls):
             raise ConfigError(
-                error_text(
+                error_message(
                     "chat",
                     "images in what the model's chat template makes of the messages",
                     n_places,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import StateError, text
+from .errors import StateError, message
 
 _PARTS = {"_model": ("model", "vocab"), "_ctx": ("ctx", "memory"), "_batch": ("batch",)}
 _USERS = (*_PARTS, "_sampler", "tokenizer_")  # attributes of `llama_cpp.Llama`
@@ -20,7 +20,7 @@ class Closed:
 
 
 def closed_error(op: str) -> StateError:
-    return StateError(text(op, "the model is closed", do="load it again"))
+    return StateError(message(op, "the model is closed", do="load it again"))
 
 
 def take_apart(llm: Any) -> None:

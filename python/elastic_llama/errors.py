@@ -16,7 +16,7 @@ __all__ = [
     "ModelNotFoundError",
     "StateError",
     "UnsupportedModelError",
-    "text",
+    "message",
 ]
 
 
@@ -60,7 +60,7 @@ class DownloadError(ElasticError, RuntimeError):
     """A model that could not be fetched."""
 
 
-def text(op: str, what: str, got: object = None, expected: str = "", do: str = "") -> str:
+def message(op: str, what: str, got: object = None, expected: str = "", do: str = "") -> str:
     """Message of an error: ``[op] what, got X, expected Y; do Z``."""
     out = f"[{op}] {what}"
     if got is not None:
@@ -70,3 +70,6 @@ def text(op: str, what: str, got: object = None, expected: str = "", do: str = "
     if do:
         out += f"; {do}"
     return out
+
+
+text = message  # its old name, for one release

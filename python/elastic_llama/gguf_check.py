@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelFileError, ModelNotFoundError, text
+from .errors import ModelFileError, ModelNotFoundError, message
 
 # GGUF value type -> struct code; 8 is a string, 9 an array
 _SCALAR = {
@@ -129,11 +129,11 @@ def read_header(path: str | os.PathLike[str], what: str = "model") -> Header:
     """
     path = Path(path)
     if not path.exists():
-        raise ModelNotFoundError(text(what, "no such file", str(path), "a GGUF file"))
+        raise ModelNotFoundError(message(what, "no such file", str(path), "a GGUF file"))
     try:
         if path.is_dir() or path.stat().st_size < 24:
             raise ModelFileError(
-                text(
+                message(
                     what,
                     str(path),
                     "a folder" if path.is_dir() else f"{path.stat().st_size} bytes",
@@ -144,13 +144,13 @@ def read_header(path: str | os.PathLike[str], what: str = "model") -> Header:
             return _parse(data, str(path), what)
     except OSError as e:
         raise ModelFileError(
-            text(what, str(path), f"an unreadable file ({e.strerror})", "a GGUF file")
+            message(what, str(path), f"an unreadable file ({e.strerror})", "a GGUF file")
         ) from e
     except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as e:
         if isinstance(e, ModelFileError):
             raise
         raise ModelFileError(
-            text(
+            message(
                 what,
                 str(path),
                 f"a damaged or truncated GGUF header ({e})",
@@ -162,12 +162,14 @@ def read_header(path: str | os.PathLike[str], what: str = "model") -> Header:
 
 def _parse(data: mmap.mmap, path: str, what: str) -> Header:
     if data[:4] != b"GGUF":
-        raise ModelFileError(text(what, path, f"magic {data[:4]!r}", "a GGUF file (magic b'GGUF')"))
+        raise ModelFileError(
+            message(what, path, f"magic {data[:4]!r}", "a GGUF file (magic b'GGUF')")
+        )
     reader, header, end = _Reader(data), Header(), 0
     reader.at = 4
     version, n_tensors, n_meta = reader.value("I"), reader.value("Q"), reader.value("Q")
     if version not in (2, 3):
-        raise ModelFileError(text(what, path, f"GGUF version {version}", "2 or 3"))
+        raise ModelFileError(message(what, path, f"GGUF version {version}", "2 or 3"))
     for _ in range(n_meta):
         key = reader.string()
         value = reader.typed(reader.value("I"))
@@ -187,7 +189,7 @@ def _parse(data: mmap.mmap, path: str, what: str) -> Header:
     start = -(-reader.at // align) * align
     if n_tensors and start + end > len(data):
         raise ModelFileError(
-            text(
+            message(
                 what,
                 path,
                 f"a truncated file of {len(data)} bytes",
@@ -204,7 +206,7 @@ def check_model(path: str | os.PathLike[str]) -> Header:
     kind = header.meta.get("general.type", "model")
     if header.is_mmproj:
         raise ModelFileError(
-            text(
+            message(
                 "model",
                 str(path),
                 "a multimodal projector (mmproj)",
@@ -214,7 +216,7 @@ def check_model(path: str | os.PathLike[str]) -> Header:
         )
     if kind != "model" or not header.architecture:
         raise ModelFileError(
-            text("model", str(path), f"a GGUF of type {kind!r}", "a language model")
+            message("model", str(path), f"a GGUF of type {kind!r}", "a language model")
         )
     return header
 
@@ -224,7 +226,7 @@ def check_mmproj(path: str | os.PathLike[str], model: Header | None = None) -> H
     header = read_header(path, "mmproj")
     if not header.is_mmproj:
         raise ModelFileError(
-            text(
+            message(
                 "mmproj",
                 str(path),
                 f"a {header.architecture or '?'} model",
@@ -233,11 +235,13 @@ def check_mmproj(path: str | os.PathLike[str], model: Header | None = None) -> H
             )
         )
     if header.meta.get("clip.has_vision_encoder") is False:
-        raise ModelFileError(text("mmproj", str(path), "no vision encoder", "one that sees images"))
+        raise ModelFileError(
+            message("mmproj", str(path), "no vision encoder", "one that sees images")
+        )
     widths = (header.n_embd_out, model.n_embd if model else 0)
     if all(widths) and widths[0] != widths[1]:
         raise ModelFileError(
-            text(
+            message(
                 "mmproj",
                 str(path),
                 f"a projector to width {widths[0]}",

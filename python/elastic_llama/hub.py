@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import DownloadError, text
+from .errors import DownloadError, message
 
 
 def fetch(repo: str, filename: str) -> Path:
@@ -18,13 +18,13 @@ def fetch(repo: str, filename: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError as e:
         raise DownloadError(
-            text("hub", "huggingface_hub is not installed", do="pip install huggingface_hub")
+            message("hub", "huggingface_hub is not installed", do="pip install huggingface_hub")
         ) from e
     try:
         return Path(hf_hub_download(repo_id=repo, filename=filename))
     except Exception as e:  # the Hub's errors have no common base
         raise DownloadError(
-            text(
+            message(
                 "hub",
                 f"could not fetch {filename} of {repo}",
                 f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",

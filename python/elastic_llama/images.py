@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ImageError, text
+from .errors import ImageError
+from .errors import message as error_message
 
 ImageSource = Union[
     str, "os.PathLike[str]", bytes, bytearray, memoryview, BinaryIO, Image.Image, np.ndarray
@@ -55,7 +56,7 @@ def load_image(source: ImageSource) -> Image.Image:
         return _rgb(_from_array(source), "array")
     name, data = _read(source)
     if not data:
-        raise ImageError(text("image", name, "an empty file", "an image"))
+        raise ImageError(error_message("image", name, "an empty file", "an image"))
     with _pillow_errors(name), _opened(data) as image:
         return _rgb(image, name)
 
@@ -73,11 +74,13 @@ def as_images(value: Any) -> list[ImageSource]:
     if _is_source(value):
         return [value]
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
-        raise ImageError(text("image", "images", _type(value), f"{_ACCEPTED}, or a list of them"))
+        raise ImageError(
+            error_message("image", "images", _type(value), f"{_ACCEPTED}, or a list of them")
+        )
     images = list(value)
     for i, image in enumerate(images):
         if not _is_source(image):
-            raise ImageError(text("image", f"images[{i}]", _type(image), _ACCEPTED))
+            raise ImageError(error_message("image", f"images[{i}]", _type(image), _ACCEPTED))
     return images
 
 
@@ -126,7 +129,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if not is_image or array.size == 0 or array.dtype.kind not in "buif":
         got = f"{array.dtype} of shape {array.shape}"
         do = "pass several images as a list" if array.ndim == 4 else ""
-        raise ImageError(text("image", "array", shorten(got), _SHAPES, do))
+        raise ImageError(error_message("image", "array", shorten(got), _SHAPES, do))
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise _too_large("array")
     if array.ndim == 3 and array.shape[2] == 1:
@@ -176,7 +179,7 @@ def _read(source: Any) -> tuple[str, bytes]:
         try:
             data = bytes(source)
         except ValueError as e:  # a memoryview that was released
-            raise ImageError(text("image", _type(source), shorten(e), "bytes")) from e
+            raise ImageError(error_message("image", _type(source), shorten(e), "bytes")) from e
         return f"{len(data)} bytes", data
     if callable(getattr(source, "read", None)):
         return _read_open(source)
@@ -184,7 +187,7 @@ def _read(source: Any) -> tuple[str, bytes]:
         return _read_text(source)
     if isinstance(source, os.PathLike):
         return _read_path(os.fsdecode(source))
-    raise ImageError(text("image", "source", _type(source), _ACCEPTED))
+    raise ImageError(error_message("image", "source", _type(source), _ACCEPTED))
 
 
 def _read_open(file: Any) -> tuple[str, bytes]:
@@ -194,14 +197,18 @@ def _read_open(file: Any) -> tuple[str, bytes]:
     try:
         data = file.read()
     except Exception as e:  # it may be anything that has a method of this name
-        raise ImageError(text("image", name, _unreadable(e), "an open binary file")) from e
+        raise ImageError(error_message("image", name, _unreadable(e), "an open binary file")) from e
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise ImageError(
-            text("image", name, f"{_type(data)} from read()", "bytes", "open it in binary mode")
+            error_message(
+                "image", name, f"{_type(data)} from read()", "bytes", "open it in binary mode"
+            )
         )
     if not data:
         raise ImageError(
-            text("image", name, "nothing left to read", "an image", "seek(0) before if it was read")
+            error_message(
+                "image", name, "nothing left to read", "an image", "seek(0) before if it was read"
+            )
         )
     return name, bytes(data)
 
@@ -224,18 +231,18 @@ def _read_text(source: str) -> tuple[str, bytes]:
 def _read_path(path: str) -> tuple[str, bytes]:
     name = shorten(path)
     if not path:
-        raise ImageError(text("image", "path", "no name", "an image file"))
+        raise ImageError(error_message("image", "path", "no name", "an image file"))
     try:
         return name, Path(path).read_bytes()
     except FileNotFoundError:
-        raise ImageError(text("image", name, "no such file", "an image file")) from None
+        raise ImageError(error_message("image", name, "no such file", "an image file")) from None
     except IsADirectoryError:
-        raise ImageError(text("image", name, "a folder", "an image file")) from None
+        raise ImageError(error_message("image", name, "a folder", "an image file")) from None
     except (OSError, ValueError) as e:  # unreadable, NUL in it
         if len(path) > _MAX_NAME:
             got = "neither a file nor an image in base64"
-            raise ImageError(text("image", name, got, _ACCEPTED)) from None
-        raise ImageError(text("image", name, _unreadable(e), "an image file")) from e
+            raise ImageError(error_message("image", name, got, _ACCEPTED)) from None
+        raise ImageError(error_message("image", name, _unreadable(e), "an image file")) from e
 
 
 def _fetch(url: str) -> bytes:
@@ -243,19 +250,23 @@ def _fetch(url: str) -> bytes:
         with urllib.request.urlopen(url) as response:
             return bytes(response.read())
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise ImageError(text("image", shorten(url), _unreadable(e), "an image file")) from e
+        raise ImageError(
+            error_message("image", shorten(url), _unreadable(e), "an image file")
+        ) from e
 
 
 def _from_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     parameters = [part.strip().lower() for part in head.split(";")[1:]]
     if not comma or "base64" not in parameters:
-        raise ImageError(text("image", "data URL", shorten(repr(head)), "data:...;base64,..."))
+        raise ImageError(
+            error_message("image", "data URL", shorten(repr(head)), "data:...;base64,...")
+        )
     try:
         return _from_base64(body)
     except ValueError as e:
         raise ImageError(
-            text("image", "data URL", f"bad base64 ({shorten(e)})", "base64 data")
+            error_message("image", "data URL", f"bad base64 ({shorten(e)})", "base64 data")
         ) from None
 
 
@@ -309,19 +320,21 @@ def _pillow_errors(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise ImageError(
-            text("image", name, "no known image format", "PNG, JPEG, WebP, GIF, BMP or TIFF")
+            error_message(
+                "image", name, "no known image format", "PNG, JPEG, WebP, GIF, BMP or TIFF"
+            )
         ) from None
     except Image.DecompressionBombError:
         raise _too_large(name) from None
     except Exception as e:
         why = shorten(str(e) or type(e).__name__)
         expected = "an image that is still open" if name == _OBJECT else "a whole image file"
-        raise ImageError(text("image", name, f"damaged data ({why})", expected)) from e
+        raise ImageError(error_message("image", name, f"damaged data ({why})", expected)) from e
 
 
 def _too_large(name: str) -> ImageError:
     return ImageError(
-        text(
+        error_message(
             "image",
             name,
             f"more than {MAX_PIXELS // 1_000_000} megapixels",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from .errors import ConfigError, text
+from .errors import ConfigError
+from .errors import message as error_message
 
 KV_TYPES = {
     "f32": 0,
@@ -50,7 +51,7 @@ def kv_type(name: str, value: Any) -> int | None:
     if is_number and value in KV_TYPES.values():
         return int(value)
     known = ", ".join(f"{name} ({number})" for name, number in KV_TYPES.items())
-    raise ConfigError(text("config", name, repr(value), f"one of {known}"))
+    raise ConfigError(error_message("config", name, repr(value), f"one of {known}"))
 
 
 def stock_bytes(ctx: Any) -> int:

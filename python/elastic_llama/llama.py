@@ -33,7 +33,7 @@ from .errors import (
     ContextOverflowError,
     ElasticError,
     StateError,
-    text,
+    message,
 )
 from .messages import clean, text_messages
 from .native_log import route
@@ -215,7 +215,7 @@ class ElasticLlama(llama_cpp.Llama):
             merge_ms=s["merge_us"] / 1000,
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
-            cells=self._session.n_held(0),
+            cells=self._session.n_per_layer(0),
             tokens=self.n_tokens,
         )
 
@@ -262,7 +262,7 @@ class ElasticLlama(llama_cpp.Llama):
     def _calls_scorer(self) -> bool:
         """Whether the next token of an answer compresses its prompt by a scorer in Python."""
         has_scorer = self._attached is not None and self._attached.scorer is not None
-        return has_scorer and self._session is not None and self._session.n_to_leave(0) > 0
+        return has_scorer and self._session is not None and self._session.n_to_drop(0) > 0
 
     def _compress(self) -> None:
         """Compress the prompt; all cells stay if a scorer written in Python raises."""
@@ -278,7 +278,7 @@ class ElasticLlama(llama_cpp.Llama):
             used = self._cells_used()
         if not self._is_capped and used + n_new > self.n_ctx():
             raise ContextOverflowError(
-                text(
+                message(
                     "prompt",
                     "the context is too small",
                     f"{n_new} tokens on top of {used} cells",
@@ -288,7 +288,7 @@ class ElasticLlama(llama_cpp.Llama):
             )
         if self.n_tokens + n_new > len(self.input_ids):
             raise ContextOverflowError(
-                text(
+                message(
                     "prompt",
                     "past the positions of the model",
                     self.n_tokens + n_new,
@@ -337,7 +337,7 @@ class ElasticLlama(llama_cpp.Llama):
         bad = next((token for token in tokens if not 0 <= token < self.n_vocab()), 0)
         if bad < 0:
             raise StateError(
-                text(
+                message(
                     "eval",
                     "the places of image tokens cannot be decoded again",
                     do="ask with create_chat_completion",
@@ -345,7 +345,7 @@ class ElasticLlama(llama_cpp.Llama):
             )
         if bad:
             raise StateError(
-                text("eval", "a token that does not exist", bad, f"0 to {self.n_vocab() - 1}")
+                message("eval", "a token that does not exist", bad, f"0 to {self.n_vocab() - 1}")
             )
         self._n_calls += 1
         missing = self._rewind.sync()
@@ -465,7 +465,7 @@ class ElasticLlama(llama_cpp.Llama):
                 self._check_open("generate")
                 if n_calls != self._n_calls:
                     raise StateError(
-                        text(
+                        message(
                             "generate",
                             "the stream cannot go on, since another call used the model meanwhile",
                             do="read a stream to its end before the next call",
@@ -494,7 +494,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("sample")
         stale = self.n_tokens == 0 or self._requires_eval
         if stale or not llama_cpp.llama_get_logits_ith(self._ctx.ctx, -1):
-            raise StateError(text("sample", "there are no logits", do="decode a token first"))
+            raise StateError(message("sample", "there are no logits", do="decode a token first"))
         token = int(super().sample(*args, **kwargs))
         self._guard.raise_lost()
         return token
@@ -572,7 +572,7 @@ class ElasticLlama(llama_cpp.Llama):
         n = int(state.n_tokens)
         if n > len(self.input_ids):
             raise StateError(
-                text("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
+                message("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
             )
         before = native_state(self._ctx.ctx)
         take_log()
@@ -582,7 +582,7 @@ class ElasticLlama(llama_cpp.Llama):
                 self.reset()
                 self._ctx.kv_cache_clear()
             raise StateError(
-                text(
+                message(
                     "load_state",
                     "llama.cpp refused the state",
                     reasons,

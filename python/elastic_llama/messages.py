@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import ConfigError
-from .errors import text as error_text
+from .errors import message as error_message
 from .images import shorten
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -40,7 +40,7 @@ def read_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ConfigError(
-            error_text("chat", "messages", type(messages).__name__, "a list of messages")
+            error_message("chat", "messages", type(messages).__name__, "a list of messages")
         )
     return [_read_message(message) for message in messages]
 
@@ -49,7 +49,7 @@ def _read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         got = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise ConfigError(
-            error_text("chat", "message", shorten(got), "a dictionary with role and content")
+            error_message("chat", "message", shorten(got), "a dictionary with role and content")
         )
     content = message.get("content")
     if isinstance(content, Mapping):
@@ -60,7 +60,7 @@ def _read_message(message: Any) -> dict[str, Any]:
         return {**message, "content": clean_text(content)}
     if content is not None:
         raise ConfigError(
-            error_text("chat", "content of a message", type(content).__name__, "text or parts")
+            error_message("chat", "content of a message", type(content).__name__, "text or parts")
         )
     return dict(message)
 
@@ -70,17 +70,19 @@ def _read_part(part: Any, role: str) -> dict[str, Any]:
         return {"type": "text", "text": clean_text(part)}
     if not isinstance(part, Mapping):
         raise ConfigError(
-            error_text("chat", "part of a message", type(part).__name__, "a dictionary with a type")
+            error_message(
+                "chat", "part of a message", type(part).__name__, "a dictionary with a type"
+            )
         )
     kind = part.get("type") or next((k for k in ("text", "image_url", "image") if k in part), None)
     if kind in _TEXT_TYPES:
         if not isinstance(part.get("text"), str):
             got = type(part.get("text")).__name__
-            raise ConfigError(error_text("chat", f"text of a part of type {kind}", got, "text"))
+            raise ConfigError(error_message("chat", f"text of a part of type {kind}", got, "text"))
         return {**part, "type": "text", "text": clean_text(part["text"])}
     if kind not in _IMAGE_TYPES:
         raise ConfigError(
-            error_text(
+            error_message(
                 "chat",
                 "part of type",
                 shorten(repr(kind)),
@@ -89,7 +91,7 @@ def _read_part(part: Any, role: str) -> dict[str, Any]:
         )
     if role != "user":
         raise ConfigError(
-            error_text(
+            error_message(
                 "chat",
                 "image in a message of role",
                 shorten(repr(role)),
@@ -106,7 +108,7 @@ def _image_of(part: Any) -> Any:
         key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), None)
         if key is None:
             raise ConfigError(
-                error_text(
+                error_message(
                     "chat",
                     "an image part without its image",
                     shorten("keys " + ", ".join(map(str, part))),
@@ -135,7 +137,7 @@ def text_messages(messages: Any) -> list[dict[str, Any]]:
         n_images = sum(part["type"] != "text" for part in content)
         if n_images:
             raise ConfigError(
-                error_text(
+                error_message(
                     "chat",
                     "images in the messages",
                     n_images,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 if TYPE_CHECKING:
     from .show import Kept, Panel
@@ -86,7 +86,7 @@ def matplotlib_figure() -> Any:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigError(
-            text("show", "matplotlib is missing", do='pip install "elastic-llama[eval]"')
+            message("show", "matplotlib is missing", do='pip install "elastic-llama[eval]"')
         ) from e
     return Figure
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .batch import fill_batch
 from .config import ElasticConfig, policy_row
-from .errors import ConfigError, text
+from .errors import ConfigError, message
 
 _IMAGE = 1  # kind of a cell
 
@@ -33,7 +33,7 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
     """Decode likely answers, one token of each in a batch, and take them back.
 
     Nothing is decoded for a sequence with image cells, whose answer looks from one patch to
-    another, so that its beginning says little of the rest; nor where nothing has to leave. If
+    another, so that its beginning says little of the rest; nor where nothing is dropped. If
     anything was decoded, the logits of the context are not the prompt's any more.
 
     Parameters
@@ -95,7 +95,7 @@ def n_probe_tokens(
     ctx: Any, session: Any, config: ElasticConfig, seq_id: int, n_seqs: int = 1
 ) -> int:
     """Tokens of its answer that are decoded for a sequence, one of `n_seqs` at once."""
-    n_gone = int(session.n_to_leave(seq_id))
+    n_gone = int(session.n_to_drop(seq_id))
     if not config.probe or n_gone == 0 or not _looks(config):
         return 0
     if (session.cells(seq_id)["kind"] == _IMAGE).any():
@@ -130,7 +130,7 @@ def _n_free(ctx: Any, session: Any, seq_id: int) -> int:
 def _check(ctx: Any, first: Mapping[int, int], n_vocab: int) -> None:
     n_batch = int(llama_cpp.llama_n_batch(ctx))
     if len(first) > n_batch:
-        raise ConfigError(text("probe", "sequences", len(first), f"at most n_batch = {n_batch}"))
+        raise ConfigError(message("probe", "sequences", len(first), f"at most n_batch = {n_batch}"))
     for token in first.values():
         if not 0 <= token < n_vocab:
-            raise ConfigError(text("probe", "token", token, f"0 to {n_vocab - 1}"))
+            raise ConfigError(message("probe", "token", token, f"0 to {n_vocab - 1}"))

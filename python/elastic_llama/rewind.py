@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import llama_cpp
 import numpy as np
 
-from .errors import StateError, text
+from .errors import StateError, message
 from .pieces import common_prefix, image_start
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Rewinder:
         missing = llm.input_ids[self.can_cut(n) : n].copy()
         if (missing < 0).any():
             raise StateError(
-                text(
+                message(
                     "eval",
                     f"the cache cannot be cut at position {n}, since it was compressed behind it, "
                     "and an image would have to be read again",

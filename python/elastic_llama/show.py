@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .config import policy_row
-from .errors import ConfigError, StateError, text
+from .errors import ConfigError, StateError, message
 from .gguf_check import Header, read_header
 from .images import ImageSource, as_images, load_image
 
@@ -115,14 +115,14 @@ def kept_share(
         check_layer(layer, len(kept))
         kept = kept[layer : layer + 1]
     if kept.max() >= n_cells:
-        raise StateError(text("show", "plan", f"cell {kept.max()}", f"cells below {n_cells}"))
+        raise StateError(message("show", "plan", f"cell {kept.max()}", f"cells below {n_cells}"))
     n_rows = kept.shape[0] * kept.shape[1]
     return np.bincount(kept[kept >= 0], minlength=n_cells) / n_rows
 
 
 def check_layer(layer: int, n_layer: int) -> None:
     if not 0 <= layer < n_layer:
-        raise ConfigError(text("show", "layer", layer, f"0 to {n_layer - 1}"))
+        raise ConfigError(message("show", "layer", layer, f"0 to {n_layer - 1}"))
 
 
 def look(
@@ -149,7 +149,7 @@ def look(
     """
     llm = chat.llm
     if llm.elastic is None:
-        raise ConfigError(text("show", "the model has no elastic cache", do="pass elastic"))
+        raise ConfigError(message("show", "the model has no elastic cache", do="pass elastic"))
     loaded = [load_image(image) for image in as_images(images)]
     n_layer, n_head = _shape(llm)
     if layer is not None:
@@ -175,7 +175,7 @@ def look(
 def _shape(llm: ElasticLlama) -> tuple[int, int]:
     """Layers and KV heads."""
     if llm.session is not None:
-        n_layer, n_head = llm.session.mass().shape[:2]
+        n_layer, n_head = llm.session.importance().shape[:2]
     else:
         n_layer = llama_cpp.llama_model_n_layer(llm.model)
         n_head = llama_cpp.llama_model_n_head_kv(llm.model)
@@ -192,7 +192,7 @@ def _compress(llm: ElasticLlama) -> tuple[np.ndarray, Any, int]:
     session.compress()
     # where nothing was compressed, the last plan is that of an earlier prompt
     plan = session.last_plan() if session.stats()["compressions"] > n_done else None
-    return ids, plan, int(session.n_held())
+    return ids, plan, int(session.n_per_layer())
 
 
 def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:

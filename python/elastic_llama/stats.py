@@ -78,7 +78,7 @@ class TurnStats(_Renamed):
 
     @property
     def pruned_share(self) -> float:
-        """Fraction of the prompt's cells that left."""
+        """Fraction of the prompt's cells that were dropped or merged."""
         return 1 - self.cells_kept / self.cells_prompt if self.cells_prompt else 0.0
 
 

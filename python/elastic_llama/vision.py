@@ -16,7 +16,7 @@ from llama_cpp import mtmd_cpp
 from llama_cpp._utils import suppress_stdout_stderr
 from PIL import Image
 
-from .errors import ContextOverflowError, ImageError, ModelFileError, StateError, text
+from .errors import ContextOverflowError, ImageError, ModelFileError, StateError, message
 
 MARKER = mtmd_cpp.mtmd_default_marker().decode()
 
@@ -58,7 +58,7 @@ class Vision:
             self.ctx = mtmd_cpp.mtmd_init_from_file(path, llm.model, params)
         if self.ctx is None:
             raise ModelFileError(
-                text(
+                message(
                     "mmproj",
                     str(mmproj_path),
                     "a file that libmtmd refuses",
@@ -94,7 +94,7 @@ class Vision:
             code = mtmd_cpp.mtmd_tokenize(self.ctx, chunks, ctypes.byref(inp), array, len(bitmaps))
             if code:
                 raise ImageError(
-                    text(
+                    message(
                         "prompt",
                         "libmtmd could not place the images in it",
                         f"code {code}",
@@ -115,7 +115,7 @@ class Vision:
         start = time.perf_counter()
         code = mtmd_cpp.mtmd_encode_chunk(self.ctx, chunk.native)
         if code:
-            raise StateError(text("image", "libmtmd could not encode it", f"code {code}"))
+            raise StateError(message("image", "libmtmd could not encode it", f"code {code}"))
         shape = (chunk.n_tokens, self.n_embd)
         out = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.ctx), shape).copy()
         return out, 1000 * (time.perf_counter() - start)
@@ -124,7 +124,7 @@ class Vision:
         """Put an encoded image into the KV cache at `n_past`; returns the next position."""
         if embeddings.shape != (chunk.n_tokens, self.n_embd):
             raise StateError(
-                text(
+                message(
                     "image",
                     "embeddings of another shape",
                     embeddings.shape,
@@ -146,9 +146,9 @@ class Vision:
             None,
         )
         if code == 1:
-            raise ContextOverflowError(text("image", "no free cells for it", do="raise n_ctx"))
+            raise ContextOverflowError(message("image", "no free cells for it", do="raise n_ctx"))
         if code:
-            raise StateError(text("image", "llama.cpp could not decode it", f"code {code}"))
+            raise StateError(message("image", "llama.cpp could not decode it", f"code {code}"))
         return int(n_past_new.value)
 
     def _bitmap(self, image: Image.Image) -> Any:

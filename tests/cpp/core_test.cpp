@@ -174,12 +174,12 @@ static void test_plans() {
 }
 
 static void test_layers() {
-    CHECK((places_of_layers(5, { 1.0f, 1.0f, 1.0f }, { 9, 9, 9 }) == std::vector<int32_t>{ 5, 5, 5 }));
-    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 9 }) == std::vector<int32_t>{ 2, 6 }));
-    CHECK((places_of_layers(4, { 1.0f, 3.0f }, { 9, 4 }) == std::vector<int32_t>{ 4, 4 }));
-    CHECK((places_of_layers(9, { 1.0f, 1e9f }, { 3, 4 }) == std::vector<int32_t>{ 3, 4 }));
-    CHECK((places_of_layers(1, { 1.0f, 5.0f, 2.0f }, { 1, 0, 7 }) == std::vector<int32_t>{ 1, 0, 2 }));
-    CHECK((places_of_layers(0, { 1.0f, 2.0f }, { 3, 3 }) == std::vector<int32_t>{ 0, 0 }));
+    CHECK((cells_of_layers(5, { 1.0f, 1.0f, 1.0f }, { 9, 9, 9 }) == std::vector<int32_t>{ 5, 5, 5 }));
+    CHECK((cells_of_layers(4, { 1.0f, 3.0f }, { 9, 9 }) == std::vector<int32_t>{ 2, 6 }));
+    CHECK((cells_of_layers(4, { 1.0f, 3.0f }, { 9, 4 }) == std::vector<int32_t>{ 4, 4 }));
+    CHECK((cells_of_layers(9, { 1.0f, 1e9f }, { 3, 4 }) == std::vector<int32_t>{ 3, 4 }));
+    CHECK((cells_of_layers(1, { 1.0f, 5.0f, 2.0f }, { 1, 0, 7 }) == std::vector<int32_t>{ 1, 0, 2 }));
+    CHECK((cells_of_layers(0, { 1.0f, 2.0f }, { 3, 3 }) == std::vector<int32_t>{ 0, 0 }));
 
     const policy & pol = find_policy("elastic");
     for (const int32_t n : { 8, 33, 128 }) {
@@ -187,20 +187,20 @@ static void test_layers() {
             cells                c = make_cells(n);
             const random_rows    rows(3, 2, n, 16);
             const importance_map importance = { make_map(3, 2, n, 0.0f, 1.0f), make_map(3, 2, n, 0.0f, 1.0f) };
-            for (const bool some_absent : { false, true }) {
-                c.absent.assign(some_absent ? 3 * n : 0, 0);
-                for (int32_t i = 2; some_absent && i < n - 1; i += 3) {
-                    c.absent[i] = c.absent[n + i] = 1;  // the last layer holds all
+            for (const bool some_masked : { false, true }) {
+                c.masked.assign(some_masked ? 3 * n : 0, 0);
+                for (int32_t i = 2; some_masked && i < n - 1; i += 3) {
+                    c.masked[i] = c.masked[n + i] = 1;  // the last layer holds all
                 }
                 const plan p = make_plan(pol, { n_keep, 2, { 1.0f, 4.0f, 0.5f } }, c, importance, &rows, 2);
                 validate(p, c, sink_cells(pol.select, { n_keep, 2, {} }));
-                int32_t n_held = 0;
+                int32_t n_total = 0;
                 for (int32_t il = 0; il < 3; ++il) {
                     for (int32_t j = 0; j < p.n_keep; ++j) {
-                        n_held += p.holds(il, j);
+                        n_total += p.holds(il, j);
                     }
                 }
-                CHECK(n_held <= 3 * n_keep);
+                CHECK(n_total <= 3 * n_keep);
                 CHECK(rank_positions(p).back() == n - 1);
             }
         }
@@ -215,11 +215,11 @@ static void test_generate() {
                 for (const int32_t n_prompt : { 0, 20, INT32_MAX }) {
                     for (const int32_t offset : { INT32_MIN, 0, 25, INT32_MAX }) {
                         cells         c = make_cells(n);
-                        const int32_t i = leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n));
+                        const int32_t i = cell_to_evict(rule, c, n_prompt, offset, n_sink, std::vector<float>(n));
                         CHECK(i >= -1 && i < std::max(n - 1, 0) + (i < 0));
                         CHECK(i < 0 || i >= n_sink);
                         c.pinned.assign(n, 1);
-                        CHECK(leaving_cell(rule, c, n_prompt, offset, n_sink, std::vector<float>(n)) == -1);
+                        CHECK(cell_to_evict(rule, c, n_prompt, offset, n_sink, std::vector<float>(n)) == -1);
                     }
                 }
             }
@@ -227,7 +227,7 @@ static void test_generate() {
     }
 }
 
-// what elastic lets leave where nothing can be merged is what elastic-evict does
+// what elastic evicts where nothing can be merged is what elastic-evict does
 static void test_merging_answer() {
     const recompress_evictor recompress;
     const per_head_evictor   per_head;
@@ -243,19 +243,19 @@ static void test_merging_answer() {
                 for (int32_t i = 0; i < n; i += 2) {
                     total[i] = HUGE_VALF;
                 }
-                const auto found = leaving_candidates(recompress, c, n_sink, total);
-                CHECK(found == leaving_candidates(per_head, c, n_sink, total));
+                const auto found = eviction_candidates(recompress, c, n_sink, total);
+                CHECK(found == eviction_candidates(per_head, c, n_sink, total));
                 CHECK(found.empty() == (n - per_head_recent <= std::max(n_sink, 0)));
                 CHECK(found.empty() || (found.front() >= n_sink && found.back() < n - per_head_recent));
                 c.pinned.assign(n, 1);
-                CHECK(leaving_candidates(recompress, c, n_sink, total).empty());
+                CHECK(eviction_candidates(recompress, c, n_sink, total).empty());
             }
         }
     }
     for (const auto & pol : policies()) {
         CHECK(pol.overdraft() == (pol.name == "elastic" ? recompress.n_overdraft : 0));
         CHECK(pol.recompresses() == (pol.overdraft() > 0));
-        CHECK(pol.overdraft() == 0 || (pol.leaves_per_head() && pol.generation_interval() == recompress.score_interval));
+        CHECK(pol.overdraft() == 0 || (pol.evicts_per_head() && pol.generation_interval() == recompress.score_interval));
     }
 }
 
@@ -426,15 +426,15 @@ static void test_merge(ggml_type type_k, ggml_type type_v, int32_t n, int32_t n_
                 CHECK(std::fabs(e) < 1.2f);  // false for NaN
             }
         }
-        double mass = 0.0, joined = 0.0;
+        double importance = 0.0, joined = 0.0;
         for (int32_t j = 0; j < n_keep; ++j) {
-            mass += out.mass.row(il, ih)[j];
+            importance += out.importance.row(il, ih)[j];
             CHECK(out.count.row(il, ih)[j] >= 1.0f && out.bias.row(il, ih)[j] >= 0.0f);
         }
         for (int32_t i = 0; i < n; ++i) {
-            joined += p.bucket_row(il, ih)[i] >= 0 ? in.mass.row(il, ih)[i] : 0.0f;
+            joined += p.bucket_row(il, ih)[i] >= 0 ? in.importance.row(il, ih)[i] : 0.0f;
         }
-        CHECK(std::fabs(mass - joined) < 1e-4 * (1.0 + joined));
+        CHECK(std::fabs(importance - joined) < 1e-4 * (1.0 + joined));
     }
 
     std::vector<int32_t> outside(src);
@@ -704,7 +704,7 @@ static void bench(const char * name, int32_t n, int32_t n_keep) {
     std::vector<double> t_plan, t_merge;
     for (int i = 0; i < 5; ++i) {
         const double t0 = now_ms();
-        const plan   p  = make_plan(pol, { n_keep, 1 }, c, { in.mass, in.mass }, &rows, 1);
+        const plan   p  = make_plan(pol, { n_keep, 1 }, c, { in.importance, in.importance }, &rows, 1);
         const double t1 = now_ms();
         for (int32_t il = 0; il < n_layer; ++il) {
             merge_layer(p, pol.combine, il, k[il % n_stream].t, v[il % n_stream].t, src, dst, in, out);

@@ -201,7 +201,7 @@ def held_after(
 
     One more while they are no more than `overdraft` beyond the `promised` ones, and no more than
     the cap. Then all are merged to the promised ones, under a cap to what leaves the overdraft
-    below it, and the token is added. Without an overdraft one leaves for it instead.
+    below it, and the token is added. Without an overdraft one is evicted instead.
     """
     most = promised + overdraft if cap is None else min(promised + overdraft, cap)
     if held < most:

@@ -1,4 +1,4 @@
-"""Which cell leaves while generating, found the slow, obvious way.
+"""Which cell is evicted while generating, found the slow, obvious way.
 
 Nothing here knows the package under test.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 TEXT, GENERATED = 0, 2
-NEWEST, SHORT = 16, 4  # tokens that never leave unless "heavy"; an answer that spares text
+NEWEST, SHORT = 16, 4  # tokens never evicted unless "heavy"; an answer that spares text
 
 
-def leaving_cell(
+def cell_to_evict(
     rule: str,
     kind: np.ndarray,
     pinned: np.ndarray,
@@ -20,7 +20,7 @@ def leaving_cell(
     n_sink: int,
     total: np.ndarray,
 ) -> int:
-    """Logical index of the cell that leaves, -1 when none may."""
+    """Logical index of the cell to evict, -1 when none may be."""
     n_cells = len(kind)
     movable = [i for i in range(n_sink, n_cells - 1) if not pinned[i]]
     if rule == "keep" or not movable:
@@ -37,7 +37,7 @@ def leaving_cell(
     return later[0] if later else movable[-1]
 
 
-def leaving_candidates(
+def eviction_candidates(
     rule: str, kind: np.ndarray, pinned: np.ndarray, n_sink: int, total: np.ndarray
 ) -> list[int]:
     """Cells among which each head loses one of its own."""

@@ -14,13 +14,13 @@ import numpy as np
 class Cells:
     """What the cells of one head hold and stand for.
 
-    ``k``, ``v`` are [n, d]; ``mass``, ``count``, ``bias`` and ``weight``, by which a merge of rule
-    "merge_biased" weighs them, are [n].
+    ``k``, ``v`` are [n, d]; ``importance``, ``count``, ``bias`` and ``weight``, by which a
+    merge of rule "merge_biased" weighs them, are [n].
     """
 
     k: np.ndarray
     v: np.ndarray
-    mass: np.ndarray
+    importance: np.ndarray
     count: np.ndarray
     bias: np.ndarray
     weight: np.ndarray | None = None
@@ -53,7 +53,7 @@ def merge(
         group = [int(a)] if rule == "evict" else members_of(j, kept, bucket)
         took.append(len(group) > 1)
         out.k[j], out.v[j] = cells.k[a], cells.v[a]
-        out.mass[j] = cells.mass[group].astype(np.float64).sum()
+        out.importance[j] = cells.importance[group].astype(np.float64).sum()
         out.count[j] = cells.count[group].astype(np.float64).sum()
         out.bias[j] = cells.bias[a]
         if not took[-1]:
@@ -62,7 +62,7 @@ def merge(
             out.k[j] = mean(cells.k[group], cells.count[group])
             out.v[j] = mean(cells.v[group], cells.count[group])
             continue
-        weight = cells.mass if cells.weight is None else cells.weight
+        weight = cells.importance if cells.weight is None else cells.weight
         w = weight[group].astype(np.float64) if weight[a] > 0 else np.ones(len(group))
         out.v[j] = mean(cells.v[group], w)
         out.bias[j] += np.log(w.sum() / w[0])

@@ -19,7 +19,7 @@ TEXT, IMAGE, GENERATED = 0, 1, 2
 
 WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
 FOLLOW = np.float64(np.float32(0.94))
-IMAGE_POWER = 0.5  # of the score of an image cell, rule by_kind_damped
+IMAGE_POWER = 0.5  # of the score of an image cell, rule expected_attention_damped
 
 
 def scores(
@@ -47,23 +47,23 @@ def scores(
                 out[layer, head, i] = drawn((layer << 48) ^ (head << 32) ^ i)
             elif rule == "key_norm":
                 out[layer, head, i] = -np.linalg.norm(keys[layer, head, i].astype(np.float64))
-            elif rule == "expected_attention":
+            elif rule == "window_mean":
                 seen_by = min(WINDOW, n_cells - i)  # of the last queries
                 norm = np.linalg.norm(values[layer, head, i].astype(np.float64))
                 out[layer, head, i] = float(recent[layer, head, i]) / seen_by * norm
             elif rule == "window":
                 out[layer, head, i] = pool[i]
-            elif rule in ("by_kind", "by_kind_damped"):
+            elif rule in ("expected_attention", "expected_attention_damped"):
                 row = recent[layer, head]
                 if kind[i] == IMAGE:
                     near = pooled(np.where(kind == IMAGE, row, 0), KIND_POOL)[i]
                     times = ASKED_AHEAD if kind[-1] == IMAGE else 1
                     asked = times * share_of(near, row)
                 else:
-                    near, next_ = pooled(row, KIND_POOL), followed(row)
+                    near, next_ = pooled(row, KIND_POOL), carried(row)
                     asked = (share_of(near[i], near) + share_of(next_[i], next_)) / 2
                 out[layer, head, i] = share_of(sums[i], sums) + asked
-                if rule == "by_kind_damped" and kind[i] == IMAGE:
+                if rule == "expected_attention_damped" and kind[i] == IMAGE:
                     out[layer, head, i] = out[layer, head, i] ** IMAGE_POWER
     return out
 
@@ -82,7 +82,7 @@ def pooled(row: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def followed(row: np.ndarray) -> np.ndarray:
+def carried(row: np.ndarray) -> np.ndarray:
     """What a cell got and, less by FOLLOW per cell between, those before it; without the first."""
     x = row.astype(np.float64)
     return np.array(
@@ -126,7 +126,7 @@ def question(kind: np.ndarray, old: Any) -> list[int]:
     return [i for i in reversed(range(len(kind))) if kind[i] != IMAGE and not old[i]]
 
 
-def apart(kind: np.ndarray, n_keep: int, old: Any = None) -> set[int]:
+def verbatim(kind: np.ndarray, n_keep: int, old: Any = None) -> set[int]:
     """Cells that `coverage` keeps as they are.
 
     The newest text, the first cells of each image, and in a later turn the present question.
@@ -143,14 +143,14 @@ def apart(kind: np.ndarray, n_keep: int, old: Any = None) -> set[int]:
 def protected(
     rule: str, kind: np.ndarray, pinned: np.ndarray, n_keep: int, n_sink: int, old: Any = None
 ) -> set[int]:
-    """Cells that stay whatever their score: the first, last and pinned ones; with cover more."""
+    """Cells that stay whatever their score: the first, last and pinned ones; with coverage more."""
     n_cells = len(kind)
     n_first, n_last = ends(rule, n_keep, n_sink)
     cells = set(range(max(0, n_cells - n_last), n_cells))
     cells |= set(range(min(n_first, n_cells)))
     cells |= {i for i in range(n_cells) if pinned[i]}
     if rule == "coverage":
-        free = sorted(apart(kind, n_keep, old) - cells, reverse=True)
+        free = sorted(verbatim(kind, n_keep, old) - cells, reverse=True)
         cells |= set(free[: max(0, n_keep - len(cells))])
     return cells
 
@@ -172,7 +172,7 @@ def split(n_keep: int, n_text: int, n_image: int) -> tuple[int, int]:
 
 
 def split_later(
-    n_keep: int, kind: np.ndarray, old: Any, tokens: Any = None, absent: Any = None
+    n_keep: int, kind: np.ndarray, old: Any, tokens: Any = None, masked: Any = None
 ) -> tuple[int, int]:
     """Text and image cells that stay in a later turn about an image.
 
@@ -186,8 +186,8 @@ def split_later(
     older = n_keep * tokens_of([i for i in text if old[i]], tokens) // all_tokens
     half_share = n_keep * tokens_of(image, tokens) // (2 * all_tokens)
     has = len(image)
-    if absent is not None:  # on average over the layers, rounded up
-        rows = [sum(not row[i] for i in image) for row in absent]
+    if masked is not None:  # on average over the layers, rounded up
+        rows = [sum(not row[i] for i in image) for row in masked]
         has = -(-sum(rows) // len(rows))
     n_image = min(n_keep - len(question(kind, old)) - older, has)
     n_image = max(n_image, min(half_share, len(image)), n_keep - len(text))
@@ -195,7 +195,7 @@ def split_later(
 
 
 def left_free(n_keep: int) -> int:
-    """Cells that `elastic` leaves for the answer when it compresses a prompt."""
+    """Cells that `elastic` leaves free for the answer when it compresses a prompt."""
     return min(4, n_keep // 8)
 
 
@@ -247,7 +247,7 @@ def quotas(
     n_keep: int,
     old: Any = None,
     tokens: Any = None,
-    absent: Any = None,
+    masked: Any = None,
 ) -> list[tuple[list[int], int]]:
     """Runs of cells, each with the number of its cells that stay, the same for every head."""
     if rule not in ("image_first", "coverage"):
@@ -256,7 +256,7 @@ def quotas(
     image = [run for run in runs if kind[run[0]] == IMAGE]
     text = [run for run in runs if kind[run[0]] != IMAGE]
     if has_past(kind, old):
-        n_text, _ = split_later(n_keep, kind, old, tokens, absent)
+        n_text, _ = split_later(n_keep, kind, old, tokens, masked)
     else:
         n_text, _ = split(n_keep, sum(map(len, text)), sum(map(len, image)))
     must_text = sum(i in stay for run in text for i in run)
@@ -317,7 +317,7 @@ def rank_scores(
     old: Any = None,
     tokens: Any = None,
 ) -> np.ndarray:
-    """Score of each rank over all layers and heads [N]; infinite where it never leaves by score."""
+    """Score of each rank over all layers and heads [N]; infinite: never evicted by it."""
     n_keep = kept.shape[2]
     stay = protected(rule, kind, pinned, n_keep, n_sink, old)
     for run, n in quotas(rule, kind, stay, n_keep, old, tokens):
@@ -343,7 +343,7 @@ def run_features(run: list[int], keys: np.ndarray, values: np.ndarray) -> np.nda
 def cover_run(
     run: list[int],
     stay: set[int],
-    closed: set[int],
+    not_mergeable: set[int],
     score: np.ndarray,
     x: np.ndarray,
     n_keep: int,
@@ -352,7 +352,7 @@ def cover_run(
     chosen = [i for i in run if i in stay]
 
     def anchors() -> list[int]:
-        return [j for j in chosen if j not in closed]
+        return [j for j in chosen if j not in not_mergeable]
 
     def distance(i: int, j: int) -> float:
         return float(((x[run.index(i)] - x[run.index(j)]) ** 2).sum())
@@ -372,7 +372,7 @@ def cover_run(
     return sorted(chosen), joins
 
 
-def cover(
+def coverage(
     kind: np.ndarray,
     pinned: np.ndarray,
     score: np.ndarray,
@@ -386,7 +386,7 @@ def cover(
     kept = kept.copy()
     bucket = np.full(score.shape, -1)
     stay = protected("coverage", kind, pinned, kept.shape[2], n_sink, old)
-    closed = apart(kind, kept.shape[2], old) | set(np.flatnonzero(pinned))
+    not_mergeable = verbatim(kind, kept.shape[2], old) | set(np.flatnonzero(pinned))
     for layer, head in np.ndindex(*kept.shape[:2]):
         row = list(kept[layer, head])
         for run in segments(kind):
@@ -394,7 +394,7 @@ def cover(
             if len(ranks) == len(run):
                 continue
             x = run_features(run, keys[layer, head], values[layer, head])
-            chosen, joins = cover_run(run, stay, closed, score[layer, head], x, len(ranks))
+            chosen, joins = cover_run(run, stay, not_mergeable, score[layer, head], x, len(ranks))
             for j, i in zip(ranks, chosen):
                 kept[layer, head, j] = i
             if has_past(kind, old) and kind[run[0]] != IMAGE:

@@ -148,7 +148,7 @@ def same_cells(ours: Any, theirs: Any, what: str) -> None:
     for name in ("pos", "kind"):
         a, b = ours.cells(0)[name], theirs.cells(0)[name]
         assert a.tolist() == b.tolist(), f"{what}: {name}"
-    for name in ("mass", "count", "bias"):
+    for name in ("importance", "count", "bias"):
         a, b = getattr(ours, name)(0), getattr(theirs, name)(0)
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3, err_msg=f"{what}: {name}")
 

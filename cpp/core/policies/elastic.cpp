@@ -1,9 +1,9 @@
-// The default: cells that cover the others, which are merged into them; layers keep what was measured for them.
+// The default: cells selected by coverage, which the others are merged into; layers keep what was measured for them.
 
 #include "core/biased_combiner.h"
-#include "core/by_kind_scorer.h"
 #include "core/coverage_selector.h"
 #include "core/evict_per_head.h"
+#include "core/expected_attention_scorer.h"
 #include "core/policy.h"
 
 namespace elastic {
@@ -15,7 +15,7 @@ static constexpr float image_power = 0.5f;
 policy make_elastic() {
     return compose("elastic",
                    "text stays while it can, then cells per KV head; the others are merged and keep the attention they were to draw",
-                   make_part<by_kind_scorer>(image_power), make_part<measured_layers>(), make_part<coverage_selector>(),
+                   make_part<expected_attention_scorer>(image_power), make_part<measured_layers>(), make_part<coverage_selector>(),
                    make_part<biased_combiner>(), make_part<recompress_evictor>());
 }
 

@@ -21,9 +21,9 @@ namespace elastic {
 
 namespace {
 
-class expected_attention_scorer : public scorer {
+class window_mean_scorer : public scorer {
   public:
-    const char * name() const override { return "expected_attention"; }
+    const char * name() const override { return "window_mean"; }
     statistics   needs() const override { return { true, window_size, 0.0f, true }; }
     bool         is_attention() const override { return true; }
     head_map     score(const score_view & v) const override {
@@ -54,8 +54,8 @@ class expected_attention_scorer : public scorer {
 
 policy make_expected_attention() {
     return compose("expected-attention", "attention expected of a cell times the norm of its value (Expected Attention)",
-                   make_part<expected_attention_scorer>(), make_part<uniform_layers>(), make_part<top_selector>(),
-                   make_part<evict_combiner>(), make_part<lowest_evictor>());
+                   make_part<window_mean_scorer>(), make_part<uniform_layers>(), make_part<top_selector>(), make_part<evict_combiner>(),
+                   make_part<lowest_evictor>());
 }
 
 }  // namespace elastic

@@ -19,14 +19,14 @@ class heavy_evictor : public evictor {
     statistics           needs() const override { return { true, 0, 0.0f, false }; }
     bool                 per_head() const override { return true; }
     std::vector<int32_t> candidates(const cells & c, int32_t n_sink, const std::vector<float> &) const override {
-        return cells_that_may_leave(c, n_sink, std::max(1, c.size() / 2));
+        return evictable_cells(c, n_sink, std::max(1, c.size() / 2));
     }
 };
 
 }  // namespace
 
 policy make_h2o() {
-    // a window as large as half of the places
+    // a window as large as half of the kept cells
     return compose("h2o", "half heavy hitters, half recent, per KV head, scores updated at every token (H2O)", make_part<sum_scorer>(),
                    make_part<uniform_layers>(), make_part<top_selector>("heavy_recent", std::numeric_limits<int32_t>::max()),
                    make_part<evict_combiner>(), make_part<heavy_evictor>());

@@ -2,7 +2,7 @@
 //
 // The paper's window is 8 queries; it is SnapKV's 32 here, which the runtime keeps. Where a first layer has fewer cells than its budget,
 // the others share what is left in proportion; the paper's code lowers the whole pyramid instead.
-// While generating, the cells of lowest score leave, summed over layers: those that only early layers hold go first. A long answer
+// While generating, the cells of lowest score are evicted, summed over layers: those that only early layers hold go first. A long answer
 // therefore evens the layers out. The paper drops nothing then.
 
 #include "core/evict_cell.h"

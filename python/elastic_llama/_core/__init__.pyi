@@ -90,6 +90,12 @@ class Session:
         """
         Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).
         """
+    def cells_per_layer(
+        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Cells that each layer holds of the sequence, int32 [n_layer].
+        """
     def compress(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Compress the prompt of a sequence now; returns the number of cells it holds after.
@@ -115,17 +121,17 @@ class Session:
         """
     def frees_rows(self) -> bool:
         """
-        Whether what single layers do without (layer_share) goes back to the operating system.
+        Whether rows masked in single layers (layer_share) go back to the operating system.
         """
     def has_own_op(self) -> bool:
         """
         Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.
         """
-    def held_rows(
+    def importance(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
-    ) -> numpy.typing.NDArray[numpy.int32]:
+    ) -> numpy.typing.NDArray[numpy.float32]:
         """
-        Cells that each layer holds of the sequence, int32 [n_layer].
+        Importance, f32 [n_layer, n_head_kv, n_cells].
         """
     def kv_bytes(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
@@ -151,21 +157,15 @@ class Session:
         """
         Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
         """
-    def mass(
-        self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
-    ) -> numpy.typing.NDArray[numpy.float32]:
-        """
-        Importance, f32 [n_layer, n_head_kv, n_cells].
-        """
     def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells the sequence holds; with layer_share not every layer holds all of them.
         """
-    def n_held(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    def n_per_layer(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells that a layer holds of the sequence, on average over the layers, rounded up.
         """
-    def n_to_leave(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    def n_to_drop(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells that the compression of the sequence's prompt is going to take away; 0 if it has been compressed.
         """
@@ -183,7 +183,7 @@ class Session:
         """
     def recent(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> tuple:
         """
-        Attention from the last queries: (decaying, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
+        Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
         """
     def reset_stats(self) -> None: ...
     def restore_logits(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:

@@ -11,9 +11,9 @@ import typing
 __all__ = [
     "ScoreView",
     "budget_cells",
+    "cell_to_evict",
     "dequantize_rows",
-    "leaving_candidates",
-    "leaving_cell",
+    "eviction_candidates",
     "make_plan",
     "merge_layer",
     "policies",
@@ -73,27 +73,7 @@ def budget_cells(
     Cells that a budget (fraction kept, or number of cells) allows for n_tokens.
     """
 
-def dequantize_rows(
-    type: str,
-    bytes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
-    d: typing.SupportsInt | typing.SupportsIndex,
-) -> numpy.typing.NDArray[numpy.float32]:
-    """
-    Stored bytes as f32 [n, d].
-    """
-
-def leaving_candidates(
-    rule: str,
-    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
-    pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
-    n_sink: typing.SupportsInt | typing.SupportsIndex,
-    total: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
-) -> list[int]:
-    """
-    Logical indices of the cells among which each head loses one of its own.
-    """
-
-def leaving_cell(
+def cell_to_evict(
     rule: str,
     kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
@@ -103,7 +83,27 @@ def leaving_cell(
     total: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
 ) -> int:
     """
-    Logical index of the cell that leaves, -1 for none.
+    Logical index of the cell to evict, -1 for none.
+    """
+
+def dequantize_rows(
+    type: str,
+    bytes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    d: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float32]:
+    """
+    Stored bytes as f32 [n, d].
+    """
+
+def eviction_candidates(
+    rule: str,
+    kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    pinned: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    n_sink: typing.SupportsInt | typing.SupportsIndex,
+    total: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+) -> list[int]:
+    """
+    Logical indices of the cells among which each head loses one of its own.
     """
 
 def make_plan(
@@ -118,13 +118,13 @@ def make_plan(
     values: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     n_threads: typing.SupportsInt | typing.SupportsIndex = 1,
     layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
-    absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
+    masked: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
     old: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
     tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     scorer: collections.abc.Callable | None = None,
 ) -> dict:
     """
-    Plan one compression: dict of kept [L, H, N] (-1: the layer does without), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; absent [L, T]: cells that a layer does without already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a callable that gets a ScoreView and returns the scores [L, H, T], in place of the policy's own.
+    Plan one compression: dict of kept [L, H, N] (-1: masked in the layer), bucket [L, H, T] (-1: evicted), positions [N] and rank_score [N]. With layer_share [L], N is what the layers that keep most hold; masked [L, T]: cells masked already. old [T]: text of earlier turns; tokens [T]: tokens that each cell stands for (empty: one each). scorer: a callable that gets a ScoreView and returns the scores [L, H, T], in place of the policy's own.
     """
 
 def merge_layer(
@@ -139,14 +139,14 @@ def merge_layer(
     n_rows: typing.SupportsInt | typing.SupportsIndex,
     rows_src: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     rows_dst: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    mass: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    importance: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     count: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     bias: typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
     weight: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None,
     key_weight: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
 ) -> tuple:
     """
-    Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the mass unless given; the keys of anchors move by key_weight [T]. Returns (k, v, mass, count, bias).
+    Carry out a plan of one layer on copies of K and V, by weights [1, H, T] that are the importance unless given; the keys of anchors move by key_weight [T]. Returns (k, v, importance, count, bias).
     """
 
 def policies() -> list:
@@ -175,8 +175,8 @@ def split_with_past(
     kind: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     old: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     tokens: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    absent: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
+    masked: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8] | None = None,
 ) -> tuple[int, int]:
     """
-    Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], absent [L, T].
+    Text and image cells that stay of n_keep in a later turn about an image. kind [T], old [T], tokens [T], masked [L, T].
     """

@@ -15,7 +15,7 @@ from llama_cpp import _internals
 
 from ..batch import fill_batch
 from ..config import ElasticConfig, policy_row
-from ..errors import ElasticError, StateError, text
+from ..errors import ElasticError, StateError, message
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama
 from ..session import attach, lazy_buffers
@@ -25,7 +25,7 @@ _PAD = 256  # llama.cpp attends to whole multiples of these
 
 
 @dataclass(frozen=True)
-class Setting:
+class ContextOptions:
     """How a context holds its cells. Those of the elastic cache have flash attention only."""
 
     kv_type: str = "f16"
@@ -58,7 +58,7 @@ class Context:
     def __init__(
         self,
         llm: ElasticLlama,
-        setting: Setting,
+        setting: ContextOptions,
         n_seqs: int,
         n_cells: int,
         elastic: ElasticConfig | None = None,
@@ -83,7 +83,7 @@ class Context:
                     model=llm._model, params=params, verbose=llm.verbose
                 )
         except ValueError as e:
-            raise StateError(text("bench", "llama.cpp refused the context", str(e))) from e
+            raise StateError(message("bench", "llama.cpp refused the context", str(e))) from e
         self.ctx = self._native.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
@@ -112,7 +112,7 @@ class Context:
 
     def n_cells(self, seq: int = 0) -> int:
         """Cells of a sequence of the elastic cache."""
-        return int(self.session.n_held(seq))
+        return int(self.session.n_per_layer(seq))
 
     def prefill(self, parts: list[list[int] | np.ndarray], seq: int) -> float:
         """Decode a prompt; returns the seconds it took."""
@@ -162,15 +162,15 @@ class Context:
     def _decode(self, batch: Any) -> None:
         code = llama_cpp.llama_decode(self.ctx, batch)
         if code:
-            raise StateError(text("bench", "llama_decode failed", f"code {code}"))
+            raise StateError(message("bench", "llama_decode failed", f"code {code}"))
 
 
 class Ideal:
     """Stock llama.cpp that holds as many cells as the elastic cache, whatever is in them."""
 
-    def __init__(self, context: Context, config: ElasticConfig, n_prompt: int, n_held: int) -> None:
+    def __init__(self, context: Context, config: ElasticConfig, n_prompt: int, n_now: int) -> None:
         self.context, self.config = context, config
-        self.n_seen, self.n_held = n_prompt, n_held
+        self.n_seen, self.n_now = n_prompt, n_now
 
     def allowed(self) -> int:
         """Cells that the budget allows after as many tokens."""
@@ -187,12 +187,12 @@ class Ideal:
         return made_for if self.config.overdraft is None else self.config.overdraft
 
     def kept(self) -> int:
-        """Cells of those held that the elastic cache has left when the next token comes."""
+        """Cells that the elastic cache still has when the next token comes."""
         allowed, overdraft, cap = self.allowed(), self.overdraft(), self.config.kv_cells
-        if self.n_held < min(allowed + overdraft, cap or allowed + overdraft):
-            return self.n_held
+        if self.n_now < min(allowed + overdraft, cap or allowed + overdraft):
+            return self.n_now
         if overdraft == 0:
-            return allowed - 1  # one leaves for it
+            return allowed - 1  # one is evicted for it
         if cap is not None:
             allowed = min(allowed, max(self.config.n_sink + 2, cap - overdraft))
         return allowed
@@ -200,8 +200,8 @@ class Ideal:
     def step(self, token: int) -> None:
         self.n_seen += 1
         kept = self.kept()
-        if kept < self.n_held:  # the newest: as in the elastic cache, rows in use stay the first
+        if kept < self.n_now:  # the newest: as in the elastic cache, rows in use stay the first
             for seq in range(self.context.n_seqs):
                 llama_cpp.llama_memory_seq_rm(self.context.memory, seq, kept, -1)
         self.context.step(token, kept)
-        self.n_held = kept + 1
+        self.n_now = kept + 1

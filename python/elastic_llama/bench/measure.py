@@ -13,7 +13,7 @@ from typing import Any
 from ..config import ElasticConfig
 from ..llama import ElasticLlama
 from ..probe import probe
-from .contexts import Context, Ideal, Prompts, Setting
+from .contexts import Context, ContextOptions, Ideal, Prompts
 from .memory import resident_bytes
 from .scenarios import Scenario
 
@@ -42,7 +42,7 @@ class Run:
 
     kind: str
     budget: float | None
-    setting: Setting
+    setting: ContextOptions
     cells_prompt: int = 0
     cells_kept: int = 0
     cells_end: int = 0
@@ -59,13 +59,13 @@ class Run:
     n_steps: int = 0
 
 
-class Racer:
+class Contestant:
     """A context and its figures. Contexts take turns, so each counts its own growth in memory."""
 
     def __init__(
         self,
         kind: str,
-        setting: Setting,
+        setting: ContextOptions,
         config: ElasticConfig | None,
         make: Callable[[], Context],
     ) -> None:
@@ -152,7 +152,7 @@ class Racer:
     def finish(self, cell_bytes: int) -> None:
         run = self.run
         if self.ideal is not None:
-            run.cells_end = self.ideal.n_held
+            run.cells_end = self.ideal.n_now
         elif self.context.session is not None:
             run.cells_end = self.context.n_cells()
             cell_bytes = self.context.session.kv_bytes_per_cell()
@@ -163,7 +163,7 @@ class Racer:
 
 def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:
     """Bytes of K and V of one cell in all layers, read from a context of one ubatch."""
-    context = Context(llm, Setting(kv_type), 1, 256, ElasticConfig(policy="h2o"))
+    context = Context(llm, ContextOptions(kv_type), 1, 256, ElasticConfig(policy="h2o"))
     try:
         assert context.session is not None
         return int(context.session.kv_bytes_per_cell())
@@ -180,7 +180,7 @@ def n_steps(scenario: Scenario, n_stock: int, n_budgets: int, n_prefills: int) -
 def measure(
     llm: ElasticLlama,
     scenario: Scenario,
-    setting: Setting,
+    setting: ContextOptions,
     configs: list[ElasticConfig],
     n_prefills: int,
     tick: Callable[[str], None],
@@ -191,7 +191,7 @@ def measure(
     A context's prefills alternate with the others'; so do the parts of the generation, and who
     comes first changes from part to part.
     """
-    racers: list[Racer] = []
+    contestants: list[Contestant] = []
     prompts = Prompts(llm, scenario)
     n_cells = scenario.n_prompt + scenario.n_gen
     setting = replace(setting, flash_attn=True)
@@ -199,39 +199,41 @@ def measure(
         for flash_attn in stock_flash:
             stock = replace(setting, flash_attn=flash_attn)
             make = partial(Context, llm, stock, scenario.n_seqs, n_cells)
-            racers.append(Racer("stock", stock, None, make))
+            contestants.append(Contestant("stock", stock, None, make))
         for config in configs:
             own = replace(config, kv_cells=scenario.kv_cells)
             size = n_cells if own.kv_cells is None else own.kv_cells + setting.n_ubatch
             make = partial(Context, llm, setting, scenario.n_seqs, size, own)
-            racers.append(Racer("elastic", setting, own, make))
-        for racer in racers:
-            racer.warm_up(prompts.parts()[0])
+            contestants.append(Contestant("elastic", setting, own, make))
+        for contestant in contestants:
+            contestant.warm_up(prompts.parts()[0])
         for turn in range(n_prefills):
-            for racer in racers if turn % 2 == 0 else racers[::-1]:
-                racer.prefill(prompts.parts(), prompts.tokens[scenario.n_text])
-                tick(f"{scenario.name} {racer.run.kind}: prompt")
-        for elastic in [r for r in racers if r.run.kind == "elastic"]:
+            for contestant in contestants if turn % 2 == 0 else contestants[::-1]:
+                contestant.prefill(prompts.parts(), prompts.tokens[scenario.n_text])
+                tick(f"{scenario.name} {contestant.run.kind}: prompt")
+        for elastic in [r for r in contestants if r.run.kind == "elastic"]:
             make = partial(_ideal_context, llm, scenario, elastic)
-            racers.append(Racer("ideal", setting, elastic.config, make))
-            _fill_ideal(scenario, prompts, elastic, racers[-1])
+            contestants.append(Contestant("ideal", setting, elastic.config, make))
+            _fill_ideal(scenario, prompts, elastic, contestants[-1])
             tick(f"{scenario.name} ideal: prompt")
-        _generate(scenario, prompts, racers, tick)
+        _generate(scenario, prompts, contestants, tick)
         size = cell_bytes(llm, setting.kv_type)
-        for racer in racers:
-            racer.finish(size)
+        for contestant in contestants:
+            contestant.finish(size)
     finally:
-        for racer in racers:
-            racer.close()
-    return [racer.run for racer in racers]
+        for contestant in contestants:
+            contestant.close()
+    return [contestant.run for contestant in contestants]
 
 
-def _ideal_context(llm: ElasticLlama, scenario: Scenario, elastic: Racer) -> Context:
+def _ideal_context(llm: ElasticLlama, scenario: Scenario, elastic: Contestant) -> Context:
     n_cells = elastic.run.cells_kept + scenario.n_gen
     return Context(llm, elastic.run.setting, scenario.n_seqs, n_cells)
 
 
-def _fill_ideal(scenario: Scenario, prompts: Prompts, elastic: Racer, ideal: Racer) -> None:
+def _fill_ideal(
+    scenario: Scenario, prompts: Prompts, elastic: Contestant, ideal: Contestant
+) -> None:
     """As many cells as `elastic` has after its prompt."""
     assert ideal.config is not None
     held = elastic.run.cells_kept
@@ -241,19 +243,19 @@ def _fill_ideal(scenario: Scenario, prompts: Prompts, elastic: Racer, ideal: Rac
 
 
 def _generate(
-    scenario: Scenario, prompts: Prompts, racers: list[Racer], tick: Callable[[str], None]
+    scenario: Scenario, prompts: Prompts, contestants: list[Contestant], tick: Callable[[str], None]
 ) -> None:
     tokens = prompts.tokens[scenario.n_text :]
     size = scenario.n_gen // scenario.n_parts
-    for racer in racers:  # the first step after a prompt builds its graph
-        racer.generate(tokens[:2])
-        racer.run.decode_tps.clear()
-        racer.run.n_steps = racer.run.graphs_reused = 0
+    for contestant in contestants:  # the first step after a prompt builds its graph
+        contestant.generate(tokens[:2])
+        contestant.run.decode_tps.clear()
+        contestant.run.n_steps = contestant.run.graphs_reused = 0
     for part in range(scenario.n_parts):
-        shift = part % len(racers)
-        for racer in racers[shift:] + racers[:shift]:
-            racer.generate(tokens[2 + part * size : (part + 1) * size])
-            tick(f"{scenario.name} {racer.run.kind}: generation")
+        shift = part % len(contestants)
+        for contestant in contestants[shift:] + contestants[:shift]:
+            contestant.generate(tokens[2 + part * size : (part + 1) * size])
+            tick(f"{scenario.name} {contestant.run.kind}: generation")
 
 
 def as_row(run: Run, scenario: Scenario, about: dict[str, Any]) -> dict[str, Any]:

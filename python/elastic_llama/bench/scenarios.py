@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 
 N_IMAGE = 576  # cells of one LLaVA-1.5 image: 336 pixels, patches of 14
 
@@ -67,5 +67,7 @@ def find_scenarios(names: str) -> list[Scenario]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen or [""]:
         if name not in known:
-            raise ConfigError(text("bench", "scenario", repr(name), "one of " + ", ".join(known)))
+            raise ConfigError(
+                message("bench", "scenario", repr(name), "one of " + ", ".join(known))
+            )
     return [known[name] for name in chosen]

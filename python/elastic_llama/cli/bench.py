@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from ..kv_types import KV_TYPES, PLAIN_TYPES
 from . import options
 
@@ -68,7 +68,7 @@ def _open(path: str) -> Any:
     try:
         return Path(path).open("a", encoding="utf-8")
     except OSError as e:
-        raise ConfigError(text("bench", "--out", str(e), "a file that can be written")) from e
+        raise ConfigError(message("bench", "--out", str(e), "a file that can be written")) from e
 
 
 def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any) -> None:
@@ -77,7 +77,7 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..bench.contexts import Setting
+    from ..bench.contexts import ContextOptions
     from ..bench.encode import time_encoding
     from ..bench.measure import as_row, measure, n_steps
     from ..bench.scenarios import find_scenarios
@@ -95,12 +95,12 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
     ]
     if any(config.is_off for config in configs):
         raise ConfigError(
-            text("bench", "a cache that keeps every cell", f"{args.policy}, {args.budgets}")
+            message("bench", "a cache that keeps every cell", f"{args.policy}, {args.budgets}")
         )
     flash = _flash(args.flash_attn)
     settings = [
         (
-            Setting(
+            ContextOptions(
                 kv_type,
                 n_threads=_at_least("--threads", args.threads, 1),
                 n_ubatch=_at_least("--ubatch-size", args.ubatch_size, 1),
@@ -112,7 +112,7 @@ def _measure_all(args: argparse.Namespace, rows: list[dict[str, Any]], file: Any
     ]
     if not settings:
         raise ConfigError(
-            text("bench", "quantized V without flash attention", args.kv_types, do="add -fa on")
+            message("bench", "quantized V without flash attention", args.kv_types, do="add -fa on")
         )
     n_prefills = _at_least("--repeat", args.repeat, 1)
     llm = ElasticLlama(args.model, mmproj_path=args.mmproj, elastic=None, n_ctx=256)
@@ -182,7 +182,7 @@ def _show(rows: list[dict[str, Any]], output: str) -> None:
 
 def _at_least(name: str, value: int, least: int) -> int:
     if value < least:
-        raise ConfigError(text("bench", name, value, f"at least {least}"))
+        raise ConfigError(message("bench", name, value, f"at least {least}"))
     return value
 
 
@@ -191,7 +191,7 @@ def _numbers(values: str) -> list[float]:
         return [float(x) for x in values.split(",")]
     except ValueError:
         raise ConfigError(
-            text("bench", "--budgets", repr(values), "numbers separated by commas")
+            message("bench", "--budgets", repr(values), "numbers separated by commas")
         ) from None
 
 
@@ -199,7 +199,7 @@ def _known(name: str, values: str, known: tuple[str, ...]) -> list[str]:
     chosen = [x.strip() for x in values.split(",")]
     for x in chosen:
         if x not in known:
-            raise ConfigError(text("bench", name, repr(x), "some of " + ", ".join(known)))
+            raise ConfigError(message("bench", name, repr(x), "some of " + ", ".join(known)))
     return chosen
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import Any
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from . import options
 
 _HELP = """/image FILE   show the next question this image; several are possible, "as this.png" too
@@ -90,7 +90,7 @@ def image_names(line: str) -> list[str]:
     except ValueError:  # a quote that stays open
         names = [line]
     if not any(names):
-        raise ConfigError(text("chat", "/image without a file", do="name one"))
+        raise ConfigError(message("chat", "/image without a file", do="name one"))
     return [os.path.expanduser(name) for name in names]
 
 

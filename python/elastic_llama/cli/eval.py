@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from . import options
 
 
@@ -111,7 +111,9 @@ def _need_extra() -> None:
         import yaml  # noqa: F401
     except ImportError as e:
         raise ConfigError(
-            text("eval", f"the package {e.name} is missing", do='pip install "elastic-llama[eval]"')
+            message(
+                "eval", f"the package {e.name} is missing", do='pip install "elastic-llama[eval]"'
+            )
         ) from e
 
 
@@ -124,11 +126,11 @@ def _plan(args: argparse.Namespace) -> Any:
     kv_types = _list(args.kv_type)
     for name in kv_types:
         if name not in KV_TYPES:
-            raise ConfigError(text("eval", "--kv-type", name, "some of " + ", ".join(KV_TYPES)))
+            raise ConfigError(message("eval", "--kv-type", name, "some of " + ", ".join(KV_TYPES)))
     try:
         budgets = [float(b) for b in _list(args.budgets)]
     except ValueError as e:
-        raise ConfigError(text("eval", "--budgets", args.budgets, "numbers and commas")) from e
+        raise ConfigError(message("eval", "--budgets", args.budgets, "numbers and commas")) from e
     asked = {
         "probe": args.probe,
         "layers": args.layers if isinstance(args.layers, str) else list(args.layers),
@@ -148,13 +150,13 @@ def _plan(args: argparse.Namespace) -> Any:
         ("--ubatch-size", args.ubatch_size),
     ):
         if value < 1:
-            raise ConfigError(text("eval", name, value, "at least 1"))
+            raise ConfigError(message("eval", name, value, "at least 1"))
     if args.mmproj and not args.model:
-        raise ConfigError(text("eval", "--mmproj without -m", do="name the language model too"))
+        raise ConfigError(message("eval", "--mmproj without -m", do="name the language model too"))
     metrics = tuple(_list(args.metrics))
     known = ("forced", "exact", "rouge")
     if not metrics or not set(metrics) <= set(known):
-        raise ConfigError(text("eval", "--metrics", args.metrics, "some of " + ", ".join(known)))
+        raise ConfigError(message("eval", "--metrics", args.metrics, "some of " + ", ".join(known)))
     return Plan(
         cases,
         args.model or str(embedded_model()),
@@ -190,7 +192,7 @@ def _shard(value: str) -> tuple[int, int]:
     parts = value.split("/")
     if len(parts) == 2 and all(p.isdigit() for p in parts) and int(parts[0]) < int(parts[1]):
         return int(parts[0]), int(parts[1])
-    raise ConfigError(text("eval", "--shard", value, "I/N with 0 <= I < N, such as 0/2"))
+    raise ConfigError(message("eval", "--shard", value, "I/N with 0 <= I < N, such as 0/2"))
 
 
 def _list(value: str) -> list[str]:

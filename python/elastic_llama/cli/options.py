@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..config import ElasticConfig
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from ..kv_types import KV_TYPES, PLAIN_TYPES
 
 RANDOM_SEED = -1
@@ -69,7 +69,7 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=25,
         metavar="N",
-        help="distance of the cell that leaves from the prompt's end (25)",
+        help="distance of the evicted cell from the prompt's end (25)",
     )
     group.add_argument(
         "--min-cells",
@@ -190,7 +190,7 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
     """Refuse -fa off, for the elastic cache."""
     if args.flash_attn == "off":
         raise ConfigError(
-            text(
+            message(
                 "options",
                 "--flash-attn",
                 "off",
@@ -208,14 +208,18 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
 
         if not args.hf_file:
             raise ConfigError(
-                text("options", "--hf-repo without --hf-file", do="name the language model's file")
+                message(
+                    "options", "--hf-repo without --hf-file", do="name the language model's file"
+                )
             )
         model = str(fetch(args.hf_repo, args.hf_file))
         mmproj = str(fetch(args.hf_repo, args.hf_mmproj)) if args.hf_mmproj else mmproj
     if mmproj and not model:
-        raise ConfigError(text("options", "--mmproj without -m", do="name the language model too"))
+        raise ConfigError(
+            message("options", "--mmproj without -m", do="name the language model too")
+        )
     if args.ctx_size is not None and args.ctx_size < 1:
-        raise ConfigError(text("options", "--ctx-size", args.ctx_size, "at least 1"))
+        raise ConfigError(message("options", "--ctx-size", args.ctx_size, "at least 1"))
 
     from ..llama import ElasticLlama
     from ..native_log import silence
@@ -229,7 +233,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     if args.cache_type_v not in PLAIN_TYPES and not flash:
         if args.flash_attn == "off":
             raise ConfigError(
-                text(
+                message(
                     "options",
                     "--cache-type-v",
                     args.cache_type_v,

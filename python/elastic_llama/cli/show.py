@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from . import options
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         draw(kept).savefig(args.output)
     except OSError as e:
-        raise ConfigError(text("show", "output", args.output, "a file to write", str(e))) from e
+        raise ConfigError(message("show", "output", args.output, "a file to write", str(e))) from e
     print(f"{kept.title}\n{args.output}")
 
 
@@ -51,9 +51,9 @@ def check_output(path: Path) -> None:
 
     formats = matplotlib_figure()().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise ConfigError(text("show", "output", str(path), "a name that ends in .png"))
+        raise ConfigError(message("show", "output", str(path), "a name that ends in .png"))
     if not path.parent.is_dir():
-        raise ConfigError(text("show", "output", str(path), "a folder that exists"))
+        raise ConfigError(message("show", "output", str(path), "a folder that exists"))
 
 
 def look_once(args: argparse.Namespace, images: list[Any]) -> Any:

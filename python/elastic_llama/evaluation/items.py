@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 
 SCENE_KINDS = ("caption", "row", "cell", "color", "shape", "where")
 
@@ -86,14 +86,16 @@ def read_items(path: str | Path, split: str | None = None) -> list[Item]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(text("eval", "--data", str(e), "a JSON file")) from e
+        raise ConfigError(message("eval", "--data", str(e), "a JSON file")) from e
     if not isinstance(rows, list):
-        raise ConfigError(text("eval", "--data", type(rows).__name__, "a JSON list of items"))
+        raise ConfigError(message("eval", "--data", type(rows).__name__, "a JSON list of items"))
     items = []
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
             raise ConfigError(
-                text("eval", f"item {i} of {path}", row, 'an object with "question" and "answer"')
+                message(
+                    "eval", f"item {i} of {path}", row, 'an object with "question" and "answer"'
+                )
             )
         if split and row.get("split", split) != split:
             continue
@@ -112,7 +114,7 @@ def read_items(path: str | Path, split: str | None = None) -> list[Item]:
             )
         )
     if not items:
-        raise ConfigError(text("eval", "--data", f"no item of split {split!r} in {path}"))
+        raise ConfigError(message("eval", "--data", f"no item of split {split!r} in {path}"))
     if len({item.id for item in items}) < len(items):
-        raise ConfigError(text("eval", "--data", f"two items of {path} share an id"))
+        raise ConfigError(message("eval", "--data", f"two items of {path} share an id"))
     return items

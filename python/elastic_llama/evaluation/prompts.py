@@ -10,7 +10,8 @@ import llama_cpp
 import numpy as np
 
 from ..conversation import Conversation
-from ..errors import ConfigError, text
+from ..errors import ConfigError
+from ..errors import message as error_message
 from ..pieces import TextPiece
 from ..vision import MARKER
 from .items import Item
@@ -71,7 +72,7 @@ class Prefiller:
             if self.before:
                 if not images:
                     raise ConfigError(
-                        text("eval", f"item {item.id} has no image to compress beforehand")
+                        error_message("eval", f"item {item.id} has no image to compress beforehand")
                     )
                 self._prefill_before(images)
                 tail = self._after_image(item.prompt)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ElasticConfig, policy_row
-from ..errors import ConfigError, text
+from ..errors import ConfigError, message
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama
 from .items import Item
-from .lanes import Lane, Lanes
 from .metrics import forced_figures, is_right, log_softmax, rouge_l
 from .prompts import Prefiller, Prompt
+from .sequence_runner import Answer, SequenceRunner
 from .streams import Streams
 
 
@@ -130,7 +130,7 @@ class Results:
             ]
             if changed:
                 raise ConfigError(
-                    text(
+                    message(
                         "eval",
                         f"{folder} holds another run: {', '.join(changed)} differ",
                         do="choose another --out, or remove the folder",
@@ -170,14 +170,14 @@ class Runner:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._prefillers: dict[str, Prefiller] = {}
-        self._lanes: dict[str, Lanes] = {}
+        self._runners: dict[str, SequenceRunner] = {}
 
     def close(self) -> None:
         for kv_type, prefiller in self._prefillers.items():
-            self._lanes[kv_type].close()
+            self._runners[kv_type].close()
             prefiller.close()
             prefiller.streams.close()
-        self._lanes, self._prefillers = {}, {}
+        self._runners, self._prefillers = {}, {}
 
     def run(self, items: list[Item], tick: Callable[[int], None]) -> Iterator[list[dict]]:
         """Rows of results, one group of items after another. `tick(n)`: n decode runs are done."""
@@ -226,11 +226,11 @@ class Runner:
         self, kv_type: str, config: ElasticConfig, items: list[Item], prompts: list[Prompt]
     ) -> list[dict[str, Any]]:
         """Forced log-probabilities and greedy text of a group under one policy."""
-        lanes = self._lanes[kv_type]
+        runner = self._runners[kv_type]
         out: list[dict[str, Any]] = [{} for _ in items]
         if "forced" in self.plan.metrics:
-            for row, lane in zip(out, lanes.forced(config, prompts)):
-                row["logp"], row["cells"] = log_softmax(lane.logits), lane.cells
+            for row, answer in zip(out, runner.forced(config, prompts)):
+                row["logp"], row["cells"] = log_softmax(answer.logits), answer.cells
         asked = [
             i
             for i, item in enumerate(items)
@@ -239,14 +239,14 @@ class Runner:
         if asked:
             chosen = [prompts[i] for i in asked]
             limits = [len(p.target) + 8 for p in chosen]
-            for i, lane in zip(asked, lanes.greedy(config, chosen, limits)):
-                out[i]["said"] = self._text(lane)
-                out[i].setdefault("cells", lane.cells)
+            for i, answer in zip(asked, runner.greedy(config, chosen, limits)):
+                out[i]["said"] = self._text(answer)
+                out[i].setdefault("cells", answer.cells)
         return out
 
-    def _text(self, lane: Lane) -> str:
+    def _text(self, answer: Answer) -> str:
         llm = self._prefiller("f16").llm
-        return str(llm.detokenize(lane.tokens).decode("utf-8", errors="replace"))
+        return str(llm.detokenize(answer.tokens).decode("utf-8", errors="replace"))
 
     def _prompts(self, kv_type: str, items: list[Item]) -> list[Prompt]:
         prefiller = self._prefiller(kv_type)
@@ -270,7 +270,7 @@ class Runner:
             )
             streams = Streams(llm, plan.parallel, plan.n_ctx)
             self._prefillers[kv_type] = Prefiller(streams, plan.before)
-            self._lanes[kv_type] = Lanes(streams)
+            self._runners[kv_type] = SequenceRunner(streams)
         return self._prefillers[kv_type]
 
     def _cell_bytes(self, kv_type: str) -> int:

@@ -11,7 +11,7 @@ from llama_cpp import _internals
 
 from .. import _core
 from ..config import ElasticConfig
-from ..errors import ConfigError, UnsupportedModelError, text
+from ..errors import ConfigError, UnsupportedModelError, message
 from ..llama import ElasticLlama
 
 
@@ -32,7 +32,7 @@ class Streams:
             ctx = _internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
         except ValueError as e:
             raise ConfigError(
-                text(
+                message(
                     "eval",
                     "llama.cpp refused the context",
                     f"{n_seqs} x {n_cells} cells",

@@ -1,4 +1,4 @@
-#include "core/by_kind_scorer.h"
+#include "core/expected_attention_scorer.h"
 
 #include "core/pooling.h"
 
@@ -8,17 +8,17 @@ namespace elastic {
 
 // What is looked at moves on through a text, so each cell gets what it and those before it got, less and less with the distance.
 // Without the first cell: it is a sink, looked at whatever comes.
-static std::vector<float> followed(const float * x, int32_t n, float text_follow) {
+static std::vector<float> carried(const float * x, int32_t n, float text_carry) {
     std::vector<float> res(n);
     double             sum = 0.0;
     for (int32_t i = 1; i < n; ++i) {
-        sum    = sum * text_follow + x[i];
+        sum    = sum * text_carry + x[i];
         res[i] = (float) sum;
     }
     return res;
 }
 
-void by_kind_scorer::score_head(const cells & c, const float * recent, float * score) const {
+void expected_attention_scorer::score_head(const cells & c, const float * recent, float * score) const {
     const int32_t      n = c.size();
     // the first words and the question draw far more than patches do, which must not spill over to the patches beside them
     std::vector<float> image_only(n);
@@ -27,7 +27,7 @@ void by_kind_scorer::score_head(const cells & c, const float * recent, float * s
     }
     const auto   of_image = pooled(image_only.data(), n, n_near);
     const auto   of_text  = pooled(recent, n, n_near);
-    const auto   next     = followed(recent, n, text_follow);
+    const auto   next     = carried(recent, n, text_carry);
     const double n_sum    = total_of(score, n);
     const double n_image  = total_of(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
     const double n_text   = 2.0 * total_of(of_text.data(), n);
@@ -45,7 +45,7 @@ void by_kind_scorer::score_head(const cells & c, const float * recent, float * s
     }
 }
 
-head_map by_kind_scorer::score(const score_view & v) const {
+head_map expected_attention_scorer::score(const score_view & v) const {
     head_map res = v.importance.sum;
     for (int32_t il = 0; il < v.n_layer(); ++il) {
         for (int32_t ih = 0; ih < v.n_head_kv(); ++ih) {

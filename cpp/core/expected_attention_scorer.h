@@ -6,14 +6,14 @@ namespace elastic {
 
 // A cell's share of all attention, and its share of the recent attention, averaged over the n_near cells around:
 //   for text over all cells (what the first cells draw spills over, so the words that a prompt begins with stay), and half of
-//   it comes from the cells before, text_follow per cell (an answer that quotes a word goes on to the next),
+//   it comes from the cells before, text_carry per cell (an answer that quotes a word goes on to the next),
 //   for image cells over image cells (text counts as 0) and asked_ahead times if the cells end with an image,
 //   for a question that is still to come will look where the words around the image do, not where patches do.
-class by_kind_scorer : public scorer {
+class expected_attention_scorer : public scorer {
   public:
-    explicit by_kind_scorer(float image_power = 1.0f) : image_power(image_power) {}
+    explicit expected_attention_scorer(float image_power = 1.0f) : image_power(image_power) {}
 
-    const char * name() const override { return image_power == 1.0f ? "by_kind" : "by_kind_damped"; }
+    const char * name() const override { return image_power == 1.0f ? "expected_attention" : "expected_attention_damped"; }
     statistics   needs() const override { return { true, 0, decay, false }; }
     bool         is_attention() const override { return true; }
     head_map     score(const score_view & v) const override;
@@ -21,7 +21,7 @@ class by_kind_scorer : public scorer {
     // How much the weight of a query of text shrinks with every later one. Chosen on the dev texts with the embedded model.
     float   decay       = 0.9f;
     // How much of what a cell of text was looked at goes on to the next. Chosen on the dev texts with the embedded model.
-    float   text_follow = 0.94f;
+    float   text_carry  = 0.94f;
     // What belongs to a word is said around it. Chosen on the dev scenes and texts with the embedded model.
     int32_t n_near      = 13;
     // What the recent score counts for image cells while the question is still to come. Chosen on the dev scenes with the embedded model.

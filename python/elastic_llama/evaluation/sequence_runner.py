@@ -11,14 +11,14 @@ import numpy as np
 
 from ..batch import fill_batch
 from ..config import ElasticConfig
-from ..errors import StateError, text
+from ..errors import StateError, message
 from ..probe import probe
 from .prompts import Prompt
 from .streams import Streams
 
 
 @dataclass
-class Lane:
+class Answer:
     """What one sequence said.
 
     Attributes
@@ -36,7 +36,7 @@ class Lane:
     cells: tuple[int, int] = (0, 0)
 
 
-class Lanes:
+class SequenceRunner:
     """Decodes saved prompts, one in each sequence of `streams`."""
 
     def __init__(self, streams: Streams) -> None:
@@ -50,42 +50,44 @@ class Lanes:
             llama_cpp.llama_batch_free(self.batch)
             self.batch = None
 
-    def forced(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Lane]:
+    def forced(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Answer]:
         """Decode every prompt's reference answer; logits are those that predict its tokens."""
-        lanes = self._start(config, prompts)
+        answers = self._start(config, prompts)
         last = [len(p.target) - 1 for p in prompts]
-        self._run(lanes, prompts, lambda i, n: int(prompts[i].target[n]), last)
-        return lanes
+        self._run(answers, prompts, lambda i, n: int(prompts[i].target[n]), last)
+        return answers
 
-    def greedy(self, config: ElasticConfig, prompts: list[Prompt], limits: list[int]) -> list[Lane]:
+    def greedy(
+        self, config: ElasticConfig, prompts: list[Prompt], limits: list[int]
+    ) -> list[Answer]:
         """Answers of at most `limits` tokens each, the end of turn not among them."""
-        lanes = self._start(config, prompts)
+        answers = self._start(config, prompts)
 
         def choose(i: int, n: int) -> int | None:
-            token = int(lanes[i].logits[-1].argmax())
+            token = int(answers[i].logits[-1].argmax())
             return None if token == prompts[i].end or n == limits[i] else token
 
-        self._run(lanes, prompts, choose, limits)
-        return lanes
+        self._run(answers, prompts, choose, limits)
+        return answers
 
-    def _start(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Lane]:
+    def _start(self, config: ElasticConfig, prompts: list[Prompt]) -> list[Answer]:
         """Load the prompts; where the question comes after compression, compress and decode it."""
         assert len(prompts) <= self.streams.n_seqs
         self.streams.attach(config)
         self.config = config
-        lanes = []
+        answers = []
         for i, prompt in enumerate(prompts):
             buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
             if not llama_cpp.llama_state_seq_set_data(
                 self.streams.ctx, buffer, len(prompt.state), i
             ):
-                raise StateError(text("eval", "llama.cpp refused a saved prompt"))
-            lane = Lane([prompt.logits], [])
+                raise StateError(message("eval", "llama.cpp refused a saved prompt"))
+            answer = Answer([prompt.logits], [])
             if prompt.tail:
                 self.streams.session.compress(i)
-                lane.logits = [self._feed(i, prompt)]
-            lanes.append(lane)
-        return lanes
+                answer.logits = [self._feed(i, prompt)]
+            answers.append(answer)
+        return answers
 
     def _feed(self, i: int, prompt: Prompt) -> np.ndarray:
         rows = [(t, prompt.n_tokens + k, i) for k, t in enumerate(prompt.tail)]
@@ -93,24 +95,24 @@ class Lanes:
 
     def _run(
         self,
-        lanes: list[Lane],
+        answers: list[Answer],
         prompts: list[Prompt],
         choose: Callable[[int, int], int | None],
         last: list[int],
     ) -> None:
-        """Take token n of lane i from `choose(i, n)` and decode it, until that is None.
+        """Take token n of answer i from `choose(i, n)` and decode it, until that is None.
 
-        Token `last[i]` ends a lane too, without being decoded: nothing follows it.
+        Token `last[i]` ends an answer too, without being decoded: nothing follows it.
         """
-        active = list(range(len(lanes)))
+        active = list(range(len(answers)))
         while active:
             rows, going = [], []
             for i in active:
-                n, lane = len(lanes[i].tokens), lanes[i]
+                n, answer = len(answers[i].tokens), answers[i]
                 token = choose(i, n)
                 if token is None:
                     continue
-                lane.tokens.append(token)
+                answer.tokens.append(token)
                 if n == last[i]:
                     continue
                 start = prompts[i].n_tokens + len(prompts[i].tail)
@@ -118,20 +120,20 @@ class Lanes:
                 going.append(i)
             if not rows:
                 break
-            # nothing has to leave but before an answer's first token
+            # nothing has to be dropped but before an answer's first token
             first = {i: token for token, _, i in rows}
             probe(self.streams.ctx, self.streams.session, self.config, first)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
-                lanes[i].logits.append(logits)
-                held = self.streams.session.n_held(i)
-                lanes[i].cells = (lanes[i].cells[0] or held - 1, held)
+                answers[i].logits.append(logits)
+                held = self.streams.session.n_per_layer(i)
+                answers[i].cells = (answers[i].cells[0] or held - 1, held)
             active = going
 
     def _decode(self, rows: list[tuple[int, int, int]], wanted: set[int]) -> list[np.ndarray]:
         fill_batch(self.batch, rows, wanted)
         code = llama_cpp.llama_decode(self.streams.ctx, self.batch)
         if code:
-            raise StateError(text("eval", "llama_decode failed", f"code {code}"))
+            raise StateError(message("eval", "llama_decode failed", f"code {code}"))
         out = []
         for k in sorted(wanted):
             row = llama_cpp.llama_get_logits_ith(self.streams.ctx, k)
