@@ -138,8 +138,11 @@ def test_several_at_once(tiny_gqa: Path, unified: bool) -> None:
 @pytest.mark.parametrize(
     ("elastic", "given", "n_steps"),
     [
-        ({}, None, 0),
+        ({}, None, N_STEPS),  # one for 24 cells
         ({}, 10, 10),
+        ({"budget": 0.9}, None, 1),
+        ({"budget": 0.95}, None, 0),  # 15 cells are dropped
+        ({"policy": "h2o"}, None, 0),
         ({}, 3, 3),
         ({}, 20, 20),
         ({"budget": 0.95}, 2, 2),
@@ -386,7 +389,7 @@ def test_llama_probes(tiny_gqa: Path) -> None:
 
 def test_conversation_probes(tiny_gqa: Path) -> None:
     words = "the heat on the earth " * 60
-    for probe in (N_STEPS, None):
+    for probe in (N_STEPS, 0):
         config = el.ElasticConfig(min_cells=8, probe=probe)
         with el.ElasticLlama(tiny_gqa, n_ctx=1024, n_threads=1, elastic=config) as llm:
             talk = el.Conversation(llm)
@@ -399,7 +402,7 @@ def test_conversation_probes(tiny_gqa: Path) -> None:
 def test_logits_of_a_probe_are_never_sampled(tiny_gqa: Path) -> None:
     """An answer of one token has a probe and decodes nothing more; the same prompt comes again."""
     first = []
-    for probe in (N_STEPS, None):
+    for probe in (N_STEPS, 0):
         config = el.ElasticConfig(min_cells=8, probe=probe)
         with el.ElasticLlama(tiny_gqa, n_ctx=1024, n_threads=1, elastic=config) as llm:
             talk = el.Conversation(llm)

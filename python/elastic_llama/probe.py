@@ -18,6 +18,10 @@ from .batch import fill_batch
 from .config import ElasticConfig, policy_row
 from .errors import ConfigError, message
 
+PROBE_TOKENS = 16
+# On a CPU a token takes as long as about eight of a prompt: a third of the prompt's time at most.
+CELLS_PER_PROBE_TOKEN = 24
+
 _IMAGE = 1  # kind of a cell
 
 
@@ -96,15 +100,25 @@ def n_probe_tokens(
 ) -> int:
     """Tokens of its answer that are decoded for a sequence, one of `n_seqs` at once."""
     n_gone = int(session.n_to_drop(seq_id))
-    if not config.probe or n_gone == 0 or not _looks(config):
+    if config.probe == 0 or n_gone == 0 or not _looks(config):
+        return 0
+    n = config.probe
+    if n is None:
+        n = min(probe_tokens(config), n_gone // CELLS_PER_PROBE_TOKEN)
+    if n == 0:
         return 0
     if (session.cells(seq_id)["kind"] == _IMAGE).any():
         return 0
-    n = min(config.probe, _n_free(ctx, session, seq_id) // n_seqs)
+    n = min(n, _n_free(ctx, session, seq_id) // n_seqs)
     if config.kv_cells is not None:  # beyond these the prompt would be compressed on the way
         n_most = config.kv_cells + int(llama_cpp.llama_n_ubatch(ctx))
         n = min(n, n_most - int(session.n_cells(seq_id)))
     return max(0, n)
+
+
+def probe_tokens(config: ElasticConfig) -> int:
+    """Tokens of an answer where the config does not say: for policies that weigh recent queries."""
+    return PROBE_TOKENS if policy_row(config.policy)["needs"]["decay"] else 0
 
 
 def _looks(config: ElasticConfig) -> bool:

@@ -109,7 +109,8 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="before a prompt of text is compressed, decode N likely tokens of its answer to see "
-        "what they look at (0)",
+        "what they look at (16 for elastic and elastic-evict where enough cells are dropped; "
+        "else 0)",
     )
     parser.add_argument("--lookahead", dest="probe", type=int, help=argparse.SUPPRESS)  # old name
     parser.add_argument(
