@@ -57,8 +57,9 @@ def test_batch_alloc(tmp_path: Path) -> None:
     assert counts == {"failures": "0", "exceptions": "0", "skipped": "0"}
 
 
-@pytest.mark.parametrize("flash_attn", ["on", "off"])
-@pytest.mark.parametrize("budget", [None, 1.0, 0.5, 0.2])
+@pytest.mark.parametrize(
+    ("budget", "flash_attn"), [(None, "on"), (None, "off"), (1.0, "on"), (0.5, "on"), (0.2, "on")]
+)
 def test_save_load_state(
     models: Path, budget: float | None, flash_attn: str, tmp_path: Path
 ) -> None:

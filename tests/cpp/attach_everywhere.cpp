@@ -11,10 +11,12 @@
 extern "C" llama_context * llama_init_from_model(llama_model * model, llama_context_params params) {
     static const auto real = (decltype(&llama_init_from_model)) dlsym(RTLD_NEXT, "llama_init_from_model");
 
-    llama_context * ctx = real(model, params);
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // which an elastic cache needs
+    llama_context * ctx    = real(model, params);
 
     elastic_params elastic = elastic_default_params();
     elastic.min_cells      = 8;
+    elastic.layers         = ELASTIC_LAYERS_EVEN;  // to measure them would make another context
     if (const char * budget = std::getenv("ELASTIC_BUDGET")) {
         elastic.budget = std::atof(budget);
     }
