@@ -65,7 +65,7 @@ def test_the_program_does_what_python_does(program: Path, tiny_gqa: Path, budget
         re.DOTALL,
     )
     assert match is not None, done.stdout
-    config = ElasticConfig(budget=budget, layers="even", lookahead=0)
+    config = ElasticConfig(budget=budget, layers="even", probe=0)
     with ElasticLlama(tiny_gqa, elastic=config, n_ctx=1024, flash_attn=True) as llm:
         prompt = llm.tokenize(PROMPT.encode(), special=True)
         n = len(prompt)

@@ -77,6 +77,8 @@ import os, signal, sys, threading
 import elastic_llama as el, llama_cpp
 from llama_cpp import mtmd_cpp
 from PIL import Image
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+
 
 class Interrupted:
     # Ctrl-C comes while the thread that calls is inside, where it has given up the GIL
