@@ -1,6 +1,7 @@
 // Every function of the core on small inputs and at the edges, for the sanitizers. Values are compared with
 // independent oracles in the Python tests.
 
+#include "check.h"
 #include "core/biased_combiner.h"
 #include "core/budget.h"
 #include "core/coverage_selector.h"
@@ -31,27 +32,6 @@
 #include <string>
 
 using namespace elastic;
-
-static int n_failed = 0;
-
-#define CHECK(x)                                                                                                                           \
-    do {                                                                                                                                   \
-        if (!(x)) {                                                                                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
-            n_failed++;                                                                                                                    \
-        }                                                                                                                                  \
-    } while (0)
-
-#define CHECK_THROWS(x)                                                                                                                    \
-    do {                                                                                                                                   \
-        bool thrown = false;                                                                                                               \
-        try {                                                                                                                              \
-            x;                                                                                                                             \
-        } catch (const error &) {                                                                                                          \
-            thrown = true;                                                                                                                 \
-        }                                                                                                                                  \
-        CHECK(thrown && #x);                                                                                                               \
-    } while (0)
 
 static std::mt19937 rng(42);
 

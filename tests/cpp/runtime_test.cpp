@@ -1,5 +1,6 @@
 // The parts of the runtime that need no model: stages of sequences, importance, and what else is known of cells.
 
+#include "check.h"
 #include "runtime/cell_table.h"
 #include "runtime/importance.h"
 #include "runtime/sequence_table.h"
@@ -8,16 +9,6 @@
 #include <set>
 
 using namespace elastic;
-
-static int n_failed = 0;
-
-#define CHECK(x)                                                                                                                           \
-    do {                                                                                                                                   \
-        if (!(x)) {                                                                                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
-            n_failed++;                                                                                                                    \
-        }                                                                                                                                  \
-    } while (0)
 
 // a batch of tokens of single sequences
 struct tokens {
