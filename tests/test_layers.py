@@ -168,6 +168,13 @@ def test_bad_shares_are_refused(changes: dict[str, Any], message: str) -> None:
         core.make_plan(**make_problem(), **changes)
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_bad_shares_are_not_attached(tiny_gqa: Path, auto: bool) -> None:
+    shares = {"layer_share": [1.0, 0.0, 1.0], "auto_layers": auto}
+    with pytest.raises(ValueError, match=r"layer_share: got 0\.0+, expected finite values > 0"):
+        Engine(tiny_gqa, elastic=shares)
+
+
 def test_a_masked_row_is_left_as_it_is() -> None:
     """No importance, and a bias under which nothing attends to it; the others merge as ever."""
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ def config_of(options: dict[str, Any], probe: int | None = None) -> el.ElasticCo
 
 def run(e: Engine, first: dict[int, int], probe: int | None = N_STEPS, **more: Any) -> int:
     return probe_module.probe(e.ctx, e.session, config_of({**ELASTIC, **more}, probe), first)
+
+
+def interrupted(error: type[BaseException]) -> Callable[[Any, Any], int]:
+    """A `llama_decode` whose fourth call raises."""
+    real, calls = llama_cpp.llama_decode, 0
+
+    def decode(ctx: Any, batch: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return int(real(ctx, batch))
+
+    return decode
 
 
 def by_hand(e: Engine, first: int, n: int, n_steps: int, seq: int = 0) -> list[int]:
@@ -113,6 +128,17 @@ def test_what_is_probed_decides(tiny_gqa: Path) -> None:
             plans.append(e.session.last_plan()["kept"])
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert (plans[a] != plans[b]).any()
+
+
+def test_a_sequence_that_begins_in_it_is_taken_back_too(tiny_gqa: Path) -> None:
+    with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2) as e:
+        n = prompt(e)
+        e.session.begin_probe()
+        e.prompt(random_tokens(20, N_VOCAB, 5), seq=1)
+        e.token(20, n)
+        e.session.end_probe()
+        assert [e.session.n_cells(seq) for seq in (0, 1)] == [n, 0]
+        assert [e.session.n_tokens(seq) for seq in (0, 1)] == [n, 0]
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -239,19 +265,10 @@ def test_what_fails_leaves_no_trace(tiny_gqa: Path) -> None:
 def test_an_exception_ends_the_probe(
     tiny_gqa: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = llama_cpp.llama_decode, 0
-
-    def interrupted(ctx: Any, batch: Any) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise error
-        return int(real(ctx, batch))
-
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         n = prompt(e)
         with monkeypatch.context() as patch:
-            patch.setattr(llama_cpp, "llama_decode", interrupted)
+            patch.setattr(llama_cpp, "llama_decode", interrupted(error))
             with pytest.raises(error):
                 run(e, {0: 20})
         assert e.session.n_cells(0) == e.session.n_tokens(0) == n
@@ -417,21 +434,12 @@ def test_an_interrupted_probe_leaves_no_logits(
 ) -> None:
     """Those of its last step are not the prompt's."""
     config = el.ElasticConfig(min_cells=8, probe=N_STEPS)
-    real, calls = llama_cpp.llama_decode, 0
-
-    def interrupted(ctx: Any, batch: Any) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return int(real(ctx, batch))
-
     with el.ElasticLlama(tiny_gqa, n_ctx=1024, n_threads=1, elastic=config) as llm:
         tokens = random_tokens(N, N_VOCAB, 1)
         llm.eval(tokens)
         first = llm.sample(temp=0.0, repeat_penalty=1.0)
         with monkeypatch.context() as patch:
-            patch.setattr(llama_cpp, "llama_decode", interrupted)
+            patch.setattr(llama_cpp, "llama_decode", interrupted(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 llm.eval([first])
         with pytest.raises(el.StateError, match="no logits"):

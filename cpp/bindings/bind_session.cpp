@@ -258,17 +258,15 @@ Raises ValueError while a probe is running.)pbdoc")
              "Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).")
         .def(
             "importance",
-            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).importance); },
+            [](const session & self, llama_seq_id seq_id) { return to_array(importance_of(self.cache(seq_id).parts(), seq_id).sum); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
         .def("recent", &read_recent, py::arg("seq_id") = 0,
              "Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
         .def(
-            "count",
-            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).count); },
+            "count", [](const session & self, llama_seq_id seq_id) { return to_array(counts_of(self.cache(seq_id).parts(), seq_id)); },
             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")
         .def(
-            "bias",
-            [](const session & self, llama_seq_id seq_id) { return to_array(cell_states(self.cache(seq_id).parts(), seq_id).bias); },
+            "bias", [](const session & self, llama_seq_id seq_id) { return to_array(bias_of(self.cache(seq_id).parts(), seq_id)); },
             py::arg("seq_id") = 0, "Attention bias, f32 [n_layer, n_head_kv, n_cells].")
         .def("read_kv", &read_layer, py::arg("seq_id"), py::arg("layer"),
              "K and V of one layer as f32 [n_cells, n_head_kv, n_embd_head], as stored (after RoPE).")

@@ -342,7 +342,7 @@ std::vector<int32_t> attention_graph::begin_queries(const llama_ubatch & ubatch,
     for (int32_t s = 0; s < placed.n_stream; ++s) {
         for (int64_t i = 0; i < placed.n_of_stream && res[s] < parts.scores.needs.n_window; ++i) {
             if (is_scored(ubatch, s * placed.n_of_stream + i)) {
-                parts.scores.begin_query(placed.strm_first + s);
+                parts.scores.begin_query(placed.strm[s]);
                 res[s]++;
             }
         }
@@ -365,7 +365,7 @@ void attention_graph::add_layer(int32_t il, const ggml_tensor * t, const llama_u
     const int64_t n_gqa  = n_head / parts.kv.shape.n_head_kv;
 
     for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm_first + s;
+        const uint32_t strm = placed.strm[s];
         for (int64_t h = 0; h < n_head; ++h) {
             const float * src = sums + (s * n_head + h) * n_rows * n_kv;
             const int32_t ih  = (int32_t) (h / n_gqa);
@@ -383,18 +383,19 @@ void attention_graph::add_layer(int32_t il, const ggml_tensor * t, const llama_u
     }
 }
 
-void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const placed_cells & placed) {
+void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx) {
     const auto it = graphs->find(&graph);
     if (it == graphs->end() || it->second->layers.empty() || !any_scored(ubatch)) {
         return;
     }
     parts.kv.synchronize();
-    const int64_t t_start = ggml_time_us();
+    const int64_t      t_start = ggml_time_us();
+    const placed_cells placed  = kv_view::placed(mctx);
 
     // what earlier queries left decays first
     std::vector<std::vector<float>> used(placed.n_stream);  // up to the last row in use
     for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm_first + s;
+        const uint32_t strm = placed.strm[s];
         if (decays(ubatch)) {
             parts.scores.decay(strm, decay_factors(ubatch, strm, (int64_t) s * placed.n_of_stream, placed.n_of_stream));
         }
@@ -406,16 +407,12 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
     for (const auto & [il, t] : it->second->layers) {
         add_layer(il, t, ubatch, placed, used, n_queries);
     }
-    std::vector<std::pair<llama_seq_id, llama_pos>> scored;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
             if (parts.seqs.is_scored(ubatch.seq_id[i][j])) {
-                scored.emplace_back(ubatch.seq_id[i][j], ubatch.pos[i]);
+                parts.seqs.scored(ubatch.seq_id[i][j], ubatch.pos[i]);
             }
         }
-    }
-    for (const auto & [seq_id, pos] : scored) {
-        parts.seqs.scored(seq_id, pos);
     }
     parts.stats.t_score_us += ggml_time_us() - t_start;
 }

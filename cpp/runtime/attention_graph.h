@@ -26,7 +26,7 @@ class attention_graph {
                         ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il);
 
     // adds the sums of a graph that was computed for the ubatch to the importance
-    void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const placed_cells & placed);
+    void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx);
 
     // sums of each ubatch: over all queries, decayed, and single queries of the window
     uint32_t n_sums(const llama_ubatch & ubatch) const;

@@ -77,8 +77,4 @@ void cache_parts::mask(uint32_t strm, int32_t row, int32_t il) {
     bias.mask(strm, row, il);
 }
 
-cell_state cache_parts::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
-    return { scores.gather(strm, rows).sum, table.counts(strm, rows), bias.gather(strm, rows) };
-}
-
 }  // namespace elastic

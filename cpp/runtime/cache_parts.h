@@ -47,8 +47,6 @@ struct cache_parts {
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
     // the cell is masked in the layer from now on
     void mask(uint32_t strm, int32_t row, int32_t il);
-
-    cell_state gather(uint32_t strm, const std::vector<int32_t> & rows) const;
 };
 
 // over the layers, rounded up

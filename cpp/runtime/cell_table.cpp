@@ -28,19 +28,17 @@ void cell_table::set_rank_scores(uint32_t strm, const std::vector<int32_t> & row
 
 head_map cell_table::counts(uint32_t strm, const std::vector<int32_t> & rows) const {
     head_map res(n_layer, n_head_kv, (int32_t) rows.size(), 1.0f);
-    for (int32_t r = 0; has_counts() && r < n_layer * n_head_kv; ++r) {
-        const float * src = merged[strm].row(r);
-        std::transform(rows.begin(), rows.end(), res.data.begin() + (size_t) r * rows.size(), [&](int32_t row) { return 1.0f + src[row]; });
+    if (has_counts()) {
+        merged[strm].gather(rows, res);
+        std::transform(res.data.begin(), res.data.end(), res.data.begin(), [](float x) { return 1.0f + x; });
     }
     return res;
 }
 
-void cell_table::set_counts(uint32_t strm, const std::vector<int32_t> & rows, const head_map & values) {
-    for (int32_t r = 0; has_counts() && r < n_layer * n_head_kv; ++r) {
-        float * dst = merged[strm].row(r);
-        for (size_t i = 0; i < rows.size(); ++i) {
-            dst[rows[i]] = values.data[(size_t) r * rows.size() + i] - 1.0f;
-        }
+void cell_table::set_counts(uint32_t strm, const std::vector<int32_t> & rows, head_map values) {
+    if (has_counts()) {
+        std::transform(values.data.begin(), values.data.end(), values.data.begin(), [](float x) { return x - 1.0f; });
+        merged[strm].scatter(rows, values);
     }
 }
 

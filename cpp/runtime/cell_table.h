@@ -27,7 +27,7 @@ class cell_table {
 
     // tokens that cells in logical order stand for, 1 for an ordinary one
     head_map counts(uint32_t strm, const std::vector<int32_t> & rows) const;
-    void     set_counts(uint32_t strm, const std::vector<int32_t> & rows, const head_map & values);
+    void     set_counts(uint32_t strm, const std::vector<int32_t> & rows, head_map values);
 
     void reset();  // kinds stay, they are of no cell
     void reset_cell(uint32_t strm, int32_t cell, cell_kind kind);

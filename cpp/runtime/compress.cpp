@@ -89,9 +89,9 @@ compressor::inputs compressor::gather(llama_seq_id seq_id) const {
 
 void compressor::load(inputs & in) const {
     in.layers = parts.kv.layers(in.strm);
-    in.state  = parts.gather(in.strm, in.rows);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
+    in.state               = { scores.sum, parts.table.counts(in.strm, in.rows), parts.bias.gather(in.strm, in.rows) };
     in.scores.sum          = in.state.importance;
     in.scores.recent       = parts.cfg.pol.n_window() > 0 ? scores.windowed : scores.decayed;
     in.decayed             = std::move(scores.decayed);

@@ -42,11 +42,6 @@ config make_config(const elastic_params & params) {
         throw error("[elastic] max_cells: got " + std::to_string(cfg.max_cells) + " with the policy " + cfg.pol.name +
                     ", which keeps every cell; choose another policy");
     }
-    for (const float x : cfg.layer_share) {
-        if (!(x > 0.0f) || std::isinf(x)) {
-            throw error("[elastic] layer_share: got " + std::to_string(x) + ", expected finite values > 0");
-        }
-    }
     if (!cfg.layer_share.empty() && !cfg.pol.can_vary_layers()) {
         throw error("[elastic] layer_share: got it with the policy " + std::string(cfg.pol.name) +
                     ", which takes none; choose another policy");
@@ -59,6 +54,11 @@ config make_config(const elastic_params & params) {
 }
 
 void check_layers(const config & cfg, int32_t n_layer) {
+    for (const float x : cfg.layer_share) {
+        if (!(x > 0.0f) || std::isinf(x)) {
+            throw error("[elastic] layer_share: got " + std::to_string(x) + ", expected finite values > 0");
+        }
+    }
     if (!cfg.layer_share.empty() && (int32_t) cfg.layer_share.size() != n_layer) {
         throw error("[elastic] layer_share: got " + std::to_string(cfg.layer_share.size()) + " layers, expected " +
                     std::to_string(n_layer));

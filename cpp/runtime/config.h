@@ -40,6 +40,6 @@ struct config {
 };
 
 config make_config(const elastic_params & params);         // throws elastic::error
-void   check_layers(const config & cfg, int32_t n_layer);  // throws elastic::error if it has shares for another number of them
+void   check_layers(const config & cfg, int32_t n_layer);  // throws elastic::error for shares that are not > 0, or of another number
 
 }  // namespace elastic

@@ -36,11 +36,7 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         state.seqs.begin_batch();
         return;
     }
-    std::vector<std::pair<uint32_t, std::vector<int32_t>>> rows_of;
-    for (const llama_seq_id seq_id : state.seqs.ids()) {
-        rows_of.emplace_back(state.kv.stream(seq_id), state.kv.rows(seq_id));
-    }
-    state.memory.before_batch(rows_of);
+    state.memory.before_batch(state.seqs.ids());
 
     std::vector<llama_seq_id> prompts;
     for (const batch_part & part : state.seqs.begin_batch(batch, [&](llama_seq_id id) { return state.kv.n_cells(id) == 0; })) {
@@ -93,9 +89,9 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
 }
 
 void elastic_cache::on_computed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx, const llm_graph_result & result) {
-    logits.computed((int32_t) ubatch.n_tokens);
     if (state.active) {
-        graph.collect(result, ubatch, kv_view::placed(mctx));
+        logits.computed((int32_t) ubatch.n_tokens);
+        graph.collect(result, ubatch, mctx);
     }
 }
 
@@ -225,7 +221,9 @@ void elastic_cache::end_probe() {
     }
     const auto ended = std::move(probing);
     set_prefill(ended->was_prefill);
-    for (const auto & [seq_id, p0] : ended->ends) {
+    for (const llama_seq_id seq_id : state.seqs.ids()) {
+        const auto      it = ended->ends.find(seq_id);
+        const llama_pos p0 = it == ended->ends.end() ? 0 : it->second;  // one that began in it
         if (state.kv.pos_max(seq_id) < p0) {
             continue;
         }

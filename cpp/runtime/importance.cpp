@@ -130,21 +130,8 @@ void importance::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, 
 
 head_map importance::take(const lazy_map & from, const std::vector<int32_t> & rows) const {
     head_map res(n_layer, n_head_kv, (int32_t) rows.size());
-    for (int32_t r = 0; r < n_rows(); ++r) {
-        const float * src = from.row(r);
-        std::transform(rows.begin(), rows.end(), res.data.begin() + (size_t) r * rows.size(), [&](int32_t row) { return src[row]; });
-    }
+    from.gather(rows, res);
     return res;
-}
-
-void importance::put(lazy_map & to, const std::vector<int32_t> & rows, const head_map & from) const {
-    for (int32_t r = 0; r < n_rows(); ++r) {
-        const float * src = from.data.data() + (size_t) r * rows.size();
-        float *       dst = to.row(r);
-        for (size_t i = 0; i < rows.size(); ++i) {
-            dst[rows[i]] = src[i];
-        }
-    }
 }
 
 cell_importance importance::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
@@ -163,13 +150,13 @@ cell_importance importance::gather(uint32_t strm, const std::vector<int32_t> & r
 
 void importance::scatter(uint32_t strm, const std::vector<int32_t> & rows, const cell_importance & values) {
     if (needs.sum && values.sum.n_cells > 0) {
-        put(sums[strm], rows, values.sum);
+        sums[strm].scatter(rows, values.sum);
     }
     if (has_decayed() && values.decayed.n_cells > 0) {
-        put(decayed[strm], rows, values.decayed);
+        decayed[strm].scatter(rows, values.decayed);
     }
     if (has_window() && values.windowed.n_cells > 0) {
-        put(windowed[strm], rows, values.windowed);
+        windowed[strm].scatter(rows, values.windowed);
         has_loaded[strm] = 1;
     }
 }
@@ -192,7 +179,7 @@ void importance::scatter_exact(uint32_t strm, const std::vector<int32_t> & rows,
     scatter(strm, rows, values);
     has_loaded[strm] = was_loaded || std::any_of(w.begin(), w.end(), [](float x) { return x != 0.0f; });
     for (int32_t ago = 0; ago < (int32_t) values.queries.size(); ++ago) {
-        put(queries[strm][query_index(strm, ago)], rows, values.queries[ago]);
+        queries[strm][query_index(strm, ago)].scatter(rows, values.queries[ago]);
     }
 }
 

@@ -89,7 +89,6 @@ class importance {
     int32_t  query_index(uint32_t strm, int32_t ago) const;
     void     reset_rows(uint32_t strm, int32_t cell, int32_t first, int32_t n);
     head_map take(const lazy_map & from, const std::vector<int32_t> & rows) const;
-    void     put(lazy_map & to, const std::vector<int32_t> & rows, const head_map & from) const;
 };
 
 }  // namespace elastic

@@ -41,8 +41,12 @@ kv_values read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il) {
              shape.n_embd_head_v,   read_rows(layer.k, rows), read_rows(layer.v, rows) };
 }
 
-cell_state cell_states(const cache_parts & parts, llama_seq_id seq_id) {
-    return parts.gather(parts.kv.stream(seq_id), parts.kv.rows(seq_id));
+head_map counts_of(const cache_parts & parts, llama_seq_id seq_id) {
+    return parts.table.counts(parts.kv.stream(seq_id), parts.kv.rows(seq_id));
+}
+
+head_map bias_of(const cache_parts & parts, llama_seq_id seq_id) {
+    return parts.bias.gather(parts.kv.stream(seq_id), parts.kv.rows(seq_id));
 }
 
 cell_importance importance_of(const cache_parts & parts, llama_seq_id seq_id) {

@@ -25,7 +25,8 @@ struct kv_values {
 // all in logical order
 std::vector<cell_info> describe_cells(const cache_parts & parts, llama_seq_id seq_id);
 kv_values              read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il);  // throws elastic::error out of range
-cell_state             cell_states(const cache_parts & parts, llama_seq_id seq_id);
+head_map               counts_of(const cache_parts & parts, llama_seq_id seq_id);            // tokens merged into each cell
+head_map               bias_of(const cache_parts & parts, llama_seq_id seq_id);
 cell_importance        importance_of(const cache_parts & parts, llama_seq_id seq_id);
 
 }  // namespace elastic

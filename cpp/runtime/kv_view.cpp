@@ -212,7 +212,6 @@ placed_cells kv_view::placed(const llama_memory_context_i & mctx) {
     const auto & sinfo = static_cast<const llama_kv_cache_context &>(mctx).get_slot_info();
 
     placed_cells res;
-    res.strm_first  = sinfo.s0;
     res.n_stream    = (int32_t) sinfo.n_stream();
     res.n_of_stream = (int32_t) sinfo.size();
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {

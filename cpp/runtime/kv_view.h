@@ -1,7 +1,7 @@
 #pragma once
 
 // The one llama_kv_cache that an elastic cache works on: its cells, and K and V of them. No other file of the runtime
-// includes llama-kv-cache.h.
+// includes llama-kv-cache.h, but attention_graph.cpp, which is given a view of it.
 
 #include "core/policy.h"
 #include "core/types.h"
@@ -52,9 +52,8 @@ struct cell_place {
 
 // the cells of one ubatch
 struct placed_cells {
-    uint32_t strm_first  = 0;
-    int32_t  n_stream    = 0;
-    int32_t  n_of_stream = 0;  // tokens per stream
+    int32_t n_stream    = 0;
+    int32_t n_of_stream = 0;  // tokens per stream
 
     std::vector<uint32_t>             strm;  // [n_stream]
     std::vector<std::vector<int32_t>> rows;  // [n_stream][n_of_stream]

@@ -138,9 +138,8 @@ void layer_bias::mask(uint32_t strm, int32_t cell, int32_t il) {
 
 head_map layer_bias::gather(uint32_t strm, const std::vector<int32_t> & rows) const {
     head_map res(n_layer, n_head_kv, (int32_t) rows.size());
-    for (int32_t r = 0; is_kept() && r < n_layer * n_head_kv; ++r) {
-        const float * src = maps[strm].row(r);
-        std::transform(rows.begin(), rows.end(), res.data.begin() + (size_t) r * rows.size(), [&](int32_t row) { return src[row]; });
+    if (is_kept()) {
+        maps[strm].gather(rows, res);
     }
     return res;
 }
@@ -149,14 +148,12 @@ void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
     if (!is_kept() || rows.empty()) {
         return;
     }
+    maps[strm].scatter(rows, values);
     for (size_t i = 0; i < rows.size(); ++i) {
         bool any = false;
         for (int32_t il = 0; il < n_layer; ++il) {
             for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-                const float value = values.row(il, ih)[i];
-
-                maps[strm].row(index(il, ih))[rows[i]] = value;
-                any |= value != 0.0f;
+                any |= values.row(il, ih)[i] != 0.0f;
             }
             set_masked(strm, rows[i], il, values.row(il, 0)[i] == masked_bias);
         }

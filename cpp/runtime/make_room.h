@@ -32,8 +32,6 @@ class room_maker {
 
     // cells of its own that the compression of the sequence's prompt is going to take away; 0 if it has been compressed
     int32_t n_to_drop(llama_seq_id seq_id) const;
-    // cells that a prompt may take before it is compressed for max_cells
-    int32_t room_under_cap(llama_seq_id seq_id) const;
 
     const plan & last_plan() const { return compress_.last_plan(); }
 
@@ -43,6 +41,9 @@ class room_maker {
     prompt_logits & logits;
     compressor      compress_;
     cell_evictor    evict;
+
+    // cells that a prompt may take before it is compressed for max_cells
+    int32_t room_under_cap(llama_seq_id seq_id) const;
 
     void merge_overdraft(llama_seq_id seq_id, int32_t n_new);
     void keep_by_merging(llama_seq_id seq_id, int32_t n_new);

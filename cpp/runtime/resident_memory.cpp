@@ -34,15 +34,16 @@ void resident_memory::wrote(uint32_t strm, int32_t n_rows) {
     n_resident[strm] = std::max(n_resident[strm], n_rows);
 }
 
-void resident_memory::before_batch(const std::vector<std::pair<uint32_t, std::vector<int32_t>>> & rows_of) {
+void resident_memory::before_batch(const std::vector<llama_seq_id> & seq_ids) {
     for (int32_t s = 0; s < kv.shape.n_stream; ++s) {
         if (n_resident[s] - kv.n_used(s) >= N_RELEASE) {
             release_tail(s, kv.n_used(s));
         }
     }
-    for (const auto & [strm, rows] : rows_of) {
+    for (const llama_seq_id seq_id : seq_ids) {
+        const uint32_t strm = kv.stream(seq_id);
         if (dirty[strm]) {
-            release_masked(strm, rows);
+            release_masked(strm, kv.rows(seq_id));
         }
     }
     std::fill(dirty.begin(), dirty.end(), 0);

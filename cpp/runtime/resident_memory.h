@@ -25,9 +25,8 @@ class resident_memory {
     // masked rows were written to, all of them perhaps
     void dirtied(uint32_t strm) { dirty[strm] = 1; }
 
-    // before a batch: what was removed since the last one, not every few rows anew, and dirty rows. rows_of: rows in use by
-    // each sequence and their streams
-    void before_batch(const std::vector<std::pair<uint32_t, std::vector<int32_t>>> & rows_of);
+    // before a batch: what was removed since the last one, not every few rows anew, and dirty rows of these sequences
+    void before_batch(const std::vector<llama_seq_id> & seq_ids);
     // rows beyond the last one in use, and of these rows the masked ones
     void freed(uint32_t strm, const std::vector<int32_t> & rows);
     void cleared();

@@ -36,7 +36,7 @@ class Resolved:
     layer_share : tuple of float
         Cells of each layer in relation to the others'; empty: all as many.
     frees_layers : bool
-        Whether the memory of what single layers do without goes back to the operating system.
+        Whether the memory of cells that are masked in single layers goes back to the system.
     own_op : bool
         Whether attention that is scored or biased is one op of ours; else it is llama.cpp's.
     """
