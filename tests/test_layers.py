@@ -374,7 +374,8 @@ def test_a_pyramid_holds_fewer_cells_in_later_layers(tiny_gqa: Path) -> None:
 )
 def test_bad_parameters(tiny_gqa: Path, changes: dict[str, Any], message: str) -> None:
     with Engine(tiny_gqa, flash_attn=True) as e, pytest.raises(ValueError, match=message):
-        _core.Session(ctypes.cast(e.ctx, ctypes.c_void_p).value, **{**UNEVEN, **changes})
+        address = ctypes.cast(e.ctx, ctypes.c_void_p).value
+        _core.Session(address, auto_layers=False, **{**UNEVEN, **changes})
 
 
 @pytest.mark.parametrize("bad", ["both", "123", [], [1.0, 0.0], [1.0, "x"], 3, None])
