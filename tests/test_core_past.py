@@ -146,7 +146,7 @@ def n_of_runs(plan, kind) -> list[int]:
 PAST = problems(policies=BY_KIND).filter(lambda p: oracle.has_past(p["kind"], p["old"]))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(PAST)
 def test_plan_equals_oracle(problem):
     check_plan(problem)

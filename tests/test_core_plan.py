@@ -256,7 +256,7 @@ def test_a_policy_that_keeps_every_cell_refuses_shares():
         core.make_plan(**make_problem("full"), layer_share=[1.0, 3.0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(problems())
 def test_threads_do_not_matter(problem):
     if oracle_kept(problem) is None:
