@@ -70,7 +70,7 @@ def saved(e: Engine) -> list[np.ndarray]:
     return [*said, e.token(20, 100, 0), e.token(21, 900, 1)]
 
 
-@pytest.mark.parametrize("type_v", ["f16", "f32"])
+@pytest.mark.parametrize("type_v", ["f16", pytest.param("f32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 @pytest.mark.parametrize("steps", [one_sequence, streams, saved])
 def test_same_bits_as_stock(tiny_gqa: Path, steps: Steps, unified: bool, type_v: str) -> None:
