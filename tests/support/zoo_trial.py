@@ -82,7 +82,7 @@ def try_model(path: Path) -> Result:
 
 
 def _processes(e: Engine) -> bool:
-    """Whether a prompt is taken with the elastic cache off; by the encoder first where it has one."""
+    """Whether a prompt is taken with the elastic cache off; by its encoder first."""
     tokens = random_tokens(N_SHORT, min(e.n_vocab, 128), 1)
     if llama_cpp.llama_model_has_encoder(e.model):
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
