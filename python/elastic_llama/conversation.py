@@ -273,7 +273,7 @@ class Conversation:
             self.stats.n_image += n_cells
             return n_past
 
-        return ImagePiece(key, like.n_positions, decode, n_cells)
+        return ImagePiece(key, like.n_positions, decode, n_cells, part, like.grid)
 
     def _encode(self, chunk: Chunk) -> np.ndarray:
         assert self.vision is not None

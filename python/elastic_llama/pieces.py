@@ -50,12 +50,18 @@ class ImagePiece:
         position. Called only if the cache does not hold it already.
     n_embeddings : int, optional
         Cells that it takes; as many as positions by default.
+    part : int
+        Which of the chunks of its image it is: tiles and an overview are one each.
+    grid : (int, int), optional
+        Rows and columns of its embeddings, where they are known.
     """
 
     key: str
     n_positions: int
     decode: Callable[[int], int]
     n_embeddings: int | None = None
+    part: int = 0
+    grid: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.n_positions
