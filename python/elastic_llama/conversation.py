@@ -179,9 +179,9 @@ class Conversation:
             )
         if self._pieces and prompt.startswith(self._text):
             n_old = sum(m["n_images"] for m in self._messages)
-            new = self._cut_up(prompt[len(self._text) :], images[n_old:], first=False)
+            new = self._cut_up(prompt[len(self._text) :], images[n_old:], n_old)
             return prompt, [*self._pieces, *new], images
-        return prompt, self._cut_up(prompt, images, first=True), images
+        return prompt, self._cut_up(prompt, images), images
 
     def _read(self, message: dict[str, Any], extended: Callable[[], _Extended]) -> None:
         """Decode what the cache lacks of the conversation with one more question.
@@ -242,8 +242,14 @@ class Conversation:
             self._pieces.append(TextPiece(tuple(turn.tokens)))
             self._text += turn.answer
 
-    def _cut_up(self, prompt: str, images: list[Image.Image], first: bool) -> list[Piece]:
-        """The pieces of a text in which `MARKER` stands for each image in turn."""
+    def _cut_up(
+        self, prompt: str, images: list[Image.Image], n_old: int | None = None
+    ) -> list[Piece]:
+        """The pieces of a text in which `MARKER` stands for each image in turn.
+
+        `n_old` images come before a text that goes on; None: it is the beginning.
+        """
+        first = n_old is None
         if self.vision is None:
             return [TextPiece(tuple(self.llm.tokenize(prompt.encode(), first, special=True)))]
         pieces: list[Piece] = []
@@ -257,17 +263,24 @@ class Conversation:
                 same = chunk.bitmap_id is not None and chunk.bitmap_id == str(n_image)
                 n_image, part = (n_image, part + 1) if same else (n_image + 1, 0)
                 self.vision.check_batch(chunk)
-                pieces.append(self._image_piece(images[n_image], keys[n_image], part, chunk))
+                number = (n_old or 0) + n_image if chunk.knows_its_number else 0
+                pieces.append(
+                    self._image_piece(images[n_image], keys[n_image], part, chunk, number)
+                )
         return pieces
 
-    def _image_piece(self, image: Image.Image, key: str, part: int, like: Chunk) -> ImagePiece:
+    def _image_piece(
+        self, image: Image.Image, key: str, part: int, like: Chunk, number: int
+    ) -> ImagePiece:
         """The chunk of an image that is `like` this one, and is made anew when it is needed."""
+        counted = [*[None] * number, image]
         key, n_cells = f"{key}-{part}", like.n_tokens
 
         def decode(n_past: int) -> int:
             assert self.vision is not None
-            with self.vision.chunks(MARKER, [image], add_special=False) as chunks:
-                chunk = [c for c in chunks if c.is_image][part]
+            prompt = MARKER * len(counted)
+            with self.vision.chunks(prompt, counted, add_special=False) as chunks:
+                chunk = [c for c in chunks if c.is_image][number + part]
                 embeddings = self._encoded.get(key, lambda: self._encode(chunk))
                 n_past = self.vision.decode(chunk, embeddings, n_past)
             self.stats.n_image += n_cells

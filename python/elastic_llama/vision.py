@@ -6,7 +6,7 @@ import ctypes
 import numbers
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from .errors import (
     message,
 )
 
+_COUNTED = 112  # pixels of a side of an image that is only counted
 MARKER = mtmd_cpp.mtmd_default_marker().decode()
 
 
@@ -93,6 +94,15 @@ class Chunk:
         return int(mtmd_cpp.mtmd_input_chunk_get_n_pos(self.native))
 
     @property
+    def knows_its_number(self) -> bool:
+        """Whether positions say which image of the prompt it is (HunyuanVL)."""
+        image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(self.native) if self.native else None
+        if image is None or self.n_tokens < 3:
+            return False
+        second = mtmd_cpp.mtmd_image_tokens_get_decoder_pos(image, 0, 1)
+        return (int(second.t), int(second.x)) == (1, 0)
+
+    @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns, where the positions of the embeddings say so (M-RoPE)."""
         image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(self.native) if self.native else None
@@ -149,9 +159,12 @@ class Vision:
 
     @contextmanager
     def chunks(
-        self, prompt: str, images: list[Image.Image], add_special: bool
+        self, prompt: str, images: Sequence[Image.Image | None], add_special: bool
     ) -> Iterator[list[Chunk]]:
-        """The chunks of a prompt in which `MARKER` stands for each image in turn."""
+        """The chunks of a prompt in which `MARKER` stands for each image in turn.
+
+        None stands for an image that is only counted, and not encoded.
+        """
         bitmaps = [self._bitmap(image) for image in images]
         for i, bitmap in enumerate(bitmaps):
             mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(i).encode())
@@ -243,7 +256,9 @@ class Vision:
             raise StateError(message("image", "llama.cpp could not decode it", f"code {code}"))
         return int(n_past_new.value)
 
-    def _bitmap(self, image: Image.Image) -> Any:
+    def _bitmap(self, image: Image.Image | None) -> Any:
+        if image is None:
+            return mtmd_cpp.mtmd_bitmap_init(_COUNTED, _COUNTED, None)
         pixels = image.convert("RGB").tobytes()  # libmtmd reads three bytes a pixel
         buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
         return mtmd_cpp.mtmd_bitmap_init(image.width, image.height, buffer)
