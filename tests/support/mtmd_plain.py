@@ -72,9 +72,11 @@ class PlainVision:
             for bitmap in bitmaps:
                 mtmd_cpp.mtmd_bitmap_free(bitmap)
 
-    def sizes(self, text: str, images: Sequence[np.ndarray]) -> list[tuple[int, int, bool]]:
+    def sizes(
+        self, text: str, images: Sequence[np.ndarray], first: bool = True
+    ) -> list[tuple[int, int, bool]]:
         """Cells, positions, and whether it is an image, of each chunk."""
-        with self.chunks(text, images) as chunks:
+        with self.chunks(text, images, first) as chunks:
             return [
                 (
                     mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk),
