@@ -19,7 +19,7 @@ from tests.support.engine import nmse
 from tests.support.mmproj_zoo import FAMILIES, TEXT_VARIANTS, write_mmproj
 from tests.support.mtmd_plain import PlainVision
 from tests.support.oracle_plan import left_free
-from tests.support.vision_text import N_EMBD, write_text_model
+from tests.support.vision_text import N_EMBD, WIDTHS, write_text_model
 
 N_CTX, N_BATCH = 1024, 512
 N_ANSWER, N_LONG = 3, 12
@@ -58,8 +58,10 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family_name, text = TEXT_VARIANTS.get(name, (name, ""))
     family = FAMILIES[family_name]
     folder = tmp_path_factory.mktemp("family")
-    model = write_text_model(folder / "text.gguf", text or family.text, family.tokens)
-    return Files(name, model, write_mmproj(folder / "mmproj.gguf", family, N_EMBD))
+    text = text or family.text
+    model = write_text_model(folder / "text.gguf", text, family.tokens)
+    n_embd = WIDTHS.get(text, N_EMBD)
+    return Files(name, model, write_mmproj(folder / "mmproj.gguf", family, n_embd))
 
 
 @dataclass(frozen=True)
