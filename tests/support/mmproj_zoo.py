@@ -146,6 +146,12 @@ FAMILIES: dict[str, Family] = {
     "phi4": Family("phi4", "llama", parts.phi4, (), _PIXELS, _GELU),
 }  # fmt: skip
 
+#: Other language models of a family: name -> family, architecture for `vision_text`.
+TEXT_VARIANTS = {
+    "gemma4-e2b": ("gemma4", "gemma4-e2b"),
+    "gemma4-moe": ("gemma4", "gemma4-moe"),
+}
+
 
 def write_mmproj(path: Path, family: Family, n_embd_text: int) -> Path:
     """Write the vision tower of a family for a language model of a width; matrices f16."""

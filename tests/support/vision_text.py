@@ -21,6 +21,8 @@ N_PER_LAYER = 32  # embedding of a token for each layer (Gemma 4 E2B, E4B)
 #: Two layers; heads of 64.
 SHAPE = TinyLlama(n_layer=2, n_embd=N_EMBD, n_head=2, n_head_kv=1, n_ff=128)
 LAYERS = {"llama4": 4, "gemma4-e2b": 4}
+#: Gemma 4's small models are told by their width: they read an image causally.
+WIDTHS = {"gemma4-e2b": 1536}
 N_HEAD_KV = {"lfm2": [0, 1], "cogvlm": SHAPE.n_head}
 #: Architectures whose files tell image positions in two dimensions.
 MROPE = ("qwen2vl", "qwen3vl", "glm4", "hunyuan_vl", "paddleocr")
@@ -34,7 +36,12 @@ def write_text_model(path: Path, arch: str, tokens: Sequence[str] = ()) -> Path:
     tokens : sequence of str, at most 17
         Special tokens that the vocabulary has besides those of ChatML.
     """
-    shape = replace(SHAPE, n_layer=LAYERS.get(arch, SHAPE.n_layer))
+    shape = replace(
+        SHAPE,
+        n_layer=LAYERS.get(arch, SHAPE.n_layer),
+        n_embd=WIDTHS.get(arch, SHAPE.n_embd),
+        head_dim=SHAPE.n_embd_head,
+    )
     name = arch.partition("-")[0]
     writer = GGUFWriter(str(path), name)
     writer.add_name(f"tiny-random-{arch}")
