@@ -64,19 +64,8 @@ def said(completion: Any) -> str:
 # -- libmtmd's own helper is the oracle: the same bits
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen2vl",  # M-RoPE
-        "qwen3vl",  # and deepstack
-        "hunyuan",  # positions that count the images
-        "gemma3",  # embeddings that see each other
-        "idefics3",  # tiles between texts
-        "internvl",  # tiles without
-        "minicpmv",
-        "granite4",  # deepstack
-    ],
-)
+# every family: test_vision_zoo
+@pytest.mark.parametrize("name", ["qwen2vl", "idefics3"])
 def test_two_images_over_two_turns_are_read_as_by_mtmd(load: Any, name: str) -> None:
     chat = load(name, elastic=None)
     ask(chat, "the heat", FIRST, n=0)
@@ -85,6 +74,25 @@ def test_two_images_over_two_turns_are_read_as_by_mtmd(load: Any, name: str) -> 
     theirs, their_end = read_by_mtmd(chat, chat._text, [FIRST, TALL])
     assert end == their_end
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_of_earlier_turns_are_counted(load: Any, monkeypatch: Any) -> None:
+    """HunyuanVL rotates K by the number of the image in the prompt."""
+    numbers = []
+    decode = mtmd_cpp.mtmd_helper_decode_image_chunk
+
+    def noted(ctx: Any, lctx: Any, chunk: Any, *rest: Any) -> int:
+        image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(chunk)
+        numbers.append(int(mtmd_cpp.mtmd_image_tokens_get_decoder_pos(image, 0, 1).z))
+        return int(decode(ctx, lctx, chunk, *rest))
+
+    monkeypatch.setattr(mtmd_cpp, "mtmd_helper_decode_image_chunk", noted)
+    chat = load("hunyuan", elastic=None)
+    ask(chat, "the heat", FIRST, TALL)
+    ask(chat, "the sea", OTHER)
+    assert numbers == [0, 1, 2]
+    complete(chat.llm, user("the", TALL), {"role": "assistant", "content": "no"}, user("a", FIRST))
+    assert numbers[3:] == [0, 1]
 
 
 # -- positions are not cells
@@ -265,6 +273,23 @@ def test_an_image_at_the_end(load: Any) -> None:
     at_once = load(kv_budget=0.5)
     at_once.prefill("the heat", [FIRST])
     np.testing.assert_array_equal(ours, logits(at_once.llm))
+
+
+@pytest.mark.parametrize("n_same", [30, 460, 720])
+def test_a_sliding_window_is_read_again_where_it_is_gone(load: Any, n_same: int) -> None:
+    """Its cells are those of the newest tokens alone, unless `swa_full` keeps them all."""
+    rng = np.random.default_rng(0)
+    said, other = (tuple(rng.integers(262, 380, n).tolist()) for n in (760, 10))
+    prompt = [TextPiece((*said[:n_same], *other))]
+    options = {"elastic": None, "swa_full": False, "n_batch": 32, "n_ubatch": 32}
+    found = []
+    for first in ([TextPiece(said)], []):
+        llm = load("gemma3", **options).llm
+        llm.prefill(first)
+        n_new = llm.prefill(prompt)
+        found.append(logits(llm))
+        assert n_new == (10 if first and n_same == 720 else n_same + 10)
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-3)
 
 
 def test_a_saved_state_and_a_further_image(load: Any) -> None:
