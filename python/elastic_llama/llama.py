@@ -50,6 +50,7 @@ from .vision import ImageTokens
 __all__ = ["ElasticLlama"]
 
 
+_LETTER = 3  # tokens that llama-cpp-python adds to an answer to end a character of several bytes
 _ANSWER_CELLS = 4  # a compression leaves as many free for the answer
 
 
@@ -272,7 +273,7 @@ class ElasticLlama(llama_cpp.Llama):
         n_more = self._tokens_seen() - int(self.n_tokens)
         if self._session is not None or n_more == 0:
             return None
-        return max(1, self.n_ctx() - self._cells_used())
+        return max(1, self.n_ctx() - self._cells_used() - _LETTER)
 
     def _can_make_room(self, used: int, n_new: int) -> bool:
         """Whether compressing may be enough; else a refusal leaves the cache as it is."""
@@ -291,7 +292,8 @@ class ElasticLlama(llama_cpp.Llama):
         n_steps = -1
         try:
             with self._scorer_guard.watch():
-                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+                position = {0: self._rewind.end()}
+                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token}, position)
         finally:
             if n_steps != 0:
                 self._requires_eval = True  # the logits are not the prompt's any more
