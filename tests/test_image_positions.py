@@ -127,7 +127,6 @@ def test_without_a_session_cells_are_counted(load: Any) -> None:
 def test_spans() -> None:
     spans = ImageSpans()
     spans.put(5, 11, 66)
-    spans.put(16, 7, 7)  # as many positions as cells: nothing to note
     spans.put(30, 9, 45)
     assert [spans.n_cells(n) for n in (5, 16, 30, 39, 50)] == [5, 71, 85, 130, 141]
     assert (spans.end(6), spans.end(31), spans.end(40)) == (16, 39, 40)
@@ -358,11 +357,39 @@ def test_bounds_of_an_image(load: Any) -> None:
 
 @pytest.mark.parametrize(
     ("least", "most", "says"),
-    [(0, None, "image_min_tokens, got 0"), (None, 1.5, "1.5"), (9, 8, "at most image_max_tokens")],
+    [
+        (0, None, "image_min_tokens, got 0"),
+        (None, 1.5, "1.5"),
+        (None, 2**30, "a whole number from 1 to"),
+        (9, 8, "at most image_max_tokens"),
+    ],
 )
 def test_bad_bounds(least: Any, most: Any, says: str) -> None:
     with pytest.raises(el.ConfigError, match=says):
         ImageTokens(least, most)
+
+
+def test_bounds_that_a_tower_does_not_take(load: Any, files: Files) -> None:
+    with pytest.raises(el.ConfigError, match="got None, 1, expected bounds"):
+        load(image_max_tokens=1)
+    llm = files.load("qwen2vl", image_max_tokens=1)
+    with pytest.raises(el.ConfigError, match="got None, 1, expected bounds"):
+        complete(llm, user("the", FIRST))
+    llm.close()
+    with pytest.raises(el.ConfigError, match="got no vision tower"):
+        el.ElasticLlama(files.folder / "qwen2vl.gguf", image_max_tokens=9)
+
+
+def test_images_of_one_row_and_of_one_embedding(load: Any) -> None:
+    """As many cells as positions, but all at one."""
+    for options in ({"elastic": None}, {"kv_budget": 0.5}):
+        chat = load(image_min_tokens=1, image_max_tokens=4, **options)
+        for k, size in enumerate(((900, 40), (20, 20), (40, 900), (900, 40))):
+            ask(chat, "the heat", picture(k, *size))
+            assert chat.llm._rewind.end() == chat.llm.n_tokens
+        ask(chat, "the")
+        asked = [piece for piece in chat._pieces if isinstance(piece, ImagePiece)]
+        assert [piece.grid for piece in asked] == [(1, 9), (1, 1), (9, 1), (1, 9)]
 
 
 def test_an_image_that_is_read_at_once_needs_its_batch(load: Any) -> None:

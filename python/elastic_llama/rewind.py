@@ -28,7 +28,9 @@ class Rewinder:
         """Position after the last one in the cache."""
         if self.llm._ctx.memory is None:
             return int(self.llm.n_tokens)
-        return self.llm._spans.end(self._behind_cells())
+        n = self.llm._spans.end(self._behind_cells())
+        # which knows images that another handler decoded
+        return n if self.llm.session is None else max(n, int(self.llm.session.next_pos(0)))
 
     def _behind_cells(self) -> int:
         """Position after the last cell's, which may still be within an image (M-RoPE)."""
