@@ -7,10 +7,14 @@ to agree with the authors' code. Images have a size that no side resizes.
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from elastic_llama import Conversation, ElasticConfig, ElasticLlama
@@ -19,7 +23,9 @@ from elastic_llama.vision import MARKER
 from tests.support.engine import nmse
 from tests.support.mtmd_plain import PlainVision
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+N_CTX = 256
 NAMES = ("qwen2.5vl", "qwen3vl", "gemma3")
 BEFORE, QUESTION = "look at", "what is in the second row ?"
 PROMPT = BEFORE + MARKER + QUESTION
@@ -31,6 +37,7 @@ TOLERANCE = 1e-4
 class Reference:
     """A model as files, and what ``transformers`` computed with it."""
 
+    name: str
     model: Path
     mmproj: Path
     image: np.ndarray
@@ -51,6 +58,7 @@ def reference(
             files[part] = folder / f"{part}.gguf"
             files[part].write_bytes(data[part].tobytes())
         return Reference(
+            request.param,
             files["text"],
             files["mmproj"],
             data["image"],
@@ -86,19 +94,47 @@ def test_features(reference: Reference, plain: PlainVision) -> None:
 
 
 def test_answer_of_libmtmd(reference: Reference, plain: PlainVision) -> None:
+    plain.clear()
     first = plain.prompt(PROMPT, [reference.image])
     ours = np.stack([first, *plain.forced(reference.answer)])
     assert nmse(reference.logits, ours) <= TOLERANCE
 
 
+def test_one_position_more_does_not_pass(reference: Reference, plain: PlainVision) -> None:
+    """Where the text behind an image begins is a part of what is compared."""
+    if not reference.name.startswith("qwen"):
+        pytest.skip("llama.cpp takes a gap in the positions with M-RoPE only")
+    plain.clear()
+    plain.prompt(BEFORE + MARKER, [reference.image])
+    plain.n_past += 1
+    ours = plain.prompt(QUESTION, [], first=False)
+    assert nmse(reference.logits[0], ours) > 10 * TOLERANCE
+
+
+def test_reference_can_be_made_again(reference: Reference) -> None:
+    for module in ("torch", "transformers", "sentencepiece"):
+        pytest.importorskip(module, reason=f"{module} is needed to run the reference again")
+    said = subprocess.run(
+        [sys.executable, "cmake/prepare_llama_cpp.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    tree = next(line for line in said.stdout.splitlines() if line.startswith("tree="))
+    spec = importlib.util.spec_from_file_location("vlm", ROOT / "tests/reference/vlm_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fresh = module.reference(reference.name, Path(tree.partition("=")[2]))
+    np.testing.assert_allclose(fresh["features"], reference.features, atol=1e-5)
+    np.testing.assert_allclose(fresh["logits"], reference.logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("cache", ["off", "all cells kept"])
 def test_answer(reference: Reference, cache: str) -> None:
-    elastic = None if cache == "off" else ElasticConfig(budget=1.0)
+    """All cells are kept, and their attention is summed, since no prompt reaches the budget."""
+    elastic = None if cache == "off" else ElasticConfig(budget=N_CTX)
     llm = ElasticLlama(
         str(reference.model),
         mmproj_path=str(reference.mmproj),
         elastic=elastic,
-        n_ctx=256,
+        n_ctx=N_CTX,
         n_threads=1,
         n_threads_batch=1,
     )
@@ -119,7 +155,5 @@ def test_answer(reference: Reference, cache: str) -> None:
 
 
 def logits_of(llm: ElasticLlama) -> np.ndarray:
-    import llama_cpp
-
     row = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
     return np.ctypeslib.as_array(row, (llm.n_vocab(),)).copy()

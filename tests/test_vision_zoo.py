@@ -6,13 +6,14 @@ helper on a context that knows nothing of us gives the logits. docs/models.md na
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
-from elastic_llama import Conversation, ElasticConfig, ElasticLlama
+from elastic_llama import ConfigError, Conversation, ElasticConfig, ElasticLlama
 from elastic_llama.vision import MARKER
 
 from tests.support.engine import nmse
@@ -23,6 +24,9 @@ from tests.support.vision_text import N_EMBD, WIDTHS, write_text_model
 
 N_CTX, N_BATCH = 1024, 512
 N_ANSWER, N_LONG = 3, 12
+CAP = 64
+#: Families whose language model reads an image without a causal mask, so all of it at once.
+AT_ONCE = ("gemma3", "gemma4", "gemma4-moe", "gemma4-unified")
 QUESTIONS = ("what is it? ", "and this one? ")
 SHAPES = (((56, 56), (56, 112)), ((90, 70),))  # height and width of the images of each question
 
@@ -99,13 +103,14 @@ def plain(files: Files, **context: object) -> PlainVision:
 class Opened:
     """A model and a conversation with it."""
 
-    def __init__(self, files: Files, elastic: ElasticConfig | None) -> None:
+    def __init__(self, files: Files, elastic: ElasticConfig | None, n_batch: int = N_BATCH) -> None:
         self.llm = ElasticLlama(
             str(files.model),
             mmproj_path=str(files.mmproj),
             elastic=elastic,
             n_ctx=N_CTX,
-            n_batch=N_BATCH,
+            n_batch=n_batch,
+            n_ubatch=n_batch,
             n_threads=1,
             n_threads_batch=1,
             flash_attn=True,
@@ -189,3 +194,31 @@ def test_compressed(files: Files, expected: Expected) -> None:
             n_seen = sum(expected.n_cells[: turn + 1]) + (turn + 1) * N_LONG
             assert stats.cells_kept <= 0.3 * n_seen + 1
             assert ours.llm.session.n_per_layer(0) <= 0.3 * n_seen + 1 + 4
+
+
+def test_cap(files: Files, expected: Expected) -> None:
+    """A prompt that is longer than the cap is compressed on the way, also inside an image."""
+    if files.name == "llama4":
+        with pytest.raises(ConfigError, match="sliding window"):  # of 8192 cells
+            Opened(files, ElasticConfig(budget=0.3, kv_cells=CAP))
+        return
+    n_batch = N_BATCH if files.name in AT_ONCE else CAP // 2
+    elastic = ElasticConfig(budget=0.3, min_cells=8, kv_cells=CAP)
+    with Opened(files, elastic, n_batch) as ours:
+        for question, images in zip(QUESTIONS, IMAGES):
+            ours.answer_of(question, images)
+            assert ours.llm.session.n_cells(0) <= CAP
+
+
+def test_the_page_names_these_tests() -> None:
+    """29 files, and every id is a family here."""
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    table = page.partition("## Vision files")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\S+) \| `(\S+)` \| `(\S+)` \| yes \| `\[(\S+)\]` \|$", table, re.M)
+    assert len(rows) == len({name for name, *_ in rows}) == 29
+    for _, projector, text, name in rows:
+        family, variant = TEXT_VARIANTS.get(name, (name, ""))
+        assert FAMILIES[family].projector == projector
+        assert (variant or FAMILIES[family].text).partition("-")[0] == text
+    named = set(re.findall(r"`\[(\S+?)\]`", table))
+    assert named == {*FAMILIES, *TEXT_VARIANTS}

@@ -35,11 +35,11 @@ TEXT = {
 
 
 def image(width: int, height: int) -> np.ndarray:
-    """Smooth colours with some noise, uint8 ``(height, width, 3)``."""
+    """Colours in few steps with some noise, uint8 ``(height, width, 3)``; it compresses well."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     base = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 4 * y)], axis=-1)
     noise = np.random.default_rng(1).uniform(-0.2, 0.2, base.shape)
-    return np.clip(255 * (base + noise), 0, 255).astype(np.uint8)
+    return np.clip(32 * np.rint(8 * (base + noise)), 0, 255).astype(np.uint8)
 
 
 def fill(model: Any) -> None:
@@ -178,7 +178,8 @@ def reference(name: str, tree: Path) -> dict[str, np.ndarray]:
     is_gemma = name.startswith("gemma")
     markers = GEMMA_MARKERS if is_gemma else (MARKERS[0], MARKERS[1], MARKERS[2], MARKERS[3])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) / f"tiny-random-{name}"  # the name that the files will have
+        folder.mkdir()
         pieces = tokenizer(folder, markers, dummy_prefix=not is_gemma)
         files = convert(model, processor, folder, tree)
     inputs = processor(images=[Image.fromarray(pixels)], return_tensors="pt")

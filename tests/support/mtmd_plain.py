@@ -40,6 +40,10 @@ class PlainVision:
             self.engine.close()
             self.ctx = None
 
+    def clear(self) -> None:
+        self.engine.clear()
+        self.n_past = 0
+
     def __enter__(self) -> PlainVision:
         return self
 
