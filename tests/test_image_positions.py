@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import elastic_llama as el
+import llama_cpp
 import numpy as np
 import pytest
+from elastic_llama.bench.contexts import Context, ContextOptions
 from elastic_llama.cli import main
 from elastic_llama.images import to_data_uri
 from elastic_llama.pieces import ImagePiece, TextPiece, n_cells_from, piece_ids
 from elastic_llama.positions import ImageSpans
 from elastic_llama.prompt_reader import EncodedImages
 from elastic_llama.vision import ImageTokens
+from gguf import GGUFReader
 from llama_cpp import mtmd_cpp
 
 from tests.support.vision_families import Files, logits, picture, read_by_mtmd
@@ -463,3 +466,22 @@ def test_bounds_on_the_command_line(files: Files, load: Any, tmp_path: Any, caps
     assert 66 - 24 <= n_cells[0] - n_cells[1] < 66 - 12
     assert main([*command, "--image-min-tokens", "0"]) == 1
     assert "image_min_tokens, got 0" in capsys.readouterr().err
+
+
+def test_rows_of_the_benchmark_have_positions(load: Any, files: Files) -> None:
+    """Rows that are the embeddings of tokens are read as these tokens are."""
+    llm = load(elastic=None).llm
+    (table,) = (
+        tensor.data
+        for tensor in GGUFReader(files.folder / "qwen2vl.gguf").tensors
+        if tensor.name == "token_embd.weight"
+    )
+    tokens = list(range(270, 300))
+    found = []
+    for first in (tokens[:20], np.asarray(table[tokens[:20]], np.float32)):
+        context = Context(llm, ContextOptions(n_ubatch=8), 1, 256)
+        context.prefill([first, tokens[20:]], 0)
+        row = llama_cpp.llama_get_logits_ith(context.ctx, -1)
+        found.append(np.ctypeslib.as_array(row, (llm.n_vocab(),)).copy())
+        context.close()
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-3)
