@@ -30,7 +30,7 @@ from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig
 from .errors import (
-    ContextOverflowError,
+    ConfigError,
     ElasticError,
     StateError,
     message,
@@ -38,11 +38,14 @@ from .errors import (
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
-from .pieces import ImagePiece, Piece, piece_ids
+from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
+from .positions import ImageSpans
 from .probe import probe
 from .rewind import Rewinder
+from .room import Room
 from .session import Resolved, attach, lazy_buffers, resolve
 from .stats import ElasticStats
+from .vision import ImageTokens
 
 __all__ = ["ElasticLlama"]
 
@@ -68,6 +71,9 @@ class ElasticLlama(llama_cpp.Llama):
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    image_min_tokens, image_max_tokens : int, optional
+        Fewest and most embeddings of an image, for towers that take images of any size; those of
+        the tower by default.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
         what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
@@ -89,6 +95,7 @@ class ElasticLlama(llama_cpp.Llama):
     input_ids: np.ndarray
     scores: np.ndarray
     _seed: int
+    image_tokens: ImageTokens
 
     def __init__(
         self,
@@ -98,6 +105,8 @@ class ElasticLlama(llama_cpp.Llama):
         elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
         n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -109,9 +118,12 @@ class ElasticLlama(llama_cpp.Llama):
         self._closed = False
         self._probe_ms = 0.0
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
+        self._spans = ImageSpans()
         self._rewind = Rewinder(self)
+        self._room = Room(self)
         self._guard = Guard()
         self._scorer_guard = Guard()
+        self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -122,6 +134,16 @@ class ElasticLlama(llama_cpp.Llama):
             model_path = embedded_model()
             if mmproj_path is None and chat_handler is None:
                 mmproj_path = embedded_mmproj()
+        if self.image_tokens != ImageTokens() and mmproj_path is None:
+            raise ConfigError(
+                message(
+                    "config",
+                    "image_min_tokens, image_max_tokens",
+                    "no vision tower",
+                    "mmproj_path",
+                    "name it, or leave them out",
+                )
+            )
         model = gguf_check.check_model(model_path)
         if lora_path is not None:
             check_lora(os.fspath(lora_path), model)
@@ -130,7 +152,9 @@ class ElasticLlama(llama_cpp.Llama):
             if chat_handler is None:
                 from .chat import make_chat_handler
 
-                chat_handler = make_chat_handler(mmproj_path, verbose=verbose)
+                chat_handler = make_chat_handler(
+                    mmproj_path, verbose=verbose, image_tokens=self.image_tokens
+                )
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
         self.elastic = elastic
         route(verbose)
@@ -196,7 +220,7 @@ class ElasticLlama(llama_cpp.Llama):
     def stats(self) -> ElasticStats:
         """Figures since the model was loaded; all zero while the elastic cache is off."""
         if self._session is None:
-            return ElasticStats(cells=self.n_tokens, tokens=self.n_tokens)
+            return ElasticStats(cells=self._room.n_used(), tokens=self._room.n_seen())
         s = self._session.stats()
         return ElasticStats(
             **{
@@ -216,7 +240,7 @@ class ElasticLlama(llama_cpp.Llama):
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_per_layer(0),
-            tokens=self.n_tokens,
+            tokens=self._room.n_seen(),
         )
 
     @contextmanager
@@ -239,12 +263,6 @@ class ElasticLlama(llama_cpp.Llama):
         if self._session is not None:
             self._session.set_prefill(value)
 
-    def _cells_used(self) -> int:
-        """Cells held once those behind `n_tokens` are gone, which `eval` removes."""
-        if self._session is None or self.n_tokens == 0:
-            return int(self.n_tokens)
-        return min(int(self.n_tokens), int(self._session.n_cells(0)))
-
     def _probe(self, token: int) -> None:
         """Before the prompt is compressed, see what an answer that begins with `token` looks at."""
         if self._session is None or self.elastic is None:
@@ -253,7 +271,8 @@ class ElasticLlama(llama_cpp.Llama):
         n_steps = -1
         try:
             with self._scorer_guard.watch():
-                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+                position = {0: self._rewind.end()}
+                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token}, position)
         finally:
             if n_steps != 0:
                 self._requires_eval = True  # the logits are not the prompt's any more
@@ -269,33 +288,19 @@ class ElasticLlama(llama_cpp.Llama):
         with self._scorer_guard.watch():
             self._session.compress(0)
 
-    def check_room(self, n_new: int) -> None:
-        """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
-        used = self._cells_used()
-        if used + n_new > self.n_ctx() and self._session is not None:
-            with self._scorer_guard.watch():
-                self._session.make_room(n_new)
-            used = self._cells_used()
-        if not self._is_capped and used + n_new > self.n_ctx():
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "the context is too small",
-                    f"{n_new} tokens on top of {used} cells",
-                    f"at most n_ctx = {self.n_ctx()} together",
-                    "raise n_ctx or shorten the prompt",
-                )
-            )
-        if self.n_tokens + n_new > len(self.input_ids):
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "past the positions of the model",
-                    self.n_tokens + n_new,
-                    f"at most {len(self.input_ids)}",
-                    "start over",
-                )
-            )
+    def check_room(self, n_new: int, n_positions: int | None = None) -> None:
+        """Raise `ContextOverflowError` unless `n_new` more cells fit.
+
+        The cache is compressed for them where that is enough.
+
+        Parameters
+        ----------
+        n_new : int
+            Tokens of text and embeddings of images: each takes a cell.
+        n_positions : int, optional
+            Positions that they take; as many by default. With M-RoPE an image takes fewer.
+        """
+        self._room.check(n_new, n_positions)
 
     # -- llama_cpp.Llama
 
@@ -316,6 +321,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("reset")
         self._n_calls += 1
         super().reset()
+        self._spans = ImageSpans()
         self.input_ids[:] = _placeholders(len(self.input_ids))
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -367,6 +373,7 @@ class ElasticLlama(llama_cpp.Llama):
         """Decode tokens at `n_tokens`, where the cache ends."""
         take_log()
         self._grow_scores(self.n_tokens + len(tokens))
+        self._spans.cut(self.n_tokens)
         try:
             self._set_prefill(in_prompt)
             with self._scorer_guard.watch():
@@ -396,7 +403,8 @@ class ElasticLlama(llama_cpp.Llama):
         Returns
         -------
         int
-            Positions that had to be decoded. `generate([], reset=False)` answers the prompt.
+            Tokens of text and embeddings of images that had to be decoded.
+            `generate([], reset=False)` answers the prompt.
 
         Raises
         ------
@@ -406,8 +414,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("prefill")
         self._n_calls += 1
         ids = piece_ids(pieces)
+        n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
+        self._room.check_fit(n_new + 1, 0)  # before anything is cut
         n_kept = self._rewind.keep_prefix(ids)
-        self.check_room(len(ids) - n_kept + 1)  # and an answer
+        n_new = n_cells_from(pieces, n_kept)
+        self.check_room(n_new + 1, len(ids) - n_kept + 1)  # and an answer
         first = 0
         with self.prompt_phase():
             for piece in pieces:
@@ -417,7 +428,7 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
-        return len(ids) - n_kept
+        return n_new
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
@@ -430,7 +441,11 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
             why = reason(take_log())
             raise StateError(f"{e}: {why}" if why else str(e)) from e
-        self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
+        n_positions = n_past - self.n_tokens
+        self.input_ids[self.n_tokens : n_past] = ids[:n_positions]
+        self._spans.cut(int(self.n_tokens))
+        if piece.grid is not None:
+            self._spans.put(int(self.n_tokens), n_positions, piece.n_cells)
         self.n_tokens = n_past
         self._requires_eval = False
 
@@ -550,7 +565,7 @@ class ElasticLlama(llama_cpp.Llama):
     def save_state(self) -> Any:
         """As in llama-cpp-python; scores are saved only where they are kept (`logits_all`)."""
         self._check_open("save_state")
-        return llama_cpp.LlamaState(
+        state = llama_cpp.LlamaState(
             scores=self._scores.copy() if self._logits_all else self.scores[:1].copy(),
             input_ids=self.input_ids[: self.n_tokens].copy(),
             n_tokens=self.n_tokens,
@@ -558,6 +573,8 @@ class ElasticLlama(llama_cpp.Llama):
             llama_state_size=len(data),
             seed=self._seed,
         )
+        state.image_spans = self._spans.copy()
+        return state
 
     def load_state(self, state: Any) -> None:
         """As in llama-cpp-python; everything is as before if it fails.
@@ -595,6 +612,7 @@ class ElasticLlama(llama_cpp.Llama):
             self._grow_scores(n)
             self.scores[: min(n, len(state.scores))] = state.scores[:n]
         self.n_tokens = n
+        self._spans = ImageSpans(getattr(state, "image_spans", None))
         self._seed = state.seed
         self._requires_eval = True
 
@@ -602,6 +620,9 @@ class ElasticLlama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         if self.mmproj_path is not None:
             state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
+        state.update(
+            image_min_tokens=self.image_tokens.least, image_max_tokens=self.image_tokens.most
+        )
         return {**state, "elastic": self.elastic}
 
     def close(self) -> None:
