@@ -35,7 +35,24 @@ class Rewinder:
         """The largest position <= `n` from which on everything can be removed exactly."""
         n = min(n, self.end())
         session = self.llm.session
-        return n if session is None else int(session.can_cut(n))
+        if session is not None:
+            return int(session.can_cut(n))
+        return n if n == self.end() or self._window_holds(n) else 0
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some layers hold the last cells only, so that what came before them is gone."""
+        llm = self.llm
+        n_swa = llama_cpp.llama_model_n_swa(llm._model.model)
+        return n_swa > 0 and not llm.context_params.swa_full and llm._ctx.memory is not None
+
+    def _window_holds(self, n: int) -> bool:
+        """Whether a token at position n would find all that its sliding window looks at."""
+        if not self.has_window:
+            return True
+        n_swa = llama_cpp.llama_model_n_swa(self.llm._model.model)
+        first = llama_cpp.llama_memory_seq_pos_min(self.llm._ctx.memory, 0)
+        return first <= max(0, n - n_swa)
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.

@@ -7,6 +7,7 @@ Prints one JSON object per model. A model that ends its process, or does not end
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import elastic_llama  # noqa: F401  (first: it decides which libraries llama_cpp loads)
 import llama_cpp
 import numpy as np
+from elastic_llama import _core
 
 from tests.support import zoo
 from tests.support.engine import Engine, nmse, random_tokens
@@ -43,7 +45,7 @@ class Result:
         works; refused, with the sentence in `why`; no cells, where the model has no memory at all;
         broken, with what went wrong in `why`.
     memory : dict
-        `Session.memory()`, of a model that is not refused.
+        `_core.memory()`, of a model that is not refused.
     """
 
     name: str
@@ -94,10 +96,13 @@ def _processes(e: Engine) -> bool:
 
 
 def _memory(e: Engine) -> dict[str, Any]:
-    memory = getattr(e.session, "memory", dict)()
+    memory = dict(_core.memory(ctypes.cast(e.ctx, ctypes.c_void_p).value))
     n_layer = len(e.session.cells_per_layer(0))
-    n_model = llama_cpp.llama_model_n_layer(e.model)
-    return {"kind": "plain", "n_layer": n_layer, "n_layer_model": n_model, **memory}
+    check(n_layer == memory["n_layer"], f"memory: {n_layer} layers, not {memory['n_layer']}")
+    check(0 < n_layer <= memory["n_layer_model"], f"memory: {n_layer} layers of the model's")
+    check(e.session.kv_bytes_per_cell() >= memory["cell_bytes"] > 0, "memory: bytes of a cell")
+    check((memory["kind"] == "plain") == (memory["other_bytes"] == 0), "memory: other bytes")
+    return memory
 
 
 def _try_one_sequence(path: Path, stock: Engine) -> None:

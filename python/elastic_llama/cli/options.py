@@ -202,7 +202,9 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
 
 
 def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
-    """The `ElasticLlama` that the options describe."""
+    """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
+    model does not take an elastic one and no option asks for it.
+    """
     model, mmproj = args.model, args.mmproj
     if args.hf_repo:
         from ..hub import fetch
@@ -246,7 +248,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     return ElasticLlama(
         model,
         mmproj_path=mmproj,
-        elastic=elastic,
+        elastic="auto" if elastic == ElasticConfig() else elastic,  # nothing was asked for
         n_ctx=args.ctx_size,
         n_threads=args.threads,
         n_threads_batch=args.threads,
