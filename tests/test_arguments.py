@@ -450,7 +450,10 @@ def test_models_without_memory(tiny: Any, arch: str) -> None:
     stock = llama_cpp.Llama(str(path), embedding=True, verbose=False, **SMALL)
     for elastic in ("auto", None, *OFF):
         with el.ElasticLlama(path, elastic=elastic, embedding=True, **SMALL) as llm:
-            assert llm.embed(TEXT) == stock.embed(TEXT)
+            if elastic == "auto":  # with flash attention
+                np.testing.assert_allclose(llm.embed(TEXT), stock.embed(TEXT), atol=1e-2)
+            else:
+                assert llm.embed(TEXT) == stock.embed(TEXT)
             assert llm.session is None
             cannot_decode(llm, "no KV cache")
     stock.close()
