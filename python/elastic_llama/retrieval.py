@@ -33,10 +33,15 @@ log = logging.getLogger("elastic_llama")
 _measured: dict[Path, list[float]] = {}  # by cache file, where that cannot be written
 
 
-def measured_scores(llm: ElasticLlama) -> list[float]:
+def measured_scores(llm: ElasticLlama, n_layer: int | None = None) -> list[float]:
     """How much each layer looks words up, measured once per model file.
 
     A cache folder that cannot be read or written is done without.
+
+    Parameters
+    ----------
+    n_layer : int, optional
+        Layers of the part of the memory that is compressed; those of the model by default.
 
     Raises
     ------
@@ -52,7 +57,8 @@ def measured_scores(llm: ElasticLlama) -> list[float]:
             kept = json.loads(file.read_text(encoding="utf-8"))
             scores = [float(x) for x in kept["scores"]]
             _core.layer_shares(scores)  # refuses what no measure gives
-            n_layer = llama_cpp.llama_model_n_layer(llm._model.model)
+            if n_layer is None:
+                n_layer = llama_cpp.llama_model_n_layer(llm._model.model)
             same = kept["version"] == VERSION and kept["model"] == path
             if same and len(scores) == n_layer:
                 return scores
