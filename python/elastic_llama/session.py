@@ -94,8 +94,7 @@ def _measured_shares(llm: ElasticLlama, address: int, elastic: ElasticConfig) ->
     if not elastic.may_be_uneven or not _core.frees_layers(address):
         return ()
     try:
-        n_layer = _core.memory(address)["n_layer"]
-        return tuple(_core.layer_shares(measured_scores(llm, n_layer)))
+        return tuple(_core.layer_shares(measured_scores(llm)))
     except (NotImplementedError, ValueError, RuntimeError) as e:
         log.warning("all layers keep as many cells, since they cannot be measured: %s", e)
         return ()
