@@ -33,7 +33,13 @@ class _Answer:
     n_left: int
 
 
-def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int]) -> int:
+def probe(
+    ctx: Any,
+    session: Any,
+    config: ElasticConfig,
+    first: Mapping[int, int],
+    positions: Mapping[int, int] | None = None,
+) -> int:
     """Decode likely answers, one token of each in a batch, and take them back.
 
     Nothing is decoded for a sequence with image cells, whose answer looks from one patch to
@@ -47,6 +53,9 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
         Its elastic cache, attached as `config` says.
     first : mapping of int to int
         Sequences whose prompts are about to be compressed, and the first token of each answer.
+    positions : mapping of int to int, optional
+        Where that token goes in each; by default behind the last cell, which is not behind an
+        image with M-RoPE.
 
     Returns
     -------
@@ -63,7 +72,12 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
     _check(ctx, first, n_vocab)
     memory = llama_cpp.llama_get_memory(ctx)
     answers = [
-        _Answer(seq_id, token, llama_cpp.llama_memory_seq_pos_max(memory, seq_id) + 1, n)
+        _Answer(
+            seq_id,
+            token,
+            (positions or {}).get(seq_id, llama_cpp.llama_memory_seq_pos_max(memory, seq_id) + 1),
+            n,
+        )
         for seq_id, token in first.items()
         if (n := n_probe_tokens(ctx, session, config, seq_id, len(first))) > 0
         and not llama_cpp.llama_vocab_is_eog(vocab, token)

@@ -26,33 +26,35 @@ class Rewinder:
 
     def end(self) -> int:
         """Position after the last one in the cache."""
-        memory = self.llm._ctx.memory
-        if memory is None:
+        if self.llm._ctx.memory is None:
             return int(self.llm.n_tokens)
-        return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1
+        return self.llm._spans.end(self._behind_cells())
+
+    def _behind_cells(self) -> int:
+        """Position after the last cell's, which may still be within an image (M-RoPE)."""
+        if self.llm._ctx.memory is None:
+            return int(self.llm.n_tokens)
+        return int(llama_cpp.llama_memory_seq_pos_max(self.llm._ctx.memory, 0)) + 1
 
     def can_cut(self, n: int) -> int:
         """The largest position <= `n` from which on everything can be removed exactly."""
         n = min(n, self.end())
         session = self.llm.session
-        if session is not None:
-            return int(session.can_cut(n))
-        return n if n == self.end() or self._window_holds(n) else 0
+        if n >= self._behind_cells():
+            return n
+        return (n if self._has_window(n) else 0) if session is None else int(session.can_cut(n))
 
     @property
-    def has_window(self) -> bool:
-        """Whether some layers hold the last cells only, so that what came before them is gone."""
-        llm = self.llm
-        n_swa = llama_cpp.llama_model_n_swa(llm._model.model)
-        return n_swa > 0 and not llm.context_params.swa_full and llm._ctx.memory is not None
+    def n_window(self) -> int:
+        """Tokens that a sliding window of the model sees; 0: it has none."""
+        return int(llama_cpp.llama_model_n_swa(self.llm.model))
 
-    def _window_holds(self, n: int) -> bool:
-        """Whether a token at position n would find all that its sliding window looks at."""
-        if not self.has_window:
+    def _has_window(self, n: int) -> bool:
+        """Whether the cells that position `n` sees in a sliding window are there still."""
+        memory = self.llm._ctx.memory
+        if memory is None:
             return True
-        n_swa = llama_cpp.llama_model_n_swa(self.llm._model.model)
-        first = llama_cpp.llama_memory_seq_pos_min(self.llm._ctx.memory, 0)
-        return first <= max(0, n - n_swa)
+        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0)) <= max(0, n - self.n_window)
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.
@@ -62,9 +64,15 @@ class Rewinder:
         n = self.can_cut(n)
         if not self.llm._ctx.kv_cache_seq_rm(-1, n, -1):
             n = 0
-            self.llm._ctx.kv_cache_seq_rm(-1, 0, -1)
+            if not self.llm._ctx.kv_cache_seq_rm(-1, 0, -1):
+                self.llm._ctx.kv_cache_clear()
         self.llm.n_tokens = n
+        self.llm._spans.cut(n)
         return n
+
+    def common_prefix(self, ids: np.ndarray) -> int:
+        """Positions at the beginning of the prompt `ids` that the cache holds or once held."""
+        return common_prefix(self.llm.input_ids[: min(int(self.llm.n_tokens), self.end())], ids)
 
     def keep_prefix(self, ids: np.ndarray) -> int:
         """Keep the longest possible prefix of the prompt `ids` that the cache holds.
@@ -79,7 +87,7 @@ class Rewinder:
         """
         llm = self.llm
         held = min(int(llm.n_tokens), self.end())
-        n = common_prefix(llm.input_ids[:held], ids)
+        n = self.common_prefix(ids)
         if n == len(ids) == held == llm.n_tokens and not llm._requires_eval:
             return n  # nothing came after it, and its logits are there
         n = self._cut_between_images(ids, n)
@@ -113,12 +121,12 @@ class Rewinder:
         llm = self.llm
         n = int(llm.n_tokens)
         missing = llm.input_ids[self.can_cut(n) : n].copy()
-        if (missing < 0).any():
+        if (missing < 0).any() or llm._spans.is_inside(n):
             raise StateError(
                 message(
                     "eval",
-                    f"the cache cannot be cut at position {n}, since it was compressed behind it, "
-                    "and an image would have to be read again",
+                    f"the cache cannot be cut at position {n}, and an image would have to be read "
+                    "again",
                     do="ask with create_chat_completion or Conversation, which have the image",
                 )
             )
