@@ -32,7 +32,7 @@ N_SHORT = 40  # of each of several sequences, and more
 OVERDRAFT = 8
 WHOLE = {"budget": 1.0, "min_cells": 8}
 KEPT = {"budget": 0.3, "min_cells": 8, "overdraft": OVERDRAFT, "auto_layers": True}
-SECONDS = 60  # for one model; most take less than one
+SECONDS = 180  # for one model; most take less than one on an idle machine
 
 
 @dataclass
@@ -119,16 +119,32 @@ def _try_one_sequence(path: Path, stock: Engine) -> None:
         first = _answer(e, prompt, forced[:4])
         check(bool(np.isfinite(first).all()), "budget 0.3: NaN")
         _check_cells(e, 0, N_PROMPT, 4, "budget 0.3")
-        state, of_sequence = e.save(), e.save(0)
+        state, of_sequence, saved = e.save(), e.save(0), _cells(e)
         rest = e.forced(forced[4:], N_PROMPT + 4)
         check(bool(np.isfinite(rest).all()), "budget 0.3, a long answer: NaN")
         _check_cells(e, 0, N_PROMPT, N_FORCED, "budget 0.3, a long answer")
+        windows = "window" in _memory(e)["kind"]
         for data, seq in ((state, None), (of_sequence, 0)):
             with Engine(str(path), KEPT, n_ctx=256, model=stock.model) as other:
-                check(other.load(data, seq) == len(data), "a state: not loaded")
-                again = other.forced(forced[4:], N_PROMPT + 4)
                 what = "a state" if seq is None else "a sequence's state"
-                check(np.array_equal(again, rest), f"{what}: NMSE {nmse(rest, again):.1e}")
+                check(other.load(data, seq) == len(data), f"{what}: not loaded")
+                loaded = _cells(other)
+                same = all(np.array_equal(x, y) for x, y in zip(loaded, saved))
+                check(same, f"{what}: other cells")
+                again = other.forced(forced[4:], N_PROMPT + 4)
+                # of a window llama.cpp saves what can still be seen, which then lies elsewhere
+                exact = nmse(rest, again) < 1e-5 if windows else np.array_equal(again, rest)
+                check(exact, f"{what}: NMSE {nmse(rest, again):.1e}")
+
+
+def _cells(e: Engine) -> list[np.ndarray]:
+    """All that an elastic cache knows of sequence 0, with its keys and values."""
+    s = e.session
+    layers = range(len(s.cells_per_layer(0)))
+    rows = [x for il in layers for x in s.read_kv(0, il)]
+    places = s.cells(0)
+    known = [s.importance(0), s.bias(0), s.count(0), s.cells_per_layer(0)]
+    return [places["pos"], places["kind"], *known, *rows]
 
 
 def _answer(e: Engine, prompt: list[int], forced: list[int]) -> np.ndarray:
