@@ -31,6 +31,7 @@ def answer(llm: Any, prompt: list[int]) -> np.ndarray:
     return llm.scores[len(prompt) - 1 : len(prompt) + 4].copy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", [None, "auto", el.ElasticConfig(0.5)])
 @pytest.mark.parametrize("swa_full", [True, False])
 def test_reuse(windowed: Path, elastic: Any, swa_full: bool) -> None:
@@ -44,7 +45,7 @@ def test_reuse(windowed: Path, elastic: Any, swa_full: bool) -> None:
         long[:600] + random_tokens(2, 300, 2),  # nothing of it
         long[:600] + random_tokens(300, 300, 3),
         long[:550],  # a part of what is held
-        long[:550] + random_tokens(5, 300, 4),
+        long[:540] + random_tokens(5, 300, 4),
         long,
     ]
     with el.ElasticLlama(windowed, **args) as llm:
