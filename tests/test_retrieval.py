@@ -351,6 +351,22 @@ def test_another_file_is_measured_anew(tmp_path: Path, folder: Path, measured: l
     assert len(list(folder.iterdir())) == 2
 
 
+@linux
+def test_the_layers_of_a_part_are_measured_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight layers have no sliding window, and only those are measured."""
+    n_calls = []
+    monkeypatch.setattr(
+        retrieval._core, "measure_layers", lambda *args: n_calls.append(args) or [0.5, 0.1]
+    )
+    path = write_tiny_llama(tmp_path / "windows.gguf", arch="cohere2", n_layer=8, n_embd=64)
+    for _ in range(2):
+        with load(path, elastic=ElasticConfig()) as llm:
+            assert len(llm.session.layer_share()) == 2
+    assert len(n_calls) == 1
+
+
 def test_without_a_cache(
     tiny: ElasticLlama,
     tmp_path: Path,

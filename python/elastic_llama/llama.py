@@ -35,6 +35,7 @@ from .errors import (
     StateError,
     message,
 )
+from .fallback import AUTO, attach_if_possible
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
@@ -65,8 +66,9 @@ class ElasticLlama(llama_cpp.Llama):
         GGUF of the language model. None: the embedded model, and its vision tower.
     mmproj_path : path, optional
         GGUF of the vision tower and projector; makes a chat handler that reads images.
-    elastic : ElasticConfig or None
-        None leaves llama.cpp's cache as it is, and so does one that keeps every cell.
+    elastic : ElasticConfig, None or "auto"
+        None leaves llama.cpp's cache as it is, and so does one that keeps every cell. "auto" is
+        `ElasticConfig()`, or None with a warning in the log where the model does not take it.
     kv_budget : float or int, optional
         Short for `elastic` with this budget.
     chat_handler : optional
@@ -77,7 +79,9 @@ class ElasticLlama(llama_cpp.Llama):
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
         what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
-        cache is, whatever is passed: its V lies in rows.
+        cache is, whatever is passed: its V lies in rows. `swa_full` is False while it is on: layers
+        with a sliding window then hold its cells and not `n_ctx`, and a prompt that agrees with
+        the cache only before the window is read again from its start.
 
     Raises
     ------
@@ -86,8 +90,8 @@ class ElasticLlama(llama_cpp.Llama):
     ConfigError
         A budget of more cells than the context has, or parameters that llama.cpp refuses.
     UnsupportedModelError
-        The model's memory is not a plain KV cache, and the elastic cache is on; or there is none,
-        and `embedding` is not set.
+        The model does not take an elastic cache that was asked for; or there is no KV cache, and
+        `embedding` is not set.
     """
 
     # of llama_cpp.Llama, which says nothing of their types
@@ -102,7 +106,7 @@ class ElasticLlama(llama_cpp.Llama):
         model_path: str | os.PathLike[str] | None = None,
         *,
         mmproj_path: str | os.PathLike[str] | None = None,
-        elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
+        elastic: ElasticConfig | str | None = AUTO,
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
         image_min_tokens: int | None = None,
@@ -124,6 +128,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._guard = Guard()
         self._scorer_guard = Guard()
         self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
+        is_auto = elastic == AUTO and kv_budget is None
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -156,7 +161,7 @@ class ElasticLlama(llama_cpp.Llama):
                     mmproj_path, verbose=verbose, image_tokens=self.image_tokens
                 )
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
-        self.elastic = elastic
+        self.elastic: ElasticConfig | None = elastic
         route(verbose)
         try:
             with lazy_buffers(elastic):
@@ -179,10 +184,15 @@ class ElasticLlama(llama_cpp.Llama):
         try:
             if lora_path is not None:
                 add_lora(self, os.fspath(lora_path), self.lora_scale)
-            check_memory(elastic, self._ctx, self.model_path, kwargs)
-            if elastic is not None and not elastic.is_off and self._ctx.memory is not None:
+            check_memory(None if is_auto else elastic, self._ctx, self.model_path, kwargs)
+            if self._ctx.memory is None:
+                self.elastic = None if is_auto else elastic
+            elif elastic is not None and not elastic.is_off:
                 elastic.check_cells(self.n_ctx())
-                self._attach(elastic)
+                if is_auto:
+                    attach_if_possible(self, elastic)
+                else:
+                    self._attach(elastic)
         except ElasticError:
             self.close()
             raise
@@ -463,7 +473,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("generate")
         tokens = [int(token) for token in tokens]
         reset = args[6] if len(args) > 6 else kwargs.get("reset", True)
-        if reset and self._session is not None and self.n_tokens > 0:
+        if reset and self.n_tokens > 0 and (self._session is not None or self._rewind.n_window):
             self._rewind.keep_prefix(np.asarray(tokens, np.intc))
         self._enter(_Phase.FIRST)
         stream = super().generate(tokens, *args, **kwargs)

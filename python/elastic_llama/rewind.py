@@ -46,13 +46,17 @@ class Rewinder:
             return n
         return (n if self._has_window(n) else 0) if session is None else int(session.can_cut(n))
 
+    @property
+    def n_window(self) -> int:
+        """Tokens that a sliding window of the model sees; 0: it has none."""
+        return int(llama_cpp.llama_model_n_swa(self.llm.model))
+
     def _has_window(self, n: int) -> bool:
         """Whether the cells that position `n` sees in a sliding window are there still."""
         memory = self.llm._ctx.memory
         if memory is None:
             return True
-        n_window = int(llama_cpp.llama_model_n_swa(self.llm.model))
-        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0)) <= max(0, n - n_window)
+        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0)) <= max(0, n - self.n_window)
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.

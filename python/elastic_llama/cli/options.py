@@ -210,7 +210,9 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
 
 
 def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
-    """The `ElasticLlama` that the options describe."""
+    """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
+    model does not take an elastic one and no option asks for it.
+    """
     model, mmproj = args.model, args.mmproj
     if args.hf_repo:
         from ..hub import fetch
@@ -256,7 +258,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         mmproj_path=mmproj,
         image_min_tokens=args.image_min_tokens,
         image_max_tokens=args.image_max_tokens,
-        elastic=elastic,
+        elastic="auto" if elastic == ElasticConfig() else elastic,  # nothing was asked for
         n_ctx=args.ctx_size,
         n_threads=args.threads,
         n_threads_batch=args.threads,
