@@ -54,7 +54,9 @@ def add_rpc_server(endpoint: str) -> list[str]:
     reg = lib.ggml_backend_rpc_add_server(endpoint.encode())
     if not reg:
         raise ConfigError(message("rpc", "the server has no device", endpoint, "one or more"))
-    devices = [base.ggml_backend_reg_dev_get(reg, i) for i in range(base.ggml_backend_reg_dev_count(reg))]
+    devices = [
+        base.ggml_backend_reg_dev_get(reg, i) for i in range(base.ggml_backend_reg_dev_count(reg))
+    ]
     known = {base.ggml_backend_dev_get(i) for i in range(before)}
     if not known.issuperset(devices):
         base.ggml_backend_register(reg)
@@ -87,7 +89,9 @@ def serve_rpc(host: str = "127.0.0.1", port: int = 50052, n_threads: int = 1) ->
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as e:
-        raise ConfigError(message("rpc", f"cannot listen ({e})", f"{host}:{port}", "a free port")) from e
+        raise ConfigError(
+            message("rpc", f"cannot listen ({e})", f"{host}:{port}", "a free port")
+        ) from e
     devices = (ctypes.c_void_p * 1)(_ggml().ggml_backend_dev_by_type(0))  # the CPU
     lib.ggml_backend_rpc_start_server(f"{host}:{port}".encode(), None, n_threads, 1, devices)
 
@@ -109,7 +113,9 @@ def _library() -> ctypes.CDLL:
     lib = _open("ggml-rpc")
     if lib is None:
         raise UnsupportedModelError(
-            message("rpc", "this build has no RPC backend", "GGML_RPC=OFF", "a build with GGML_RPC=ON")
+            message(
+                "rpc", "this build has no RPC backend", "GGML_RPC=OFF", "a build with GGML_RPC=ON"
+            )
         )
     lib.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
     lib.ggml_backend_rpc_add_server.argtypes = [ctypes.c_char_p]
