@@ -84,7 +84,7 @@ def main() -> None:
                 log_softmax(answer(x, policy, setting, 640, 32).logits) for x in (host, device)
             )
             print(f"fa {fa} {policy or 'stock'}: KL of host to device {kl(ours, theirs):.1e}")
-        for fa, policy in RUNS[2:3] if args.speed_only else RUNS[2:]:
+        for _, policy in RUNS[2:3] if args.speed_only else RUNS[2:]:
             time_policy(device, policy, args)
 
 
