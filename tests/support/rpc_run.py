@@ -1,4 +1,4 @@
-"""One model on this machine and on RPC servers, in a process of its own: devices cannot be taken back.
+"""One model here and on RPC servers, in a process of its own: devices cannot be taken back.
 
 Prints one JSON object per line: what differed, and the commands that each generated token took.
 
