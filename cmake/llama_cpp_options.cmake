@@ -9,6 +9,7 @@ set(LLAMA_BUILD_MTMD ON  CACHE BOOL "")
 set(LLAMA_CURL       OFF CACHE BOOL "")
 set(LLAMA_OPENSSL    OFF CACHE BOOL "")
 set(GGML_NATIVE      ON  CACHE BOOL "ggml: optimize the build for the current system")
+set(GGML_RPC         ON  CACHE BOOL "ggml: use other machines as devices")
 
 if (APPLE)
     set(GGML_METAL               ON CACHE BOOL "ggml: use Metal")

@@ -266,8 +266,17 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
             "Whether rows masked in single layers (layer_share) go back to the operating system.")
         .def(
-            "has_own_op", [](const session & self) { return self.cache().has_own_op(); },
-            "Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.")
+            "attention",
+            [](const session & self) {
+                std::vector<std::string> res;
+                for (const auto way : self.cache().layer_ways()) {
+                    res.push_back(name_of(way));
+                }
+                return res;
+            },
+            "How attention that is scored or biased is computed in each layer of the cache: \"own op\" (on the CPU), \"fused op, a mask "
+            "per "
+            "head\", \"fused op, a head as a stream\" or \"plain ops\".")
         .def(
             "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
             "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")

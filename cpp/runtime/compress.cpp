@@ -205,7 +205,7 @@ void compressor::merge(const plan & p, inputs & in, const std::vector<int32_t> &
         merge_layer(p, parts.cfg.pol.combine, il, in.layers[il].k, in.layers[il].v, in.rows, dst, in.state, after);
     });
     for (auto & layer : in.layers) {
-        layer.store();
+        layer.store(dst.back() + 1);
     }
 }
 

@@ -65,6 +65,10 @@ class Session:
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
         RuntimeError when the cache holds cells already.
         """
+    def attention(self) -> list[str]:
+        """
+        How attention that is scored or biased is computed in each layer of the cache: "own op" (on the CPU), "fused op, a mask per head", "fused op, a head as a stream" or "plain ops".
+        """
     def begin_probe(self) -> None:
         """
         What is decoded from now on is taken back by end_probe, as if it had never been decoded.
@@ -127,10 +131,6 @@ class Session:
     def frees_rows(self) -> bool:
         """
         Whether rows masked in single layers (layer_share) go back to the operating system.
-        """
-    def has_own_op(self) -> bool:
-        """
-        Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.
         """
     def importance(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0

@@ -7,9 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-from . import bench, chat, demo, describe, eval, info, show
+from . import bench, chat, demo, describe, eval, info, rpc_server, show
 
-_COMMANDS = (describe, show, chat, eval, bench, demo, info)
+_COMMANDS = (describe, show, chat, eval, bench, demo, info, rpc_server)
 
 
 class _Parser(argparse.ArgumentParser):

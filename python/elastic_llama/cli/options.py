@@ -39,6 +39,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
     )
     group.add_argument(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="RPC servers whose machines take layers too, with -ngl (elastic-llama rpc-server)",
+    )
+    group.add_argument(
         "-fa",
         "--flash-attn",
         choices=("on", "off", "auto"),
@@ -237,6 +242,11 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
 
     if not args.verbose:
         silence()  # main() reports what went wrong
+    if args.rpc:
+        from ..rpc import add_rpc_server
+
+        for endpoint in args.rpc.split(","):
+            add_rpc_server(endpoint)
     flash = {"on": True, "off": False, "auto": None}[args.flash_attn]
     if not elastic.is_off:
         check_flash(args, "leave it out, or turn the cache off (--kv-budget 1)")
