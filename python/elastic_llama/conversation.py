@@ -7,7 +7,6 @@ turn decodes only what is new, at its true positions, over the cells that the el
 from __future__ import annotations
 
 import codecs
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from .images import as_images, load_image
 from .kv_types import stock_bytes
 from .llama import ElasticLlama
 from .messages import clean_text
-from .pieces import ImagePiece, Piece, TextPiece
+from .pieces import ImagePiece, Piece, TextPiece, pixel_key
 from .prompt_reader import EncodedImages, n_positions
 from .stats import TurnStats
 from .vision import MARKER, Chunk, Vision
@@ -255,7 +254,7 @@ class Conversation:
         if self.vision is None:
             return [TextPiece(tuple(self.llm.tokenize(prompt.encode(), first, special=True)))]
         pieces: list[Piece] = []
-        keys = [_key(image) for image in images]
+        keys = [pixel_key(image) for image in images]
         n_image = part = -1  # image, and which of its chunks
         with self.vision.chunks(prompt, images, add_special=first) as chunks:
             for chunk in chunks:
@@ -358,7 +357,3 @@ def _message(role: str, content: str, n_images: int = 0) -> dict[str, Any]:
     """A message in whose text the marker of an image stands for none but its own images."""
     said = without_marker(clean_text(content), MARKER)
     return {"role": role, "content": MARKER * n_images + said, "n_images": n_images}
-
-
-def _key(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

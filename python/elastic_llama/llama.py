@@ -28,13 +28,15 @@ from ._checks import (
 )
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
-from .config import ElasticConfig
+from .config import ElasticConfig, budget_value
 from .errors import (
     ContextOverflowError,
     ElasticError,
     StateError,
     message,
 )
+from .memory.reader import PrefixReader
+from .memory.store import MemoryOption, as_memory
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
@@ -68,6 +70,14 @@ class ElasticLlama(llama_cpp.Llama):
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    memory : bool, path or ImageMemory, optional
+        Keep the K/V of the images that a prompt begins with, compressed before the question is
+        known: True: in RAM; a path: in that folder too, for other processes. A later question
+        behind the same prompt starts from there, in `Conversation` and `create_chat_completion`.
+        Off by default.
+    memory_budget : float or int
+        What is kept of them, as `ElasticConfig.budget`. `kv_budget` holds once the question is
+        known.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
         what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
@@ -98,6 +108,8 @@ class ElasticLlama(llama_cpp.Llama):
         elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
+        memory: MemoryOption = None,
+        memory_budget: float | int = 0.5,
         n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -112,6 +124,9 @@ class ElasticLlama(llama_cpp.Llama):
         self._rewind = Rewinder(self)
         self._guard = Guard()
         self._scorer_guard = Guard()
+        self.memory = as_memory(memory)
+        self.memory_budget = budget_value("memory_budget", memory_budget)
+        self._image_reader: PrefixReader | None = None
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -159,6 +174,8 @@ class ElasticLlama(llama_cpp.Llama):
             if elastic is not None and not elastic.is_off and self._ctx.memory is not None:
                 elastic.check_cells(self.n_ctx())
                 self._attach(elastic)
+            if self.memory is not None:
+                self._image_reader = PrefixReader(self, self.memory, self.memory_budget)
         except ElasticError:
             self.close()
             raise
@@ -407,7 +424,15 @@ class ElasticLlama(llama_cpp.Llama):
         self._n_calls += 1
         ids = piece_ids(pieces)
         n_kept = self._rewind.keep_prefix(ids)
+        n_read = 0
+        if self._image_reader is not None:
+            n_kept, n_read = self._image_reader.read(pieces, ids, n_kept)
         self.check_room(len(ids) - n_kept + 1)  # and an answer
+        self._decode_pieces(pieces, ids, n_kept)
+        return len(ids) - n_kept + n_read
+
+    def _decode_pieces(self, pieces: Sequence[Piece], ids: np.ndarray, n_kept: int) -> None:
+        """Decode what comes behind the first `n_kept` positions."""
         first = 0
         with self.prompt_phase():
             for piece in pieces:
@@ -417,7 +442,6 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
-        return len(ids) - n_kept
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
@@ -602,7 +626,12 @@ class ElasticLlama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         if self.mmproj_path is not None:
             state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
-        return {**state, "elastic": self.elastic}
+        return {
+            **state,
+            "elastic": self.elastic,
+            "memory": self.memory,
+            "memory_budget": self.memory_budget,
+        }
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""

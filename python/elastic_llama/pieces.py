@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-__all__ = ["ImagePiece", "Piece", "TextPiece", "common_prefix", "image_start", "piece_ids"]
+__all__ = [
+    "ImagePiece",
+    "Piece",
+    "TextPiece",
+    "common_prefix",
+    "image_start",
+    "piece_ids",
+    "pixel_key",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,11 @@ class ImagePiece:
 
 
 Piece = Any  # TextPiece or ImagePiece
+
+
+def pixel_key(image: Image.Image) -> str:
+    """The key of an RGB image: a hash of its size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def image_ids(key: str, n: int) -> np.ndarray:

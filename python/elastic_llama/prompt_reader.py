@@ -49,8 +49,8 @@ def n_positions(native: Any) -> int:
 class Pieces:
     """The pieces of a prompt, noted in place of being decoded."""
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
-        self._llm, self._known = llm, known
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str) -> None:
+        self._llm, self._known, self._tower_key = llm, known, tower
         self._bitmap: bytes | None = None  # whose chunk came last
         self._part = 0  # which of its chunks that was
         self.all: list[Piece] = []
@@ -64,7 +64,7 @@ class Pieces:
         is_next = bitmap is not None and bitmap == self._bitmap
         self._bitmap, self._part = bitmap, self._part + 1 if is_next else 0
         content = secrets.token_hex() if bitmap is None else bitmap.decode().partition("/")[0]
-        key, n = f"{content}-{self._part}", n_positions(native)
+        key, n = f"{self._tower_key}{content}-{self._part}", n_positions(native)
         self.all.append(ImagePiece(key, n, self._decoder(key, ctx, native)))
         return n
 
@@ -82,12 +82,13 @@ class PromptReader:
     """Stands for an `ElasticLlama` while a chat handler goes through the chunks of a prompt.
 
     The handler resets it, has each chunk decoded, asks for the ids of all of them, and for a
-    completion. What the cache lacks is decoded when the ids are asked for.
+    completion. What the cache lacks is decoded when the ids are asked for. `tower` names the vision
+    tower, if it is not the one of `llm`.
     """
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str = "") -> None:
         self._llm = llm
-        self._pieces = Pieces(llm, known)
+        self._pieces = Pieces(llm, known, tower)
         self._ctx = SimpleNamespace(ctx=self._pieces, kv_cache_clear=lambda: None)
         self.n_tokens = 0
 
