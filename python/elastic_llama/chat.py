@@ -20,40 +20,19 @@ from .llama import ElasticLlama
 from .messages import clean_text, read_messages
 from .pieces import pixel_key
 from .prompt_reader import EncodedImages, Mtmd, PromptReader
+from .templates import PLAIN_CHATML, VICUNA, ChatTemplate, template_for
+from .vision import ImageTokens
 
-# What the embedded model was trained with: no system prompt, the image before the question.
-PLAIN_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-# LLaVA-1.5 files carry no template; this is the Vicuna form they were trained with.
-VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions. "
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}\nASSISTANT: "
-    "{% else %}\nUSER: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}\nASSISTANT: {% endif %}"
-)
+__all__ = [
+    "PLAIN_CHATML",
+    "VICUNA",
+    "ElasticChatHandler",
+    "make_chat_handler",
+    "template_for",
+    "without_marker",
+]
 
 _PLACE = f"image-{secrets.token_hex(16)}"  # of an image in a prompt; nobody can have written it
-
-
-def template_for(template: str | None) -> str:
-    """The Jinja template that renders messages with images for a model.
-
-    Templates that cannot loop over the parts of a message are replaced: ChatML by its form without
-    a default system prompt, a missing one by Vicuna's.
-    """
-    if not template:
-        return VICUNA
-    if "image" in template or "part" in template or "content in" in template:
-        return template
-    return PLAIN_CHATML if "<|im_start|>" in template else VICUNA
 
 
 def without_marker(text: str, marker: str) -> str:
@@ -69,9 +48,10 @@ class ElasticChatHandler(formats.MTMDChatHandler):
     With an `ElasticLlama`, only what its cache lacks of a prompt is encoded and decoded.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, image_tokens: ImageTokens | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._mtmd_cpp = Mtmd()
+        self._mtmd_cpp = Mtmd(image_tokens)
+        self._template = ChatTemplate(None)
         self._encoded = EncodedImages()
         self._counter = itertools.count()
 
@@ -92,21 +72,17 @@ class ElasticChatHandler(formats.MTMDChatHandler):
         return bitmap
 
     def _get_chat_template(self, llama_model: Any) -> str:
-        return template_for(llama_model.metadata.get("tokenizer.chat_template"))
+        self._template = ChatTemplate.of(llama_model)
+        return self._template.source
 
     def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
-        """Images before the text of a message, as the models were trained.
+        """Messages in the form that the template takes.
 
-        They leave `_PLACE` in the text. Text cannot say that, but it can say `media_marker`, in
+        Images leave `_PLACE` in the text. Text cannot say that, but it can say `media_marker`, in
         any role, in a tool, or across two parts.
         """
-        out = []
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, list):
-                content = sorted(content, key=lambda part: part.get("type") != "image_url")
-            out.append({**message, "content": content})
-        return super()._get_template_messages(out, _PLACE)
+        content = self._template.content
+        return [{**m, "content": content(m.get("content"), _PLACE)} for m in messages]
 
     def _postprocess_template_text(
         self, text: str, image_urls: list[Any], media_marker: str
@@ -137,7 +113,11 @@ class ElasticChatHandler(formats.MTMDChatHandler):
 
 
 def make_chat_handler(
-    mmproj_path: str | os.PathLike[str], verbose: bool = False
+    mmproj_path: str | os.PathLike[str],
+    verbose: bool = False,
+    image_tokens: ImageTokens | None = None,
 ) -> ElasticChatHandler:
     """Chat handler for a vision tower; the model's own template is read at the first call."""
-    return ElasticChatHandler(clip_model_path=os.fspath(mmproj_path), verbose=verbose)
+    return ElasticChatHandler(
+        clip_model_path=os.fspath(mmproj_path), verbose=verbose, image_tokens=image_tokens
+    )

@@ -26,6 +26,7 @@ from ._checks import (
     translated_errors,
     with_budget,
 )
+from ._core import core
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig, budget_value
@@ -40,13 +41,18 @@ from .memory.store import MemoryOption, as_memory
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
-from .pieces import ImagePiece, Piece, piece_ids
+from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
+from .positions import ImageSpans
 from .probe import probe
 from .rewind import Rewinder
 from .session import Resolved, attach, lazy_buffers, resolve
 from .stats import ElasticStats
+from .vision import ImageTokens
 
 __all__ = ["ElasticLlama"]
+
+
+_ANSWER_CELLS = 4  # a compression leaves as many free for the answer
 
 
 class _Phase(Enum):
@@ -70,6 +76,9 @@ class ElasticLlama(llama_cpp.Llama):
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    image_min_tokens, image_max_tokens : int, optional
+        Fewest and most embeddings of an image, for towers that take images of any size; those of
+        the tower by default.
     memory : bool, path or ImageMemory, optional
         Keep the K/V of the images that a prompt begins with, compressed before the question is
         known: True: in RAM; a path: in that folder too, for other processes. A later question
@@ -99,6 +108,7 @@ class ElasticLlama(llama_cpp.Llama):
     input_ids: np.ndarray
     scores: np.ndarray
     _seed: int
+    image_tokens: ImageTokens
 
     def __init__(
         self,
@@ -108,6 +118,8 @@ class ElasticLlama(llama_cpp.Llama):
         elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
         memory: MemoryOption = None,
         memory_budget: float | int = 0.5,
         n_ctx: int | None = None,
@@ -121,9 +133,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._closed = False
         self._probe_ms = 0.0
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
+        self._spans = ImageSpans()
         self._rewind = Rewinder(self)
         self._guard = Guard()
         self._scorer_guard = Guard()
+        self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
         self.memory = as_memory(memory)
         self.memory_budget = budget_value("memory_budget", memory_budget)
         self._image_reader: PrefixReader | None = None
@@ -145,7 +159,9 @@ class ElasticLlama(llama_cpp.Llama):
             if chat_handler is None:
                 from .chat import make_chat_handler
 
-                chat_handler = make_chat_handler(mmproj_path, verbose=verbose)
+                chat_handler = make_chat_handler(
+                    mmproj_path, verbose=verbose, image_tokens=self.image_tokens
+                )
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
         self.elastic = elastic
         route(verbose)
@@ -213,7 +229,7 @@ class ElasticLlama(llama_cpp.Llama):
     def stats(self) -> ElasticStats:
         """Figures since the model was loaded; all zero while the elastic cache is off."""
         if self._session is None:
-            return ElasticStats(cells=self.n_tokens, tokens=self.n_tokens)
+            return ElasticStats(cells=self._cells_used(), tokens=self._tokens_seen())
         s = self._session.stats()
         return ElasticStats(
             **{
@@ -233,7 +249,7 @@ class ElasticLlama(llama_cpp.Llama):
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_per_layer(0),
-            tokens=self.n_tokens,
+            tokens=self._tokens_seen(),
         )
 
     @contextmanager
@@ -257,10 +273,32 @@ class ElasticLlama(llama_cpp.Llama):
             self._session.set_prefill(value)
 
     def _cells_used(self) -> int:
-        """Cells held once those behind `n_tokens` are gone, which `eval` removes."""
+        """Cells held once those behind position `n_tokens` are gone, which `eval` removes."""
         if self._session is None or self.n_tokens == 0:
-            return int(self.n_tokens)
-        return min(int(self.n_tokens), int(self._session.n_cells(0)))
+            return self._spans.n_cells(int(self.n_tokens))
+        if self.n_tokens >= self._rewind.end():
+            return int(self._session.n_cells(0))
+        return int((self._session.cells(0)["pos"] < self.n_tokens).sum())
+
+    def _tokens_seen(self) -> int:
+        """Tokens of text and embeddings of images in the first `n_tokens` positions."""
+        return self._spans.n_cells(int(self.n_tokens))
+
+    def _answer_room(self) -> int | None:
+        """Tokens that an answer may have where llama-cpp-python counts positions for cells."""
+        n_more = self._tokens_seen() - int(self.n_tokens)
+        if self._session is not None or n_more == 0:
+            return None
+        return max(1, self.n_ctx() - self._cells_used())
+
+    def _can_make_room(self, used: int, n_new: int) -> bool:
+        """Whether compressing may be enough; else a refusal leaves the cache as it is."""
+        if self._session is None or self._attached is None:
+            return False
+        n_seen = max(1, int(self._session.n_tokens(0)))
+        target = int(core.budget_cells(float(self._attached.budget), n_seen))
+        n_least = max(target, self._attached.min_cells) - _ANSWER_CELLS
+        return self._is_capped or min(used, n_least) + n_new <= self.n_ctx()
 
     def _probe(self, token: int) -> None:
         """Before the prompt is compressed, see what an answer that begins with `token` looks at."""
@@ -286,33 +324,47 @@ class ElasticLlama(llama_cpp.Llama):
         with self._scorer_guard.watch():
             self._session.compress(0)
 
-    def check_room(self, n_new: int) -> None:
-        """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
-        used = self._cells_used()
-        if used + n_new > self.n_ctx() and self._session is not None:
-            with self._scorer_guard.watch():
-                self._session.make_room(n_new)
-            used = self._cells_used()
-        if not self._is_capped and used + n_new > self.n_ctx():
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "the context is too small",
-                    f"{n_new} tokens on top of {used} cells",
-                    f"at most n_ctx = {self.n_ctx()} together",
-                    "raise n_ctx or shorten the prompt",
-                )
-            )
-        if self.n_tokens + n_new > len(self.input_ids):
+    def check_room(self, n_new: int, n_positions: int | None = None) -> None:
+        """Raise `ContextOverflowError` unless `n_new` more cells fit.
+
+        The cache is compressed for them where that is enough.
+
+        Parameters
+        ----------
+        n_new : int
+            Tokens of text and embeddings of images: each takes a cell.
+        n_positions : int, optional
+            Positions that they take; as many by default. With M-RoPE an image takes fewer.
+        """
+        end = self.n_tokens + (n_new if n_positions is None else n_positions)
+        if end > len(self.input_ids):
             raise ContextOverflowError(
                 message(
                     "prompt",
                     "past the positions of the model",
-                    self.n_tokens + n_new,
+                    end,
                     f"at most {len(self.input_ids)}",
                     "start over",
                 )
             )
+        used = self._cells_used()
+        if used + n_new > self.n_ctx() and self._can_make_room(used, n_new):
+            with self._scorer_guard.watch():
+                self._session.make_room(n_new)
+            used = self._cells_used()
+        if not self._is_capped and used + n_new > self.n_ctx():
+            raise self._too_small(n_new, used)
+
+    def _too_small(self, n_new: int, used: int) -> ContextOverflowError:
+        return ContextOverflowError(
+            message(
+                "prompt",
+                "the context is too small",
+                f"{n_new} tokens on top of {used} cells",
+                f"at most n_ctx = {self.n_ctx()} together",
+                "raise n_ctx or shorten the prompt",
+            )
+        )
 
     # -- llama_cpp.Llama
 
@@ -333,6 +385,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("reset")
         self._n_calls += 1
         super().reset()
+        self._spans = ImageSpans()
         self.input_ids[:] = _placeholders(len(self.input_ids))
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -384,6 +437,7 @@ class ElasticLlama(llama_cpp.Llama):
         """Decode tokens at `n_tokens`, where the cache ends."""
         take_log()
         self._grow_scores(self.n_tokens + len(tokens))
+        self._spans.cut(self.n_tokens)
         try:
             self._set_prefill(in_prompt)
             with self._scorer_guard.watch():
@@ -413,7 +467,8 @@ class ElasticLlama(llama_cpp.Llama):
         Returns
         -------
         int
-            Positions that had to be decoded. `generate([], reset=False)` answers the prompt.
+            Tokens of text and embeddings of images that had to be decoded.
+            `generate([], reset=False)` answers the prompt.
 
         Raises
         ------
@@ -423,13 +478,17 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("prefill")
         self._n_calls += 1
         ids = piece_ids(pieces)
+        n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
+        if not self._is_capped and n_new + 1 > self.n_ctx():  # before anything is cut
+            raise self._too_small(n_new + 1, 0)
         n_kept = self._rewind.keep_prefix(ids)
         n_read = 0
         if self._image_reader is not None:
             n_kept, n_read = self._image_reader.read(pieces, ids, n_kept)
-        self.check_room(len(ids) - n_kept + 1)  # and an answer
+        n_new = n_cells_from(pieces, n_kept)
+        self.check_room(n_new + 1, len(ids) - n_kept + 1)  # and an answer
         self._decode_pieces(pieces, ids, n_kept)
-        return len(ids) - n_kept + n_read
+        return n_new + n_read
 
     def _decode_pieces(self, pieces: Sequence[Piece], ids: np.ndarray, n_kept: int) -> None:
         """Decode what comes behind the first `n_kept` positions."""
@@ -454,7 +513,9 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
             why = reason(take_log())
             raise StateError(f"{e}: {why}" if why else str(e)) from e
-        self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
+        n_positions = n_past - self.n_tokens
+        self.input_ids[self.n_tokens : n_past] = ids[:n_positions]
+        self._spans.put(int(self.n_tokens), n_positions, piece.n_cells)
         self.n_tokens = n_past
         self._requires_eval = False
 
@@ -574,7 +635,7 @@ class ElasticLlama(llama_cpp.Llama):
     def save_state(self) -> Any:
         """As in llama-cpp-python; scores are saved only where they are kept (`logits_all`)."""
         self._check_open("save_state")
-        return llama_cpp.LlamaState(
+        state = llama_cpp.LlamaState(
             scores=self._scores.copy() if self._logits_all else self.scores[:1].copy(),
             input_ids=self.input_ids[: self.n_tokens].copy(),
             n_tokens=self.n_tokens,
@@ -582,6 +643,8 @@ class ElasticLlama(llama_cpp.Llama):
             llama_state_size=len(data),
             seed=self._seed,
         )
+        state.image_spans = self._spans.copy()
+        return state
 
     def load_state(self, state: Any) -> None:
         """As in llama-cpp-python; everything is as before if it fails.
@@ -619,6 +682,7 @@ class ElasticLlama(llama_cpp.Llama):
             self._grow_scores(n)
             self.scores[: min(n, len(state.scores))] = state.scores[:n]
         self.n_tokens = n
+        self._spans = ImageSpans(getattr(state, "image_spans", None))
         self._seed = state.seed
         self._requires_eval = True
 
@@ -626,12 +690,14 @@ class ElasticLlama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         if self.mmproj_path is not None:
             state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
-        return {
-            **state,
-            "elastic": self.elastic,
-            "memory": self.memory,
-            "memory_budget": self.memory_budget,
-        }
+        state.update(
+            image_min_tokens=self.image_tokens.least,
+            image_max_tokens=self.image_tokens.most,
+            memory=self.memory,
+            memory_budget=self.memory_budget,
+            elastic=self.elastic,
+        )
+        return state
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""

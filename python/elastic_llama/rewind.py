@@ -26,16 +26,21 @@ class Rewinder:
 
     def end(self) -> int:
         """Position after the last one in the cache."""
-        memory = self.llm._ctx.memory
-        if memory is None:
+        if self.llm._ctx.memory is None:
             return int(self.llm.n_tokens)
-        return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1
+        return self.llm._spans.end(self._behind_cells())
+
+    def _behind_cells(self) -> int:
+        """Position after the last cell's, which may still be within an image (M-RoPE)."""
+        return int(llama_cpp.llama_memory_seq_pos_max(self.llm._ctx.memory, 0)) + 1
 
     def can_cut(self, n: int) -> int:
         """The largest position <= `n` from which on everything can be removed exactly."""
         n = min(n, self.end())
         session = self.llm.session
-        return n if session is None else int(session.can_cut(n))
+        if session is None or n >= self._behind_cells():
+            return n
+        return int(session.can_cut(n))
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.
@@ -47,7 +52,12 @@ class Rewinder:
             n = 0
             self.llm._ctx.kv_cache_seq_rm(-1, 0, -1)
         self.llm.n_tokens = n
+        self.llm._spans.cut(n)
         return n
+
+    def common_prefix(self, ids: np.ndarray) -> int:
+        """Positions at the beginning of the prompt `ids` that the cache holds or once held."""
+        return common_prefix(self.llm.input_ids[: min(int(self.llm.n_tokens), self.end())], ids)
 
     def keep_prefix(self, ids: np.ndarray) -> int:
         """Keep the longest possible prefix of the prompt `ids` that the cache holds.
@@ -62,7 +72,7 @@ class Rewinder:
         """
         llm = self.llm
         held = min(int(llm.n_tokens), self.end())
-        n = common_prefix(llm.input_ids[:held], ids)
+        n = self.common_prefix(ids)
         if n == len(ids) == held == llm.n_tokens and not llm._requires_eval:
             return n  # nothing came after it, and its logits are there
         n = self._cut_between_images(ids, n)
@@ -96,12 +106,12 @@ class Rewinder:
         llm = self.llm
         n = int(llm.n_tokens)
         missing = llm.input_ids[self.can_cut(n) : n].copy()
-        if (missing < 0).any():
+        if (missing < 0).any() or llm._spans.is_inside(n):
             raise StateError(
                 message(
                     "eval",
-                    f"the cache cannot be cut at position {n}, since it was compressed behind it, "
-                    "and an image would have to be read again",
+                    f"the cache cannot be cut at position {n}, and an image would have to be read "
+                    "again",
                     do="ask with create_chat_completion or Conversation, which have the image",
                 )
             )

@@ -96,7 +96,7 @@ class Prefiller:
 
     def _after_image(self, question: str) -> list[int]:
         message = {"role": "user", "content": MARKER + question}
-        rendered = self.chat._render([message], generation=True)
+        rendered = self.chat._template.render([message], MARKER)
         after = rendered.split(MARKER, 1)[1]
         return self.llm.tokenize(after.encode(), add_bos=False, special=True)
 

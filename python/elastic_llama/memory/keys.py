@@ -70,6 +70,7 @@ def owner_of(llm: ElasticLlama, budget: float | int) -> dict[str, Any]:
         "build": build_info(),
         "model": [file_digest(path) for path in _parts(llm.model_path)],
         "mmproj": None if llm.mmproj_path is None else file_digest(llm.mmproj_path),
+        "image_tokens": [llm.image_tokens.least, llm.image_tokens.most],
         "lora": None if lora is None else [file_digest(lora), llm.lora_scale],
         "overrides": sorted((llm.kv_overrides or {}).items()),
         "context": {name: getattr(params, name) for name in _CONTEXT},
@@ -85,20 +86,19 @@ def prefix_key(owner: dict[str, Any], n_ctx: int, pieces: Sequence[Piece]) -> st
     smaller one counts, too.
     """
     said = [
-        ["image", piece.key, len(piece)]
+        ["image", piece.key, len(piece), piece.n_cells]
         if isinstance(piece, ImagePiece)
         else ["text", list(piece.tokens)]
         for piece in pieces
     ]
-    n = sum(len(piece) for piece in pieces)
+    n = sum(piece.n_cells for piece in pieces)
     return digest([owner, min(n_ctx * 3 // 4, n), said])
 
 
 def _is_long(llm: ElasticLlama) -> bool:
     """Whether a longrope model takes its factors for long contexts."""
-    known = [
-        int(v) for k, v in llm.metadata.items() if k.endswith("scaling.original_context_length")
-    ]
+    name = "scaling.original_context_length"
+    known = [int(value) for key, value in llm.metadata.items() if key.endswith(name)]
     return bool(known) and llm.context_params.n_ctx > known[0]
 
 

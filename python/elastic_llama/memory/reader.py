@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import budget_value
 from ..errors import ConfigError, StateError, message
-from ..pieces import ImagePiece, Piece, piece_ids
+from ..pieces import ImagePiece, Piece, n_cells_from, piece_ids
 from .container import Entry
 from .keys import owner_of, prefix_key
 from .store import ImageMemory
@@ -82,7 +82,7 @@ class PrefixReader:
         Returns
         -------
         int, int
-            Positions that it holds then, and those that had to be decoded.
+            Positions that it holds then, and the cells that had to be decoded.
 
         Raises
         ------
@@ -95,11 +95,11 @@ class PrefixReader:
             return n_kept, 0
         key = self.key(pieces[:k])
         entry = self.memory.get(key)
-        if entry is not None and self._load(entry, ids[:n]):
+        if entry is not None and self._load(entry, pieces[:k], ids[:n]):
             return n, 0
         self._compute(pieces[:k], ids[:n])
         self.memory.put(self._saved(key, ids[:n]))
-        return n, n
+        return n, n_cells_from(pieces[:k], 0)
 
     def remember(self, pieces: Sequence[Piece]) -> bool:
         """Have the memory hold the images that a prompt begins with; False: it did already."""
@@ -128,7 +128,7 @@ class PrefixReader:
         """From an empty cache on, so that what is kept does not depend on what was held before."""
         llm = self.llm
         llm._rewind.cut(0)
-        llm.check_room(len(ids) + 1)
+        llm.check_room(n_cells_from(pieces, 0) + 1, len(ids) + 1)
         llm._decode_pieces(pieces, ids, 0)
         if llm.session is not None:
             llm.session.compress_prefix(self.budget)
@@ -151,7 +151,7 @@ class PrefixReader:
         }
         return Entry.of_state(key, ids, memoryview(buffer), info)
 
-    def _load(self, entry: Entry, ids: np.ndarray) -> bool:
+    def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
         llm, ctx = self.llm, self.llm._ctx.ctx
         llm._rewind.cut(0)
@@ -163,6 +163,11 @@ class PrefixReader:
             return False
         llm._grow_scores(len(ids))
         llm.input_ids[: len(ids)] = ids
-        llm.n_tokens = len(ids)
+        n = 0
+        for piece in pieces:
+            if isinstance(piece, ImagePiece):
+                llm._spans.put(n, len(piece), piece.n_cells)
+            n += len(piece)
+        llm.n_tokens = n
         llm._requires_eval = True
         return True
