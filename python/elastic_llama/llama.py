@@ -31,6 +31,7 @@ from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig, budget_value
 from .errors import (
+    ConfigError,
     ContextOverflowError,
     ElasticError,
     StateError,
@@ -501,6 +502,27 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
+
+    def remember(self, pieces: Sequence[Piece]) -> bool:
+        """Have the image memory hold the images that a prompt begins with.
+
+        Returns
+        -------
+        bool
+            Whether they were new to it. The cache holds them then, and nothing else.
+
+        Raises
+        ------
+        ConfigError
+            There is no memory, or no image.
+        ContextOverflowError
+            They do not fit; nothing is decoded.
+        """
+        self._check_open("remember")
+        self._n_calls += 1
+        if self._image_reader is None:
+            raise ConfigError(message("remember", "memory", None, "one", "pass memory=True"))
+        return self._image_reader.remember(pieces)
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))

@@ -59,9 +59,7 @@ def owner_of(llm: ElasticLlama, budget: float | int) -> dict[str, Any]:
             "parts": [resolved.scorer, resolved.selector, resolved.combiner, resolved.evictor],
             "budget": budget,
             "n_sink": llm.elastic.n_sink,
-            "offset": llm.elastic.offset,
             "min_cells": llm.elastic.min_cells,
-            "overdraft": resolved.overdraft,
             "kv_cells": resolved.kv_cells,
             "layer_share": resolved.layer_share,
         }
