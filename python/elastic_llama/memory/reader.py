@@ -155,8 +155,8 @@ class PrefixReader:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
         llm, ctx = self.llm, self.llm._ctx.ctx
         llm._rewind.cut(0)
-        state = entry.state()
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        state = self.memory.state_of(entry)
+        buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
         if llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0) != len(state):
             llm._rewind.cut(0)  # the context has too few cells
             self.memory.forget(entry.key)

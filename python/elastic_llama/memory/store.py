@@ -51,6 +51,7 @@ class ImageMemory:
         self.ram_bytes = whole("memory ram_bytes", ram_bytes, 0, 2**63 - 1)
         self.folder = None if folder is None else MemoryFolder(folder, max_bytes)
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._newest: tuple[str, bytes] = ("", b"")  # a state that need not be inflated again
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -68,6 +69,14 @@ class ImageMemory:
         if entry is not None:
             self._keep(entry)
         return entry
+
+    def state_of(self, entry: Entry) -> bytes:
+        """What `llama_state_seq_set_data` takes; that of the entry used last is at hand."""
+        key, state = self._newest
+        if key != entry.key:
+            state = entry.state()
+            self._newest = (entry.key, state)
+        return state
 
     def put(self, entry: Entry) -> None:
         """Keep an entry, in the folder too."""
