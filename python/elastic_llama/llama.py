@@ -29,7 +29,7 @@ from ._checks import (
 from ._core import core
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
-from .config import ElasticConfig, budget_value
+from .config import ElasticConfig, budget_value, whole
 from .errors import (
     ConfigError,
     ContextOverflowError,
@@ -77,6 +77,9 @@ class ElasticLlama(llama_cpp.Llama):
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    n_seq_max : int
+        Sequences of the context, which share its cells: `ask` answers one question less than that
+        at once. 1 to 256.
     image_min_tokens, image_max_tokens : int, optional
         Fewest and most embeddings of an image, for towers that take images of any size; those of
         the tower by default.
@@ -123,6 +126,7 @@ class ElasticLlama(llama_cpp.Llama):
         image_max_tokens: int | None = None,
         memory: MemoryOption = None,
         memory_budget: float | int = 0.5,
+        n_seq_max: int = 1,
         n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -142,6 +146,8 @@ class ElasticLlama(llama_cpp.Llama):
         self.memory = as_memory(memory)
         self.memory_budget = budget_value("memory_budget", memory_budget)
         self._image_reader: PrefixReader | None = None
+        self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
+        self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -196,6 +202,17 @@ class ElasticLlama(llama_cpp.Llama):
         except ElasticError:
             self.close()
             raise
+
+    @property
+    def context_params(self) -> Any:
+        """`llama_context_params` of the context."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._n_seq_max > 1:
+            params.n_seq_max, params.kv_unified = self._n_seq_max, True
+        self._context_params = params
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = attach(self, self._ctx.ctx, elastic)
@@ -524,6 +541,56 @@ class ElasticLlama(llama_cpp.Llama):
             raise ConfigError(message("remember", "memory", None, "one", "pass memory=True"))
         return self._image_reader.remember(pieces)
 
+    def ask(
+        self, image: Any, questions: Sequence[str], *, max_tokens: int = 256, system: str = ""
+    ) -> list[str]:
+        """Greedy answers to questions about the same image, or images, decoded side by side.
+
+        What the cache holds of the images is shared: they are encoded, decoded and compressed
+        (`memory_budget`) once, or come from the image memory. Questions and answers are not
+        compressed. As many are decoded at once as `n_seq_max` and the cells of the context allow.
+
+        Parameters
+        ----------
+        image : image or list of images
+            What `elastic_llama.images.load_image` takes.
+        questions : sequence of str
+        max_tokens : int
+            Of each answer, at most, >= 1.
+        system : str
+            System prompt.
+
+        Returns
+        -------
+        list of str
+            In the order of the questions.
+
+        Raises
+        ------
+        ImageError, ConfigError
+            Nothing is decoded.
+        ContextOverflowError
+            The image and a question do not fit.
+        """
+        self._check_open("ask")
+        max_tokens = whole("max_tokens", max_tokens, 1)
+        if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
+            raise ConfigError(message("ask", "questions", repr(questions)[:80], "a list of texts"))
+        from .ask import SharedImage
+        from .conversation import Conversation
+        from .images import as_images, load_image
+
+        images = [load_image(one) for one in as_images(image)]
+        if self._asking is None:
+            self._asking = Conversation(self)
+        self._asking._system = system or None
+        prompts = [self._asking.first_prompt(question, images) for question in questions]
+        if not prompts:
+            return []
+        self._n_calls += 1
+        reader = self._image_reader or PrefixReader(self, None, self.memory_budget)
+        return SharedImage(self, prompts).answers(reader, max_tokens)
+
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
         take_log()
@@ -717,6 +784,7 @@ class ElasticLlama(llama_cpp.Llama):
             image_max_tokens=self.image_tokens.most,
             memory=self.memory,
             memory_budget=self.memory_budget,
+            n_seq_max=self._n_seq_max,
             elastic=self.elastic,
         )
         return state
@@ -724,6 +792,9 @@ class ElasticLlama(llama_cpp.Llama):
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
         self._closed = True
+        asking, self._asking = getattr(self, "_asking", None), None
+        if asking is not None:
+            asking.close()
         session, self._session = getattr(self, "_session", None), None
         if session is not None:
             session.forget()

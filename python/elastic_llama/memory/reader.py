@@ -45,7 +45,8 @@ class PrefixReader:
     Parameters
     ----------
     llm : ElasticLlama
-    memory : ImageMemory
+    memory : ImageMemory, optional
+        None: images are compressed as if there were one, and not kept.
     budget : float or int
         Of the cells that are kept of an image and what stands before it, as
         `ElasticConfig.budget`.
@@ -56,7 +57,7 @@ class PrefixReader:
         The scores are computed in Python, which no hash can say anything of.
     """
 
-    def __init__(self, llm: ElasticLlama, memory: ImageMemory, budget: float | int) -> None:
+    def __init__(self, llm: ElasticLlama, memory: ImageMemory | None, budget: float | int) -> None:
         self.llm, self.memory = llm, memory
         self.budget = budget_value("memory_budget", budget)
         self._owner: dict[str, Any] | None = None
@@ -93,19 +94,43 @@ class PrefixReader:
         n = sum(len(piece) for piece in pieces[:k])
         if n <= n_kept or n == len(ids) or not self._is_ours(pieces[:k]):
             return n_kept, 0
-        key = self.key(pieces[:k])
-        entry = self.memory.get(key)
-        if entry is not None and self._load(entry, pieces[:k], ids[:n]):
-            return n, 0
-        self._compute(pieces[:k], ids[:n])
-        self.memory.put(self._saved(key, ids[:n]))
-        return n, n_cells_from(pieces[:k], 0)
+        return n, self._read(pieces[:k], ids[:n])
+
+    def hold(self, prompt: Sequence[Piece]) -> None:
+        """Have the cache hold the images that a prompt begins with, and nothing else.
+
+        Raises
+        ------
+        ContextOverflowError
+            They do not fit; nothing is decoded.
+        """
+        k = leading_images(prompt)
+        n = sum(len(piece) for piece in prompt[:k])
+        ids, rewind, session = piece_ids(prompt), self.llm._rewind, self.llm.session
+        if rewind.common_prefix(ids) >= n and rewind.cut(n) == n:
+            if session is not None:  # does nothing if it has been done
+                session.compress_prefix(self.budget)
+        else:
+            self._read(prompt[:k], ids[:n])
+        self.llm._requires_eval = True
+
+    def _read(self, pieces: Sequence[Piece], ids: np.ndarray) -> int:
+        """From the memory or into it; returns the cells that had to be decoded."""
+        key = "" if self.memory is None else self.key(pieces)
+        entry = None if self.memory is None else self.memory.get(key)
+        if entry is not None and self._load(entry, pieces, ids):
+            return 0
+        self._compute(pieces, ids)
+        if self.memory is not None:
+            self.memory.put(self._saved(key, ids))
+        return n_cells_from(pieces, 0)
 
     def remember(self, pieces: Sequence[Piece]) -> bool:
         """Have the memory hold the images that a prompt begins with; False: it did already."""
         k = leading_images(pieces)
         if k == 0:
             raise ConfigError(message("remember", "images", 0, "a prompt that begins with one"))
+        assert self.memory is not None
         key = self.key(pieces[:k])
         if self.memory.get(key) is not None:
             return False
@@ -155,6 +180,7 @@ class PrefixReader:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
         llm, ctx = self.llm, self.llm._ctx.ctx
         llm._rewind.cut(0)
+        assert self.memory is not None
         state = self.memory.state_of(entry)
         buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
         if llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0) != len(state):
