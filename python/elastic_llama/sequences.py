@@ -114,6 +114,11 @@ class SequenceGroup:
             one.tokens.append(token)
             one.position += 1
 
+    def n_cells(self, one: Running) -> int:
+        """Cells that the sequence of an answer takes."""
+        session = self.llm.session
+        return one.position if session is None else int(session.n_cells(one.seq_id))
+
     def free(self, seq_id: int) -> None:
         if seq_id > 0:
             llama_cpp.llama_memory_seq_rm(self.llm._ctx.memory, seq_id, -1, -1)

@@ -7,9 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-from . import bench, chat, demo, describe, eval, info, memory, remember, show
+from . import bench, caption, chat, demo, describe, eval, info, memory, remember, show
 
-_COMMANDS = (describe, show, chat, remember, memory, eval, bench, demo, info)
+_COMMANDS = (describe, show, chat, caption, remember, memory, eval, bench, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -244,7 +244,7 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
         )
 
 
-def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
+def load_llm(args: argparse.Namespace, elastic: ElasticConfig, n_seq_max: int = 1) -> Any:
     """The `ElasticLlama` that the options describe."""
     model, mmproj = args.model, args.mmproj
     if args.hf_repo:
@@ -291,6 +291,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
         mmproj_path=mmproj,
         elastic=elastic,
         memory=_memory(args),
+        n_seq_max=n_seq_max,
         memory_budget=getattr(args, "memory_budget", 0.5),
         n_ctx=args.ctx_size,
         n_threads=args.threads,

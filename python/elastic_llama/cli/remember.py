@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         chat = Conversation(llm, system=args.system)
         try:
-            for file in progress(files, "remember"):
+            for file in progress(files, "remember", len(files)):
                 try:
                     n_new += chat.remember(str(file))
                 except ElasticError as e:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -48,7 +48,7 @@ def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = Non
     (console or Console(width=None if _is_terminal() else 120, soft_wrap=False)).print(table)
 
 
-def progress(items: Sequence[T], what: str) -> Iterator[T]:
+def progress(items: Iterable[T], what: str, n: int) -> Iterator[T]:
     """The items, with a bar and the time that is left on the terminal's stderr."""
     bar = Progress(
         TextColumn(what),
@@ -60,7 +60,7 @@ def progress(items: Sequence[T], what: str) -> Iterator[T]:
         redirect_stdout=False,
     )
     with bar:
-        yield from bar.track(items)
+        yield from bar.track(items, total=n)
 
 
 def _is_terminal() -> bool:
