@@ -18,6 +18,7 @@ from elastic_llama import ElasticConfig, ElasticLlama, _core, retrieval, session
 from elastic_llama.errors import UnsupportedModelError
 
 from tests.support.engine import N_GPU_LAYERS, random_tokens
+from tests.support.tiny_archs import write_tiny
 from tests.support.tiny_llama import write_tiny_llama
 
 THREADS = {"n_threads": 1, "n_threads_batch": 1, "n_gpu_layers": N_GPU_LAYERS}
@@ -196,12 +197,12 @@ def test_the_context_of_the_user_is_left_alone(tiny_gqa: Path) -> None:
 
 
 def test_other_memory_is_refused(tmp_path: Path) -> None:
-    model = write_tiny_llama(tmp_path / "windows.gguf", arch="cohere2")
+    model = write_tiny(tmp_path / "mamba.gguf", "mamba")
     with load(model, elastic=None) as llm:
         assert not _core.frees_layers(address(llm._ctx.ctx))
-        with pytest.raises(NotImplementedError, match="plain KV"):
+        with pytest.raises(NotImplementedError, match="recurrent"):
             measure(llm)
-    with pytest.raises(UnsupportedModelError, match="plain KV"):
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
         load(model, elastic=ElasticConfig())
 
 

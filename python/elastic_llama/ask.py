@@ -52,7 +52,7 @@ class SharedImage:
         with sequences(self.llm) as group:
             while waiting:
                 reader.hold(self.prompts[0])  # again where sequence 0 has answered itself
-                n_cells = self.llm._cells_used()
+                n_cells = self.llm._room.n_used()
                 limits, waiting = self._fit(waiting, group, n_cells, max_tokens)
                 for i, tokens in self._wave(group, limits).items():
                     out[i] = group.text_of(tokens)

@@ -113,7 +113,7 @@ class _Captioner:
         if llm.session is not None:
             llm._compress()
         seq_id = group.take()
-        position, used = int(llm.n_tokens), llm._cells_used()
+        position, used = int(llm.n_tokens), llm._room.n_used()
         if seq_id > 0:
             llm._rewind.cut(0)  # its cells are the other sequence's alone
         limit = max(1, min(self.max_tokens, llm.n_ctx() - used))

@@ -55,6 +55,13 @@ class ElasticChatHandler(formats.MTMDChatHandler):
         self._encoded = EncodedImages()
         self._counter = itertools.count()
 
+    def _init_mtmd_context(self, llama_model: Any) -> None:
+        try:
+            super()._init_mtmd_context(llama_model)
+        except ValueError:
+            self._mtmd_cpp._image_tokens.check_refusal()
+            raise
+
     def __call__(self, *, llama: Any, messages: Any, **kwargs: Any) -> Any:
         messages = read_messages(messages)
         if isinstance(llama, ElasticLlama):

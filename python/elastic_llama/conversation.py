@@ -366,7 +366,7 @@ class Conversation:
         """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
         if session is None:
-            n_cells, n_bytes = self.llm._cells_used(), stock_bytes(self.llm._ctx.ctx)
+            n_cells, n_bytes = self.llm._room.n_used(), stock_bytes(self.llm._ctx.ctx)
         else:
             n_cells, n_bytes = session.n_per_layer(0), session.kv_bytes(0)
         stats.cells_prompt = stats.cells_kept = n_cells

@@ -26,13 +26,11 @@ from ._checks import (
     translated_errors,
     with_budget,
 )
-from ._core import core
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig, budget_value, whole
 from .errors import (
     ConfigError,
-    ContextOverflowError,
     ElasticError,
     StateError,
     message,
@@ -46,14 +44,12 @@ from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
 from .positions import ImageSpans
 from .probe import probe
 from .rewind import Rewinder
+from .room import Room
 from .session import Resolved, attach, lazy_buffers, resolve
 from .stats import ElasticStats
 from .vision import ImageTokens
 
 __all__ = ["ElasticLlama"]
-
-
-_ANSWER_CELLS = 4  # a compression leaves as many free for the answer
 
 
 class _Phase(Enum):
@@ -140,6 +136,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
         self._spans = ImageSpans()
         self._rewind = Rewinder(self)
+        self._room = Room(self)
         self._guard = Guard()
         self._scorer_guard = Guard()
         self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
@@ -158,6 +155,16 @@ class ElasticLlama(llama_cpp.Llama):
             model_path = embedded_model()
             if mmproj_path is None and chat_handler is None:
                 mmproj_path = embedded_mmproj()
+        if self.image_tokens != ImageTokens() and mmproj_path is None:
+            raise ConfigError(
+                message(
+                    "config",
+                    "image_min_tokens, image_max_tokens",
+                    "no vision tower",
+                    "mmproj_path",
+                    "name it, or leave them out",
+                )
+            )
         model = gguf_check.check_model(model_path)
         if lora_path is not None:
             check_lora(os.fspath(lora_path), model)
@@ -247,7 +254,7 @@ class ElasticLlama(llama_cpp.Llama):
     def stats(self) -> ElasticStats:
         """Figures since the model was loaded; all zero while the elastic cache is off."""
         if self._session is None:
-            return ElasticStats(cells=self._cells_used(), tokens=self._tokens_seen())
+            return ElasticStats(cells=self._room.n_used(), tokens=self._room.n_seen())
         s = self._session.stats()
         return ElasticStats(
             **{
@@ -267,7 +274,7 @@ class ElasticLlama(llama_cpp.Llama):
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_per_layer(0),
-            tokens=self._tokens_seen(),
+            tokens=self._room.n_seen(),
         )
 
     @contextmanager
@@ -290,34 +297,6 @@ class ElasticLlama(llama_cpp.Llama):
         if self._session is not None:
             self._session.set_prefill(value)
 
-    def _cells_used(self) -> int:
-        """Cells held once those behind position `n_tokens` are gone, which `eval` removes."""
-        if self._session is None or self.n_tokens == 0:
-            return self._spans.n_cells(int(self.n_tokens))
-        if self.n_tokens >= self._rewind.end():
-            return int(self._session.n_cells(0))
-        return int((self._session.cells(0)["pos"] < self.n_tokens).sum())
-
-    def _tokens_seen(self) -> int:
-        """Tokens of text and embeddings of images in the first `n_tokens` positions."""
-        return self._spans.n_cells(int(self.n_tokens))
-
-    def _answer_room(self) -> int | None:
-        """Tokens that an answer may have where llama-cpp-python counts positions for cells."""
-        n_more = self._tokens_seen() - int(self.n_tokens)
-        if self._session is not None or n_more == 0:
-            return None
-        return max(1, self.n_ctx() - self._cells_used())
-
-    def _can_make_room(self, used: int, n_new: int) -> bool:
-        """Whether compressing may be enough; else a refusal leaves the cache as it is."""
-        if self._session is None or self._attached is None:
-            return False
-        n_seen = max(1, int(self._session.n_tokens(0)))
-        target = int(core.budget_cells(float(self._attached.budget), n_seen))
-        n_least = max(target, self._attached.min_cells) - _ANSWER_CELLS
-        return self._is_capped or min(used, n_least) + n_new <= self.n_ctx()
-
     def _probe(self, token: int) -> None:
         """Before the prompt is compressed, see what an answer that begins with `token` looks at."""
         if self._session is None or self.elastic is None:
@@ -326,7 +305,8 @@ class ElasticLlama(llama_cpp.Llama):
         n_steps = -1
         try:
             with self._scorer_guard.watch():
-                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+                position = {0: self._rewind.end()}
+                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token}, position)
         finally:
             if n_steps != 0:
                 self._requires_eval = True  # the logits are not the prompt's any more
@@ -354,35 +334,7 @@ class ElasticLlama(llama_cpp.Llama):
         n_positions : int, optional
             Positions that they take; as many by default. With M-RoPE an image takes fewer.
         """
-        end = self.n_tokens + (n_new if n_positions is None else n_positions)
-        if end > len(self.input_ids):
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "past the positions of the model",
-                    end,
-                    f"at most {len(self.input_ids)}",
-                    "start over",
-                )
-            )
-        used = self._cells_used()
-        if used + n_new > self.n_ctx() and self._can_make_room(used, n_new):
-            with self._scorer_guard.watch():
-                self._session.make_room(n_new)
-            used = self._cells_used()
-        if not self._is_capped and used + n_new > self.n_ctx():
-            raise self._too_small(n_new, used)
-
-    def _too_small(self, n_new: int, used: int) -> ContextOverflowError:
-        return ContextOverflowError(
-            message(
-                "prompt",
-                "the context is too small",
-                f"{n_new} tokens on top of {used} cells",
-                f"at most n_ctx = {self.n_ctx()} together",
-                "raise n_ctx or shorten the prompt",
-            )
-        )
+        self._room.check(n_new, n_positions)
 
     # -- llama_cpp.Llama
 
@@ -497,8 +449,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._n_calls += 1
         ids = piece_ids(pieces)
         n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
-        if not self._is_capped and n_new + 1 > self.n_ctx():  # before anything is cut
-            raise self._too_small(n_new + 1, 0)
+        self._room.check_fit(n_new + 1, 0)  # before anything is cut
         n_kept = self._rewind.keep_prefix(ids)
         n_read = 0
         if self._image_reader is not None:
@@ -604,7 +555,9 @@ class ElasticLlama(llama_cpp.Llama):
             raise StateError(f"{e}: {why}" if why else str(e)) from e
         n_positions = n_past - self.n_tokens
         self.input_ids[self.n_tokens : n_past] = ids[:n_positions]
-        self._spans.put(int(self.n_tokens), n_positions, piece.n_cells)
+        self._spans.cut(int(self.n_tokens))
+        if piece.grid is not None:
+            self._spans.put(int(self.n_tokens), n_positions, piece.n_cells)
         self.n_tokens = n_past
         self._requires_eval = False
 

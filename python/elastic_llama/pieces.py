@@ -55,7 +55,7 @@ class ImagePiece:
     part : int
         Which of the chunks of its image it is: tiles and an overview are one each.
     grid : (int, int), optional
-        Rows and columns of its embeddings, where they are known.
+        Rows and columns of its embeddings where all of them are at its first position (M-RoPE).
     """
 
     key: str

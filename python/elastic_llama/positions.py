@@ -12,7 +12,7 @@ __all__ = ["ImageSpans"]
 
 
 class ImageSpans:
-    """The images of sequence 0 whose cells and positions differ in number.
+    """The images of sequence 0 whose cells are all at their first position (M-RoPE).
 
     Parameters
     ----------
@@ -26,8 +26,7 @@ class ImageSpans:
     def put(self, start: int, n_positions: int, n_cells: int) -> None:
         """Note an image that was decoded at `start`, where the sequence ended."""
         self.cut(start)
-        if n_positions != n_cells:
-            self._spans[start] = (n_positions, n_cells)
+        self._spans[start] = (n_positions, n_cells)
 
     def cut(self, n: int) -> None:
         """Forget what does not end within the first `n` positions."""

@@ -69,7 +69,7 @@ class Pieces:
         tower.check_batch(chunk)
         key, n = f"{self._tower_key}{content}-{self._part}", chunk.n_positions
         decode = self._decoder(key, tower, native)
-        self.all.append(ImagePiece(key, n, decode, chunk.n_tokens))
+        self.all.append(ImagePiece(key, n, decode, chunk.n_tokens, self._part, chunk.grid))
         return n
 
     def _decoder(self, key: str, tower: Vision, native: Any) -> Callable[[int], int]:
@@ -115,7 +115,7 @@ class PromptReader:
     def create_completion(
         self, *, stream: bool = False, max_tokens: int | None = None, **kwargs: Any
     ) -> Any:
-        llm, n_room = self._llm, self._llm._answer_room()
+        llm, n_room = self._llm, self._llm._room.for_answer()
         if n_room is not None:
             max_tokens = min(max_tokens, n_room) if max_tokens and max_tokens > 0 else n_room
         out = llm.create_completion(stream=stream, max_tokens=max_tokens, **kwargs)

@@ -28,19 +28,31 @@ class Rewinder:
         """Position after the last one in the cache."""
         if self.llm._ctx.memory is None:
             return int(self.llm.n_tokens)
-        return self.llm._spans.end(self._behind_cells())
+        n = self.llm._spans.end(self._behind_cells())
+        # which knows images that another handler decoded
+        return n if self.llm.session is None else max(n, int(self.llm.session.next_pos(0)))
 
     def _behind_cells(self) -> int:
         """Position after the last cell's, which may still be within an image (M-RoPE)."""
+        if self.llm._ctx.memory is None:
+            return int(self.llm.n_tokens)
         return int(llama_cpp.llama_memory_seq_pos_max(self.llm._ctx.memory, 0)) + 1
 
     def can_cut(self, n: int) -> int:
         """The largest position <= `n` from which on everything can be removed exactly."""
         n = min(n, self.end())
         session = self.llm.session
-        if session is None or n >= self._behind_cells():
+        if n >= self._behind_cells():
             return n
-        return int(session.can_cut(n))
+        return (n if self._has_window(n) else 0) if session is None else int(session.can_cut(n))
+
+    def _has_window(self, n: int) -> bool:
+        """Whether the cells that position `n` sees in a sliding window are there still."""
+        memory = self.llm._ctx.memory
+        if memory is None:
+            return True
+        n_window = int(llama_cpp.llama_model_n_swa(self.llm.model))
+        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0)) <= max(0, n - n_window)
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.
@@ -50,7 +62,8 @@ class Rewinder:
         n = self.can_cut(n)
         if not self.llm._ctx.kv_cache_seq_rm(0, n, -1):
             n = 0
-            self.llm._ctx.kv_cache_seq_rm(0, 0, -1)
+            if not self.llm._ctx.kv_cache_seq_rm(0, 0, -1):
+                self.llm._ctx.kv_cache_clear()
         self.llm.n_tokens = n
         self.llm._spans.cut(n)
         return n

@@ -199,7 +199,8 @@ def _cells(chat: Conversation) -> tuple[np.ndarray, list[_Chunk]]:
     for i, piece in enumerate(chat._pieces):
         is_image = isinstance(piece, ImagePiece)
         n = piece.n_cells
-        spread = np.arange(n) if n == len(piece) else np.zeros(n, np.int64)  # M-RoPE: at one
+        is_at_one = isinstance(piece, ImagePiece) and piece.grid is not None  # M-RoPE
+        spread = np.zeros(n, np.int64) if is_at_one else np.arange(n)
         pos.append(start + spread)
         tokens.append(np.full(n, -1) if is_image else np.asarray(piece.tokens))
         owners.append(np.full(n, i))
@@ -222,7 +223,7 @@ def _compress(llm: ElasticLlama) -> tuple[Any, int]:
     """The plan, None where nothing was compressed, and cells after."""
     session = llm.session
     if session is None:  # every cell stays
-        return None, llm._cells_used()
+        return None, llm._room.n_used()
     n_done = session.stats()["compressions"]
     session.compress()
     # where nothing was compressed, the last plan is that of an earlier prompt

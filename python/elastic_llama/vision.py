@@ -26,6 +26,7 @@ from .errors import (
     message,
 )
 
+_MOST_TOKENS = 32768  # libmtmd counts the pixels of these in 32 bits
 _COUNTED = 112  # pixels of a side of an image that is only counted
 MARKER = mtmd_cpp.mtmd_default_marker().decode()
 
@@ -48,8 +49,9 @@ class ImageTokens:
     def __post_init__(self) -> None:
         for name, value in (("image_min_tokens", self.least), ("image_max_tokens", self.most)):
             is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if value is not None and not (is_number and 1 <= value < 2**31):
-                raise ConfigError(message("vision", name, repr(value), "a whole number from 1 on"))
+            if value is not None and not (is_number and 1 <= value <= _MOST_TOKENS):
+                expected = f"a whole number from 1 to {_MOST_TOKENS}"
+                raise ConfigError(message("vision", name, repr(value), expected))
         if self.least is not None and self.most is not None and self.least > self.most:
             raise ConfigError(
                 message(
@@ -57,6 +59,19 @@ class ImageTokens:
                     "image_min_tokens",
                     self.least,
                     f"at most image_max_tokens = {self.most}",
+                )
+            )
+
+    def check_refusal(self) -> None:
+        """Raise `ConfigError` if a tower that libmtmd refuses may be so for these bounds."""
+        if self != ImageTokens():
+            raise ConfigError(
+                message(
+                    "vision",
+                    "image_min_tokens, image_max_tokens",
+                    f"{self.least}, {self.most}",
+                    "bounds that the vision tower takes; its own lie between them, or are replaced",
+                    "pass both, or neither",
                 )
             )
 
@@ -104,12 +119,12 @@ class Chunk:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns, where the positions of the embeddings say so (M-RoPE)."""
+        """Rows and columns, where all embeddings are at one position (M-RoPE); else None."""
         image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(self.native) if self.native else None
-        if image is None or self.n_positions == self.n_tokens:
+        if image is None:
             return None
         last = mtmd_cpp.mtmd_image_tokens_get_decoder_pos(image, 0, self.n_tokens - 1)
-        return (last.y + 1, last.x + 1)
+        return (int(last.y) + 1, int(last.x) + 1) if last.t == 0 else None
 
 
 class Vision:
@@ -130,7 +145,8 @@ class Vision:
         image_tokens: ImageTokens | None = None,
     ) -> None:
         self.llm = llm
-        params = (image_tokens or ImageTokens()).applied(mtmd_cpp.mtmd_context_params_default())
+        image_tokens = image_tokens or ImageTokens()
+        params = image_tokens.applied(mtmd_cpp.mtmd_context_params_default())
         params.n_threads = llm.n_threads_batch
         params.print_timings = False
         params.use_gpu = True
@@ -138,6 +154,7 @@ class Vision:
             path = os.fspath(mmproj_path).encode()
             self.ctx = mtmd_cpp.mtmd_init_from_file(path, llm.model, params)
         if self.ctx is None:
+            image_tokens.check_refusal()
             raise ModelFileError(
                 message(
                     "mmproj",

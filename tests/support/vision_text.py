@@ -21,9 +21,11 @@ N_PER_LAYER = 32  # embedding of a token for each layer (Gemma 4 E2B, E4B)
 #: Two layers; heads of 64.
 SHAPE = TinyLlama(n_layer=2, n_embd=N_EMBD, n_head=2, n_head_kv=1, n_ff=128)
 LAYERS = {"llama4": 4, "gemma4-e2b": 4}
+#: Gemma 4's small models are told by their width: they read an image causally.
+WIDTHS = {"gemma4-e2b": 1536}
 N_HEAD_KV = {"lfm2": [0, 1], "cogvlm": SHAPE.n_head}
 #: Architectures whose files tell image positions in two dimensions.
-MROPE = ("qwen2vl", "qwen3vl", "glm4", "hunyuan_vl", "paddleocr")
+MROPE = ("qwen2vl", "qwen3vl", "qwen35", "glm4", "hunyuan_vl", "paddleocr")
 
 
 def write_text_model(path: Path, arch: str, tokens: Sequence[str] = ()) -> Path:
@@ -34,7 +36,12 @@ def write_text_model(path: Path, arch: str, tokens: Sequence[str] = ()) -> Path:
     tokens : sequence of str, at most 17
         Special tokens that the vocabulary has besides those of ChatML.
     """
-    shape = replace(SHAPE, n_layer=LAYERS.get(arch, SHAPE.n_layer))
+    shape = replace(
+        SHAPE,
+        n_layer=LAYERS.get(arch, SHAPE.n_layer),
+        n_embd=WIDTHS.get(arch, SHAPE.n_embd),
+        head_dim=SHAPE.n_embd_head,
+    )
     name = arch.partition("-")[0]
     writer = GGUFWriter(str(path), name)
     writer.add_name(f"tiny-random-{arch}")
@@ -73,6 +80,15 @@ def _add_parameters(writer: GGUFWriter, arch: str, shape: TinyLlama) -> None:
         writer.add_array("granite.deepstack_mapping", [-1, 1])
     if name == "lfm2":
         writer.add_shortconv_l_cache(3)
+    if name == "qwen35":
+        writer.add_full_attention_interval(2)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_state_size(head)
+        writer.add_ssm_group_count(1)
+        writer.add_ssm_time_step_rank(2)
+        writer.add_ssm_inner_size(2 * head)
     if name in ("gemma3", "gemma4"):
         writer.add_key_length(head)
         writer.add_value_length(head)
@@ -210,6 +226,33 @@ def _lfm2(out: Tensors, shape: TinyLlama) -> Tensors:
     return out
 
 
+def _qwen35(out: Tensors, shape: TinyLlama) -> Tensors:
+    """The first layer is a gated delta net, the second one attention with a gate in its queries."""
+    out, draw = _head_norms(out, shape), _random(10)
+    n, head = shape.n_embd, shape.n_embd_head
+    for name in ("q", "k", "v", "output", "q_norm", "k_norm"):
+        del out[f"blk.0.attn_{name}.weight"]
+    for i in range(shape.n_layer):
+        out[f"blk.{i}.post_attention_norm.weight"] = out.pop(f"blk.{i}.ffn_norm.weight")
+    out["blk.1.attn_q.weight"] = draw(2 * shape.n_head * head, n)
+    out["blk.0.attn_qkv.weight"] = draw(4 * head, n)
+    out["blk.0.attn_gate.weight"] = draw(2 * head, n)
+    out["blk.0.ssm_conv1d.weight"] = draw(4 * head, 4)
+    out["blk.0.ssm_dt.bias"] = draw(2)
+    out["blk.0.ssm_a"] = -np.exp(draw(2))
+    out["blk.0.ssm_beta.weight"] = draw(2, n)
+    out["blk.0.ssm_alpha.weight"] = draw(2, n)
+    out["blk.0.ssm_norm.weight"] = 1 + draw(head)
+    out["blk.0.ssm_out.weight"] = draw(n, 2 * head)
+    return out
+
+
+def _exaone4(out: Tensors, shape: TinyLlama) -> Tensors:
+    """Norms behind attention and feed-forward, none before."""
+    out = _head_norms(_post_norms(out, shape), shape)
+    return {k: v for k, v in out.items() if "attn_norm" not in k and "ffn_norm" not in k}
+
+
 def _glm4(out: Tensors, shape: TinyLlama) -> Tensors:
     """Gate and up in one matrix."""
     out = _post_norms(_biases(out, shape), shape)
@@ -248,5 +291,7 @@ _TENSORS: dict[str, Callable[[Tensors, TinyLlama], Tensors]] = {
     "phi2": _phi2,
     "lfm2": _lfm2,
     "glm4": _glm4,
+    "qwen35": _qwen35,
+    "exaone4": _exaone4,
     "cogvlm": _cogvlm,
 }

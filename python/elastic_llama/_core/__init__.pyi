@@ -18,6 +18,7 @@ __all__ = [
     "layer_shares",
     "lazy_buffers",
     "measure_layers",
+    "memory",
     "route_log",
     "take_log",
 ]
@@ -70,7 +71,7 @@ class Session:
 
         What its tokens attended to stays part of the importance of the prompts that are there.
 
-        Raises ValueError while a probe is running.
+        Raises ValueError while a probe is running, and where there can be none (`can_probe`).
         """
     def bias(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -85,6 +86,10 @@ class Session:
     ) -> int:
         """
         The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.
+        """
+    def can_probe(self) -> bool:
+        """
+        Whether what is decoded can be taken back; not with recurrent layers.
         """
     def cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
         """
@@ -167,9 +172,17 @@ class Session:
         """
         Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
         """
+    def memory(self) -> dict:
+        """
+        What the cache works on, and what is left alone: dict as of `memory(ctx)`.
+        """
     def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells the sequence holds; with layer_share not every layer holds all of them.
+        """
+    def n_free(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Tokens that find a cell now, in the part of the memory that has fewest.
         """
     def n_per_layer(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
@@ -182,6 +195,10 @@ class Session:
     def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Tokens decoded since the sequence was last empty.
+        """
+    def next_pos(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Position of the next token; behind an image with M-RoPE its height and width count.
         """
     def read_kv(
         self,
@@ -248,6 +265,17 @@ def measure_layers(
     Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
 
     Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.
+    """
+
+def memory(ctx: typing.SupportsInt | typing.SupportsIndex) -> dict:
+    """
+    What an elastic cache of the llama_context at this address works on; none needs to be attached.
+
+    dict of kind ("plain", "sliding window", "hybrid", "hybrid, sliding window"), n_layer_model, n_layer (compressed),
+    cell_bytes (K and V of one cell of those layers), other_bytes (allocated by windows and recurrent states, which are left
+    alone), other_cells (of the windows, or states) and recurrent (no probes, no cuts, no checkpoints).
+
+    Raises NotImplementedError, with the reason, for a memory that cannot be compressed.
     """
 
 def route_log(level: typing.SupportsInt | typing.SupportsIndex) -> int:

@@ -20,6 +20,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf-repo", metavar="REPO", help="Hugging Face repository to fetch from")
     group.add_argument("--hf-file", metavar="NAME", help="language model in --hf-repo")
     group.add_argument("--hf-mmproj", metavar="NAME", help="vision tower in --hf-repo")
+    for bound in ("min", "max"):
+        group.add_argument(
+            f"--image-{bound}-tokens",
+            type=int,
+            metavar="N",
+            help=f"{'fewest' if bound == 'min' else 'most'} tokens of an image, for vision towers "
+            "that take any size (the tower's)",
+        )
     group.add_argument(
         "-c",
         "--ctx-size",
@@ -289,6 +297,8 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig, n_seq_max: int = 
     return ElasticLlama(
         model,
         mmproj_path=mmproj,
+        image_min_tokens=args.image_min_tokens,
+        image_max_tokens=args.image_max_tokens,
         elastic=elastic,
         memory=_memory(args),
         n_seq_max=n_seq_max,
