@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import random
 import signal
 import subprocess
@@ -129,6 +130,7 @@ def main() -> None:
         print("ready", flush=True)
         use(MemoryFolder(args.work, args.max_bytes), args.uses, args.seed)
         return
+    logging.disable(logging.WARNING)  # of each damaged file
     with tempfile.TemporaryDirectory() as temp:
         many_processes(Path(temp) / "many", args.processes, args.uses)
         print(f"{args.processes} processes, {args.uses} uses each: every entry whole")
