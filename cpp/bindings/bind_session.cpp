@@ -215,6 +215,15 @@ RuntimeError when the cache holds cells already.)pbdoc")
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
         .def(
+            "compress_prefix",
+            [](const session & self, double value, llama_seq_id seq_id) {
+                return self.cache(seq_id).room().compress_prefix(seq_id, budget::from_value(value));
+            },
+            py::arg("budget"), py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+            R"pbdoc(Compress a prompt that others begin with, by a budget of its own; returns the number of cells it holds after.
+
+No checkpoint is taken, so that a saved state has its K and V once.)pbdoc")
+        .def(
             "equalize_layers", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().equalize_layers(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Give all layers of a sequence as many cells, on average as many as before; returns n_cells.")

@@ -38,6 +38,19 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
     return n;
 }
 
+int32_t room_maker::compress_prefix(llama_seq_id seq_id, const budget & keep) {
+    logits.collect();
+    int32_t n_target = std::max(parts.cfg.min_cells, keep.cells_for(parts.seqs.get(seq_id).n_tokens));
+    if (parts.cfg.max_cells > 0) {
+        n_target = std::min(n_target, parts.cfg.max_cells);
+    }
+    const int32_t n = compress_.run(seq_id, { n_target, true });
+    if (parts.memory.is_enabled()) {
+        trim_heap();
+    }
+    return n;
+}
+
 int32_t room_maker::equalize_layers(llama_seq_id seq_id) {
     const bool    pending = parts.seqs.get(seq_id).pending;
     const int32_t n       = compress_.run(seq_id, { parts.n_per_layer(seq_id), false, true });

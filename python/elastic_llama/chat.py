@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import itertools
 import os
 import re
@@ -11,12 +11,14 @@ from typing import Any
 
 from llama_cpp import llama_chat_format as formats
 from llama_cpp import mtmd_cpp
+from PIL import Image
 
 from .errors import ConfigError
 from .errors import message as error_message
 from .images import load_image, to_png
 from .llama import ElasticLlama
 from .messages import clean_text, read_messages
+from .pieces import pixel_key
 from .prompt_reader import EncodedImages, Mtmd, PromptReader
 from .templates import PLAIN_CHATML, VICUNA, ChatTemplate, template_for
 from .vision import ImageTokens
@@ -63,15 +65,17 @@ class ElasticChatHandler(formats.MTMDChatHandler):
     def __call__(self, *, llama: Any, messages: Any, **kwargs: Any) -> Any:
         messages = read_messages(messages)
         if isinstance(llama, ElasticLlama):
-            llama = PromptReader(llama, self._encoded)
+            same = llama.mmproj_path == self.clip_model_path
+            llama = PromptReader(llama, self._encoded, "" if same else self.clip_model_path)
         return super().__call__(llama=llama, messages=messages, **kwargs)
 
     def _create_bitmap_from_bytes(self, image_bytes: bytes) -> Any:
-        """With an id of what is in it, the tower that reads it, and a number of its own."""
+        """With an id of its pixels, as `Conversation` has it, and a number of its own."""
         bitmap = super()._create_bitmap_from_bytes(image_bytes)
-        content = hashlib.sha256(os.fsencode(self.clip_model_path) + b"\0" + image_bytes)
+        with Image.open(io.BytesIO(image_bytes)) as image:  # of `load_image`
+            content = pixel_key(image)
         number = next(self._counter)
-        mtmd_cpp.mtmd_bitmap_set_id(bitmap, f"{content.hexdigest()}/{number}".encode())
+        mtmd_cpp.mtmd_bitmap_set_id(bitmap, f"{content}/{number}".encode())
         return bitmap
 
     def _get_chat_template(self, llama_model: Any) -> str:

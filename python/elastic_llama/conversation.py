@@ -7,7 +7,6 @@ turn decodes only what is new, at its true positions, over the cells that the el
 from __future__ import annotations
 
 import codecs
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from .images import as_images, load_image
 from .kv_types import stock_bytes
 from .llama import ElasticLlama
 from .messages import clean_text
-from .pieces import ImagePiece, Piece, TextPiece
+from .pieces import ImagePiece, Piece, TextPiece, pixel_key
 from .prompt_reader import EncodedImages
 from .stats import TurnStats
 from .templates import ChatTemplate
@@ -148,6 +147,33 @@ class Conversation:
         message, loaded = self._question(question, images)
         self._read(message, lambda: self._extended(message, loaded))
 
+    def remember(self, images: Any) -> bool:
+        """Have the image memory of `llm` hold what a conversation about these images begins with.
+
+        The next turn of this conversation reads again what it needs.
+
+        Returns
+        -------
+        bool
+            Whether that was new.
+
+        Raises
+        ------
+        ImageError, ConfigError, ContextOverflowError
+        """
+        return self.llm.remember(self.first_prompt("", images))
+
+    def first_prompt(self, question: str, images: Any = ()) -> list[Piece]:
+        """The prompt of a conversation that begins with this question, whatever was said here.
+
+        Raises
+        ------
+        ImageError, ConfigError
+        """
+        message, loaded = self._question(question, images)
+        before = [_message("system", self._system)] if self._system else []
+        return self._cut_up(self._render([*before, message], len(loaded)), loaded)
+
     def _question(self, question: str, images: Any) -> tuple[dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in as_images(images)]
         if loaded and self.vision is None:
@@ -165,23 +191,27 @@ class Conversation:
     def _extended(self, message: dict[str, Any], images: list[Image.Image]) -> _Extended:
         """Text and pieces of the conversation with one more question, and the images in it."""
         self.llm._check_open("ask")
-        prompt = self._template.render([*self._messages, message], MARKER)
         images = [*self._images, *images]
-        if prompt.count(MARKER) != len(images):
-            raise ConfigError(
-                error_message(
-                    "chat template",
-                    "images in what the model's template makes of the conversation",
-                    prompt.count(MARKER),
-                    str(len(images)),
-                    "use a model whose template takes images",
-                )
-            )
+        prompt = self._render([*self._messages, message], len(images))
         if self._pieces and prompt.startswith(self._text):
             n_old = sum(m["n_images"] for m in self._messages)
             new = self._cut_up(prompt[len(self._text) :], images[n_old:], n_old)
             return prompt, [*self._pieces, *new], images
         return prompt, self._cut_up(prompt, images), images
+
+    def _render(self, messages: list[dict[str, Any]], n_images: int) -> str:
+        prompt = str(self._template.render(messages, MARKER))
+        if prompt.count(MARKER) != n_images:
+            raise ConfigError(
+                error_message(
+                    "chat template",
+                    "images in what the model's template makes of the conversation",
+                    prompt.count(MARKER),
+                    str(n_images),
+                    "use a model whose template takes images",
+                )
+            )
+        return prompt
 
     def _read(self, message: dict[str, Any], extended: Callable[[], _Extended]) -> None:
         """Decode what the cache lacks of the conversation with one more question.
@@ -253,7 +283,7 @@ class Conversation:
         if self.vision is None:
             return [TextPiece(tuple(self.llm.tokenize(prompt.encode(), first, special=True)))]
         pieces: list[Piece] = []
-        keys = [_key(image) for image in images]
+        keys = [pixel_key(image) for image in images]
         n_image = part = -1  # image, and which of its chunks
         with self.vision.chunks(prompt, images, add_special=first) as chunks:
             for chunk in chunks:
@@ -364,7 +394,3 @@ def _message(role: str, content: str, n_images: int = 0) -> dict[str, Any]:
     """A message in whose text the marker of an image stands for none but its own images."""
     said = without_marker(clean_text(content), MARKER)
     return {"role": role, "content": MARKER * n_images + said, "n_images": n_images}
-
-
-def _key(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

@@ -28,7 +28,7 @@ from ._checks import (
 )
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
-from .config import ElasticConfig
+from .config import ElasticConfig, budget_value, whole
 from .errors import (
     ConfigError,
     ElasticError,
@@ -36,6 +36,8 @@ from .errors import (
     message,
 )
 from .fallback import AUTO, attach_if_possible
+from .memory.reader import PrefixReader
+from .memory.store import MemoryOption, as_memory
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
@@ -73,9 +75,20 @@ class ElasticLlama(llama_cpp.Llama):
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    n_seq_max : int
+        Sequences of the context, which share its cells: `ask` answers one question less than that
+        at once. 1 to 256.
     image_min_tokens, image_max_tokens : int, optional
         Fewest and most embeddings of an image, for towers that take images of any size; those of
         the tower by default.
+    memory : bool, path or ImageMemory, optional
+        Keep the K/V of the images that a prompt begins with, compressed before the question is
+        known: True: in RAM; a path: in that folder too, for other processes. A later question
+        behind the same prompt starts from there, in `Conversation` and `create_chat_completion`.
+        Off by default.
+    memory_budget : float or int
+        What is kept of them, as `ElasticConfig.budget`. `kv_budget` holds once the question is
+        known.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
         what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
@@ -111,6 +124,9 @@ class ElasticLlama(llama_cpp.Llama):
         chat_handler: Any = None,
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
+        memory: MemoryOption = None,
+        memory_budget: float | int = 0.5,
+        n_seq_max: int = 1,
         n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -129,6 +145,11 @@ class ElasticLlama(llama_cpp.Llama):
         self._scorer_guard = Guard()
         self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
         is_auto = elastic == AUTO and kv_budget is None
+        self.memory = as_memory(memory)
+        self.memory_budget = budget_value("memory_budget", memory_budget)
+        self._image_reader: PrefixReader | None = None
+        self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
+        self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -193,9 +214,22 @@ class ElasticLlama(llama_cpp.Llama):
                     attach_if_possible(self, elastic)
                 else:
                     self._attach(elastic)
+            if self.memory is not None:
+                self._image_reader = PrefixReader(self, self.memory, self.memory_budget)
         except ElasticError:
             self.close()
             raise
+
+    @property
+    def context_params(self) -> Any:
+        """`llama_context_params` of the context."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._n_seq_max > 1:
+            params.n_seq_max, params.kv_unified = self._n_seq_max, True
+        self._context_params = params
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = attach(self, self._ctx.ctx, elastic)
@@ -427,8 +461,16 @@ class ElasticLlama(llama_cpp.Llama):
         n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
         self._room.check_fit(n_new + 1, 0)  # before anything is cut
         n_kept = self._rewind.keep_prefix(ids)
+        n_read = 0
+        if self._image_reader is not None:
+            n_kept, n_read = self._image_reader.read(pieces, ids, n_kept)
         n_new = n_cells_from(pieces, n_kept)
         self.check_room(n_new + 1, len(ids) - n_kept + 1)  # and an answer
+        self._decode_pieces(pieces, ids, n_kept)
+        return n_new + n_read
+
+    def _decode_pieces(self, pieces: Sequence[Piece], ids: np.ndarray, n_kept: int) -> None:
+        """Decode what comes behind the first `n_kept` positions."""
         first = 0
         with self.prompt_phase():
             for piece in pieces:
@@ -438,7 +480,77 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
-        return n_new
+
+    def remember(self, pieces: Sequence[Piece]) -> bool:
+        """Have the image memory hold the images that a prompt begins with.
+
+        Returns
+        -------
+        bool
+            Whether they were new to it. The cache holds them then, and nothing else.
+
+        Raises
+        ------
+        ConfigError
+            There is no memory, or no image.
+        ContextOverflowError
+            They do not fit; nothing is decoded.
+        """
+        self._check_open("remember")
+        self._n_calls += 1
+        if self._image_reader is None:
+            raise ConfigError(message("remember", "memory", None, "one", "pass memory=True"))
+        return self._image_reader.remember(pieces)
+
+    def ask(
+        self, image: Any, questions: Sequence[str], *, max_tokens: int = 256, system: str = ""
+    ) -> list[str]:
+        """Greedy answers to questions about the same image, or images, decoded side by side.
+
+        What the cache holds of the images is shared: they are encoded, decoded and compressed
+        (`memory_budget`) once, or come from the image memory. Questions and answers are not
+        compressed. As many are decoded at once as `n_seq_max` and the cells of the context allow.
+
+        Parameters
+        ----------
+        image : image or list of images
+            What `elastic_llama.images.load_image` takes.
+        questions : sequence of str
+        max_tokens : int
+            Of each answer, at most, >= 1.
+        system : str
+            System prompt.
+
+        Returns
+        -------
+        list of str
+            In the order of the questions.
+
+        Raises
+        ------
+        ImageError, ConfigError
+            Nothing is decoded.
+        ContextOverflowError
+            The image and a question do not fit.
+        """
+        self._check_open("ask")
+        max_tokens = whole("max_tokens", max_tokens, 1)
+        if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
+            raise ConfigError(message("ask", "questions", repr(questions)[:80], "a list of texts"))
+        from .ask import SharedImage
+        from .conversation import Conversation
+        from .images import as_images, load_image
+
+        images = [load_image(one) for one in as_images(image)]
+        if self._asking is None:
+            self._asking = Conversation(self)
+        self._asking._system = system or None
+        prompts = [self._asking.first_prompt(question, images) for question in questions]
+        if not prompts:
+            return []
+        self._n_calls += 1
+        reader = self._image_reader or PrefixReader(self, None, self.memory_budget)
+        return SharedImage(self, prompts).answers(reader, max_tokens)
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
@@ -631,13 +743,21 @@ class ElasticLlama(llama_cpp.Llama):
         if self.mmproj_path is not None:
             state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
         state.update(
-            image_min_tokens=self.image_tokens.least, image_max_tokens=self.image_tokens.most
+            image_min_tokens=self.image_tokens.least,
+            image_max_tokens=self.image_tokens.most,
+            memory=self.memory,
+            memory_budget=self.memory_budget,
+            n_seq_max=self._n_seq_max,
+            elastic=self.elastic,
         )
-        return {**state, "elastic": self.elastic}
+        return state
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
         self._closed = True
+        asking, self._asking = getattr(self, "_asking", None), None
+        if asking is not None:
+            asking.close()
         session, self._session = getattr(self, "_session", None), None
         if session is not None:
             session.forget()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 __all__ = [
     "ImagePiece",
@@ -17,6 +18,7 @@ __all__ = [
     "image_start",
     "n_cells_from",
     "piece_ids",
+    "pixel_key",
 ]
 
 
@@ -72,6 +74,11 @@ class ImagePiece:
 
 
 Piece = Any  # TextPiece or ImagePiece
+
+
+def pixel_key(image: Image.Image) -> str:
+    """The key of an RGB image: a hash of its size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def image_ids(key: str, n: int) -> np.ndarray:

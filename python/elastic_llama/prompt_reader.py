@@ -49,8 +49,8 @@ class EncodedImages:
 class Pieces:
     """The pieces of a prompt, noted in place of being decoded."""
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
-        self._llm, self._known = llm, known
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str) -> None:
+        self._llm, self._known, self._tower_key = llm, known, tower
         self._bitmap: bytes | None = None  # whose chunk came last
         self._part = 0  # which of its chunks that was
         self.all: list[Piece] = []
@@ -67,7 +67,7 @@ class Pieces:
         tower = _Tower(ctx, self._llm)
         chunk = tower._chunk(native)
         tower.check_batch(chunk)
-        key, n = f"{content}-{self._part}", chunk.n_positions
+        key, n = f"{self._tower_key}{content}-{self._part}", chunk.n_positions
         decode = self._decoder(key, tower, native)
         self.all.append(ImagePiece(key, n, decode, chunk.n_tokens, self._part, chunk.grid))
         return n
@@ -86,12 +86,13 @@ class PromptReader:
     """Stands for an `ElasticLlama` while a chat handler goes through the chunks of a prompt.
 
     The handler resets it, has each chunk decoded, asks for the ids of all of them, and for a
-    completion. What the cache lacks is decoded when the ids are asked for.
+    completion. What the cache lacks is decoded when the ids are asked for. `tower` names the vision
+    tower, if it is not the one of `llm`.
     """
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str = "") -> None:
         self._llm = llm
-        self._pieces = Pieces(llm, known)
+        self._pieces = Pieces(llm, known, tower)
         self._ctx = SimpleNamespace(ctx=self._pieces, kv_cache_clear=lambda: None)
         self.n_tokens = 0
 

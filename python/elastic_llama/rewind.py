@@ -64,9 +64,9 @@ class Rewinder:
         A memory that cannot be cut there (recurrent models) is cleared.
         """
         n = self.can_cut(n)
-        if not self.llm._ctx.kv_cache_seq_rm(-1, n, -1):
+        if not self.llm._ctx.kv_cache_seq_rm(0, n, -1):
             n = 0
-            if not self.llm._ctx.kv_cache_seq_rm(-1, 0, -1):
+            if not self.llm._ctx.kv_cache_seq_rm(0, 0, -1):
                 self.llm._ctx.kv_cache_clear()
         self.llm.n_tokens = n
         self.llm._spans.cut(n)

@@ -109,6 +109,16 @@ class Session:
         """
         Compress the prompt of a sequence now; returns the number of cells it holds after.
         """
+    def compress_prefix(
+        self,
+        budget: typing.SupportsFloat | typing.SupportsIndex,
+        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Compress a prompt that others begin with, by a budget of its own; returns the number of cells it holds after.
+
+        No checkpoint is taken, so that a saved state has its K and V once.
+        """
     def count(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> numpy.typing.NDArray[numpy.float32]:
