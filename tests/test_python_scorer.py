@@ -135,6 +135,7 @@ def test_snapkv_in_numpy_is_snapkv(embedded_model: Path) -> None:
     assert tokens == expected_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_example_runs(embedded_model: Path) -> None:
     run = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, check=True)
@@ -160,18 +161,24 @@ def by_hand(llm: ElasticLlama) -> None:
 CALLS = [by_hand, answer, complete, ask]
 
 
+ERRORS = [
+    OwnError("no scores today"),
+    KeyboardInterrupt(),
+    ValueError("these exceed me"),
+    RuntimeError("returned 1"),
+]
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    "error",
+    ("like", "error"),
     [
-        OwnError("no scores today"),
-        KeyboardInterrupt(),
-        ValueError("these exceed me"),
-        RuntimeError("returned 1"),
+        *(("elastic", error) for error in ERRORS),
+        ("h2o", ERRORS[0]),
+        *(pytest.param("h2o", error, marks=pytest.mark.slow) for error in ERRORS[1:]),
     ],
-    ids=lambda e: type(e).__name__,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
-@pytest.mark.parametrize("like", ["h2o", "elastic"])
 def test_what_it_raises_arrives_and_all_cells_stay(
     tiny_gqa: Path, like: str, error: BaseException, call: Callable[[ElasticLlama], Any]
 ) -> None:

@@ -144,7 +144,7 @@ def test_visible_text() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("layer", [None, 17])
+@pytest.mark.parametrize("layer", [None, pytest.param(17, marks=pytest.mark.slow)])
 def test_embedded_model(
     embedded_model: Path, embedded_mmproj: Path, tmp_path: Path, layer: int | None
 ) -> None:

@@ -311,6 +311,13 @@ def test_bad_calls(tiny_gqa: Path) -> None:
         e.session = None
 
 
+@pytest.mark.parametrize("keeps_all", [{"policy": "full", "budget": 0.5}, {"budget": 1.0}])
+def test_a_cache_that_drops_nothing_counts_no_tokens(tiny_gqa: Path, keeps_all: Any) -> None:
+    with Engine(tiny_gqa, elastic=keeps_all) as e:
+        n = feed(e)
+        assert (e.session.n_cells(0), e.session.n_tokens(0), e.session.n_to_drop(0)) == (n, 0, 0)
+
+
 def test_other_memories_are_refused(tmp_path: Path) -> None:
     """A recurrent model: a clear refusal, and the context still works."""
     path = write_tiny(tmp_path / "mamba.gguf", "mamba")

@@ -186,8 +186,8 @@ Raises NotImplementedError, with the reason, for a memory that cannot be compres
              py::arg("ctx"), py::kw_only(), py::arg("policy") = d.policy, py::arg("budget") = d.budget, py::arg("n_sink") = d.n_sink,
              py::arg("offset") = d.offset, py::arg("min_cells") = d.min_cells, py::arg("n_threads") = d.n_threads,
              py::arg("max_cells") = d.max_cells, py::arg("overdraft") = d.overdraft, py::arg("checkpoints") = d.n_checkpoints,
-             py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = false, py::arg("record") = d.record,
-             py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
+             py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = d.layers == ELASTIC_LAYERS_AUTO,
+             py::arg("record") = d.record, py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -298,7 +298,8 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
             py::arg("seq_id") = 0, "Bytes of K, V and bias that the layers hold of the sequence.")
         .def(
             "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().seqs.get(seq_id).n_tokens; },
-            py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
+            py::arg("seq_id") = 0,
+            "Tokens decoded since the sequence was last empty; 0 where nothing is ever dropped (budget 1, policy full).")
         .def(
             "stats", [](const session & self) { return stats_dict(self.cache()); },
             "Counters since the last reset; times in microseconds, sizes in bytes.")

@@ -133,7 +133,8 @@ LLAMA_API void    elastic_end_probe(struct llama_context * ctx);
 LLAMA_API int32_t elastic_n_to_drop(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells per layer, on
-// average, rounded up. Tokens it has seen (decoded since it was last empty)
+// average, rounded up. Tokens it has seen (decoded since it was last empty); 0 where nothing is ever dropped (budget 1, policy "full"):
+// such a cache takes no part in decoding, so it counts none
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int32_t elastic_n_per_layer(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);

@@ -43,7 +43,7 @@ class Session:
         overdraft: typing.SupportsInt | typing.SupportsIndex = -1,
         checkpoints: typing.SupportsInt | typing.SupportsIndex = 2,
         layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
-        auto_layers: bool = False,
+        auto_layers: bool = True,
         record: bool = False,
         release_memory: bool = True,
         scorer: collections.abc.Callable | None = None,
@@ -194,7 +194,7 @@ class Session:
         """
     def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
-        Tokens decoded since the sequence was last empty.
+        Tokens decoded since the sequence was last empty; 0 where nothing is ever dropped (budget 1, policy full).
         """
     def next_pos(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """

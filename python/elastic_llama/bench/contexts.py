@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Container
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals
 
+from .. import _core
 from ..batch import fill_batch, n_position_planes
 from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, message
@@ -177,9 +177,9 @@ class Ideal:
 
     def allowed(self) -> int:
         """Cells that the budget allows after as many tokens."""
-        budget = self.config.budget
-        n = budget if budget > 1 else math.ceil(budget * self.n_seen)
-        n = max(int(n), self.config.min_cells)
+        n = max(
+            _core.core.budget_cells(float(self.config.budget), self.n_seen), self.config.min_cells
+        )
         return min(n, self.config.kv_cells or n)
 
     def overdraft(self) -> int:
