@@ -1,4 +1,4 @@
-"""The command line: `elastic-llama describe | show | chat | eval | bench | demo | info`."""
+"""The command line: `elastic-llama describe | show | chat | serve | eval | bench | demo | info`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-from . import bench, chat, demo, describe, eval, info, show
+from . import bench, chat, demo, describe, eval, info, serve, show
 
-_COMMANDS = (describe, show, chat, eval, bench, demo, info)
+_COMMANDS = (describe, show, chat, serve, eval, bench, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):
