@@ -66,9 +66,9 @@ static bool is_public(uint32_t ip) {  // in host order
         uint32_t net;
         int      bits;
     } others[] = {
-        { 0x00000000, 8 },  { 0x0a000000, 8 },  { 0x64400000, 10 }, { 0x7f000000, 8 },  { 0xa9fe0000, 16 }, { 0xac100000, 12 },
-        { 0xc0000000, 24 }, { 0xc0000200, 24 }, { 0xc0586300, 24 }, { 0xc0a80000, 16 }, { 0xc6120000, 15 }, { 0xc6336400, 24 },
-        { 0xcb007100, 24 }, { 0xe0000000, 3 },  // multicast and reserved
+        { 0x00000000, 8 },  { 0x0a000000, 8 },  { 0x64400000, 10 }, { 0x7f000000, 8 },  { 0xa9fe0000, 16 },
+        { 0xac100000, 12 }, { 0xc0000000, 24 }, { 0xc0000200, 24 }, { 0xc0586300, 24 }, { 0xc0a80000, 16 },
+        { 0xc6120000, 15 }, { 0xc6336400, 24 }, { 0xcb007100, 24 }, { 0xe0000000, 3 },  // multicast and reserved
     };
     for (const auto & o : others) {
         if ((ip ^ o.net) >> (32 - o.bits) == 0) {
@@ -85,17 +85,17 @@ static bool is_public(const sockaddr * addr) {
     if (addr->sa_family != AF_INET6) {
         return false;
     }
-    const uint8_t * b = reinterpret_cast<const sockaddr_in6 *>(addr)->sin6_addr.s6_addr;
+    const uint8_t * b          = reinterpret_cast<const sockaddr_in6 *>(addr)->sin6_addr.s6_addr;
     // global unicast is 2000::/3; of it, what carries an IPv4 address (6to4, Teredo) and documentation are left out
-    const bool is_special = (b[0] == 0x20 && b[1] == 0x02) || (b[0] == 0x20 && b[1] == 0x01 && b[2] < 2) ||
+    const bool      is_special = (b[0] == 0x20 && b[1] == 0x02) || (b[0] == 0x20 && b[1] == 0x01 && b[2] < 2) ||
                             (b[0] == 0x20 && b[1] == 0x01 && b[2] == 0x0d && b[3] == 0xb8);
     return (b[0] & 0xe0) == 0x20 && !is_special;
 }
 
 // the address that a host has, if all that it has are public
 static std::string public_address(const std::string & host) {
-    addrinfo   hints = {};
-    addrinfo * found = nullptr;
+    addrinfo   hints  = {};
+    addrinfo * found  = nullptr;
     hints.ai_socktype = SOCK_STREAM;
     if (getaddrinfo(host.c_str(), nullptr, &hints, &found) != 0 || !found) {
         throw std::invalid_argument("the host of the media URL was not found: " + host);
@@ -137,8 +137,9 @@ std::pair<long, std::vector<char>> elastic_get_remote(const std::string & url, c
         return common_remote_get_content(url, params);
     }
     if (limits.remote == remote_media::none) {
-        throw std::invalid_argument("media URLs are not fetched by this server; send the data (data:image/png;base64,...), or start it with "
-                                    "--remote-media");
+        throw std::invalid_argument(
+            "media URLs are not fetched by this server; send the data (data:image/png;base64,...), or start it with "
+            "--remote-media");
     }
     try {
         return get_public(url, params);
@@ -161,8 +162,8 @@ static void check(const std::vector<uint8_t> & file) {
     int n = 0;
     if (limits.n_mpixels > 0 && stbi_info_from_memory(file.data(), (int) file.size(), &x, &y, &n) &&
         (int64_t) x * y > limits.n_mpixels * 1000 * 1000) {
-        throw std::invalid_argument("media: got an image of " + std::to_string(x) + " x " + std::to_string(y) + " pixels, expected at most " +
-                                    std::to_string(limits.n_mpixels) + " million");
+        throw std::invalid_argument("media: got an image of " + std::to_string(x) + " x " + std::to_string(y) +
+                                    " pixels, expected at most " + std::to_string(limits.n_mpixels) + " million");
     }
 }
 

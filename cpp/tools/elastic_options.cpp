@@ -31,18 +31,20 @@ static int32_t at_least(const char * name, int value, int low) {
 }
 
 void elastic_add_options(const std::function<void(common_arg)> & add) {
-    add(common_arg({ "--kv-budget" }, "B",
-                   "elastic KV cache: what is kept of each sequence, a fraction of its tokens (0 < B <= 1) or a number of cells (B > 1); 1 is "
-                   "off (default: 1, or 0.2 if another --kv option is given)",
-                   [](common_params & params, const std::string & value) { params.elastic.budget = number("--kv-budget", value); })
+    add(common_arg(
+            { "--kv-budget" }, "B",
+            "elastic KV cache: what is kept of each sequence, a fraction of its tokens (0 < B <= 1) or a number of cells (B > 1); 1 is "
+            "off (default: 1, or 0.2 if another --kv option is given)",
+            [](common_params & params, const std::string & value) { params.elastic.budget = number("--kv-budget", value); })
             .set_env("LLAMA_ARG_KV_BUDGET"));
     add(common_arg({ "--kv-policy" }, "NAME", "elastic KV cache: how cells are chosen (default: elastic)",
                    [](common_params & params, const std::string & value) { params.elastic.policy = value; })
             .set_env("LLAMA_ARG_KV_POLICY"));
-    add(common_arg({ "--kv-cells" }, "N",
-                   "elastic KV cache: a sequence never holds more cells than N and one ubatch, not even while its prompt is read (default: 0, "
-                   "no such cap)",
-                   [](common_params & params, int value) { params.elastic.max_cells = at_least("--kv-cells", value, 0); })
+    add(common_arg(
+            { "--kv-cells" }, "N",
+            "elastic KV cache: a sequence never holds more cells than N and one ubatch, not even while its prompt is read (default: 0, "
+            "no such cap)",
+            [](common_params & params, int value) { params.elastic.max_cells = at_least("--kv-cells", value, 0); })
             .set_env("LLAMA_ARG_KV_CELLS"));
     add(common_arg({ "--kv-checkpoints" }, "N",
                    "elastic KV cache: states of a sequence that are kept so that what came later can be taken back (default: 2, or 4 with "
@@ -103,7 +105,8 @@ llama_context * elastic_init_context(const common_params & params, const std::fu
         return init();
     }
     if (speculates(params)) {
-        LOG_ERR("speculative decoding: does not go with the elastic KV cache; leave out the draft model and --spec options, or --kv-budget\n");
+        LOG_ERR(
+            "speculative decoding: does not go with the elastic KV cache; leave out the draft model and --spec options, or --kv-budget\n");
         return nullptr;
     }
     elastic_lazy_buffers(true);

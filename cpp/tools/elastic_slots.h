@@ -19,8 +19,8 @@ template <typename Tokens> int32_t elastic_reusable(const llama_context * ctx, l
     return 0;
 }
 
-// A slot that has read exactly this prompt before, and answered: the answer is taken back, and the logits of the prompt's last token are the
-// context's again, at index 0
+// A slot that has read exactly this prompt before, and answered: the answer is taken back, and the logits of the prompt's last token are
+// the context's again, at index 0
 inline bool elastic_back_to_end(llama_context * ctx, llama_seq_id seq_id, llama_pos pos_end) {
     return elastic_is_attached(ctx) && elastic_can_cut(ctx, seq_id, pos_end) == pos_end &&
            llama_memory_seq_rm(llama_get_memory(ctx), seq_id, pos_end, -1) && elastic_restore_logits(ctx, seq_id) == 0;

@@ -24,7 +24,7 @@ their LLAMA_ARG_... variables); these are set unless you set them:
   --cache-ram 512          MiB for conversations that have lost their slot
   --no-remote-media        image URLs are refused; data: URLs are taken
   --media-max-count 16 --media-max-mib 20 --media-max-mpixels 50
-  --path DIR               a page to try it with, at /
+  --path DIR --metrics     a page to try it with, at /, and what it shows
   --host 127.0.0.1         only this machine can reach it
 """
 
@@ -55,6 +55,7 @@ _DEFAULTS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("--media-max-count",), "MEDIA_MAX_COUNT", ("--media-max-count", "16")),
     (("--media-max-mib",), "MEDIA_MAX_MIB", ("--media-max-mib", "20")),
     (("--media-max-mpixels",), "MEDIA_MAX_MPIXELS", ("--media-max-mpixels", "50")),
+    (("--metrics",), "ENDPOINT_METRICS", ("--metrics",)),
     (("--path",), "STATIC_PATH", ("--path", "PAGE")),
 )
 
