@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from elastic_llama.scenes.layout import make_scene
 from elastic_llama.scenes.render import render
+from PIL import Image
 
 from tests.support.server import Server, binary, data_uri, n_read, said, text_of, user
 
@@ -22,14 +24,15 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 N_IMAGE = 576
 SCENES = [data_uri(render(make_scene("dev", i))) for i in range(3)]
 WHAT, WHERE = "What is in the picture?", "What is at the top left?"
-FACTS = "The red house stands by the sea. The blue boat has left the harbour. " * 12
+FACTS = "The red house stands by the sea. The blue boat has left the harbour. " * 8
+MORE = shlex.split(os.environ.get("ELASTIC_TEST_SERVER", ""))  # options, for a run by hand
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     binary()
     folder = tmp_path_factory.mktemp("server")
-    running = Server(folder, "--slots", "--metrics", "--slot-save-path", str(folder)).wait()
+    running = Server(folder, "--slots", "--slot-save-path", str(folder), *MORE).wait()
     yield running
     assert running.stop() == 0
 
@@ -177,10 +180,7 @@ def test_eight_clients_at_four_slots(fresh: Server) -> None:
         [user(FACTS + "What stands by the sea?")],
         [user(FACTS + "What has left the harbour?")],
     ] * 2
-    alone = []
-    for messages in questions[:4]:
-        fresh.erase()
-        alone.append(text_of(fresh.chat(*messages)))
+    alone = [text_of(fresh.chat(*messages, id_slot=i)) for i, messages in enumerate(questions[:4])]
     fresh.erase()
     answers: dict[int, str] = {}
 
@@ -232,22 +232,38 @@ def test_the_page(server: Server) -> None:
     assert server.get("/page.js")[0] == 200
 
 
-def test_start_and_stop(tmp_path: Path) -> None:
+def test_a_start_that_is_refused(tmp_path: Path) -> None:
     binary()
-    for options, said_of in (
+    for options, reason in (
         (("--kv-budget", "none"), "--kv-budget: got 'none'"),
         (("--kv-policy", "nobody"), "nobody"),
         (("--spec-type", "ngram-simple"), "speculative decoding"),
         (("-fa", "off"), "flash attention"),
     ):
-        running = Server(tmp_path, *options)
-        assert running.process.wait(60) == 1
-        assert said_of in running.log.read_text()
-    running = Server(tmp_path).wait()
+        refused = Server(tmp_path, *options)
+        assert refused.process.wait(60) == 1
+        assert reason in refused.log.read_text()
+
+
+def test_media_of_elsewhere_and_ctrl_c(tmp_path: Path) -> None:
+    binary()
+    large = data_uri(Image.new("1", (2000, 1000)))
+    running = Server(tmp_path, "--remote-media", "--media-max-mpixels", "1").wait()
+    for url, reason in (
+        ("http://127.0.0.1:1/x.png", "private address"),
+        ("http://localhost:1/x.png", "private address"),
+        ("http://[::1]:1/x.png", "private address"),
+        ("http://10.1.2.3/x.png", "private address"),
+        ("http://[::ffff:10.1.2.3]/x.png", "private address"),
+        ("http://169.254.169.254/latest/meta-data", "private address"),
+        ("http://192.168.0.1/x.png", "private address"),
+        (large, "2000 x 1000 pixels"),
+    ):
+        status, out = running.post("/v1/chat/completions", {"messages": [user("?", url)]})
+        assert status == 400
+        assert reason in out["error"]["message"]
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(30) == 0
-    with contextlib.suppress(OSError):
-        assert running.get("/health")[0] != 200
 
 
 @pytest.mark.parametrize("name", ["openai_client", "langchain_client"])

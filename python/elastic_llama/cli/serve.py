@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -160,10 +161,8 @@ def server_arguments(arguments: list[str], environ: Mapping[str, str]) -> list[s
             out += ["--chat-template", "chatml"]  # without the default system prompt
         if not _given(out, ("-c", "--ctx-size")) and "LLAMA_ARG_CTX_SIZE" not in environ:
             n_slots = next((out[i + 1] for i, a in enumerate(out) if a in ("-np", "--parallel")), 4)
-            try:
+            with contextlib.suppress(ValueError):  # llama-server says so
                 out += ["-c", str(_CONTEXT * int(n_slots))]
-            except ValueError:  # llama-server says so
-                pass
     for names, variable, default in _DEFAULTS:
         if _given(out, names) or f"LLAMA_ARG_{variable}" in environ:
             continue
