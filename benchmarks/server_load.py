@@ -39,7 +39,7 @@ FACTS = (
     "The red house stands by the sea. The blue boat has left the harbour at noon. "
     "A green bird sits on the white gate. Four children play under the old tree. "
 )
-QUESTIONS = ("What is in the picture?", "What is at the top left?", "How many shapes are there?")
+QUESTIONS = ("What is in row 3?", "What is in row 1, column 1?")
 TEXT_QUESTIONS = (
     "What stands by the sea?",
     "Where does the bird sit?",
@@ -98,7 +98,7 @@ class Server:
 
 def photo(index: int) -> str:
     out = io.BytesIO()
-    render(make_scene("dev", index)).save(out, "png")
+    render(make_scene("dev", index, 3)).save(out, "png")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from tests.support.server import Server, binary, data_uri, n_read, said, text_of
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 N_IMAGE = 576
-SCENES = [data_uri(render(make_scene("dev", i))) for i in range(3)]
-WHAT, WHERE = "What is in the picture?", "What is at the top left?"
+SCENES = [data_uri(render(make_scene("dev", i, 3))) for i in (0, 2)]
+WHAT, WHERE = "What is in row 3?", "What is in row 1, column 1?"
 FACTS = "The red house stands by the sea. The blue boat has left the harbour. " * 8
 MORE = shlex.split(os.environ.get("ELASTIC_TEST_SERVER", ""))  # options, for a run by hand
 
@@ -62,6 +63,7 @@ def test_turns_about_an_image(fresh: Server) -> None:
     assert n_read(other) < 40
     different = fresh.chat(user(WHAT, SCENES[1]), id_slot=0)  # as large, and another
     assert n_read(different) > N_IMAGE
+    assert len({answer, text_of(different), text_of(other)}) == 3
 
     fresh.erase()
     alone = fresh.chat(user(WHERE, SCENES[0]), id_slot=0)
@@ -103,17 +105,6 @@ def test_probabilities_of_a_prompt_again(fresh: Server) -> None:
     first, again = (fresh.chat(question, **options) for _ in range(2))
     assert n_read(again) == 0
     assert first["choices"][0]["logprobs"] == again["choices"][0]["logprobs"]
-
-
-def test_chunks_are_not_moved(fresh: Server) -> None:
-    body = {"temperature": 0, "n_predict": 8, "id_slot": 0, "n_cache_reuse": 8}
-    fresh.post("/completion", {**body, "prompt": "Once. " + FACTS})
-    status, out = fresh.post("/completion", {**body, "prompt": FACTS})
-    fresh.erase()
-    assert (status, out["content"]) == (
-        200,
-        fresh.post("/completion", {**body, "prompt": FACTS})[1]["content"],
-    )
 
 
 def test_a_stream_and_who_hangs_up(fresh: Server) -> None:
@@ -280,3 +271,61 @@ def test_examples(server: Server, name: str) -> None:
     assert set(said_by) == {"picture", "stream", "json"} - (
         {"json"} if name != "openai_client" else set()
     )
+
+
+def test_the_page_in_a_browser(fresh: Server, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    from elastic_llama.embedded import demo_image
+
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 800, "height": 900})
+        failures: list[str] = []
+        page.on("pageerror", lambda e: failures.append(str(e)))
+        page.goto(f"http://127.0.0.1:{fresh.port}/")
+        page.set_input_files("#file", str(demo_image()))
+        for question in (WHAT, WHERE):
+            page.fill("#question", question)
+            page.click("#send")
+            page.wait_for_selector("#stop[hidden]", state="attached", timeout=120_000)
+            page.wait_for_selector(".turn:last-child .note", timeout=120_000)
+        answers = page.locator(".answer").all_inner_texts()
+        notes = page.locator(".note").all_inner_texts()
+        page.wait_for_function("document.getElementById('kept').textContent.includes('cells kept')")
+        page.screenshot(path=str(tmp_path / "page.png"))
+        browser.close()
+    assert failures == []
+    assert len(answers) == 2
+    assert all(answers)
+    assert int(notes[0].split()[0]) > N_IMAGE
+    assert int(notes[1].split()[0]) < 40
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_text_alone(tmp_path: Path) -> None:
+    """Unified cells, idle slots in RAM, chunks that would be moved, an answer beyond the context."""
+    binary()
+    options = ["--no-mmproj", "-np", "2", "-kvu", "-c", "1024", "--slots", "--context-shift"]
+    options += ["--cache-reuse", "8", "--slot-save-path", str(tmp_path)]
+    running = Server(tmp_path, *options).wait()
+    questions = [user(f"{name} is in the garden. " + FACTS + "Where is it?") for name in "ABC"]
+
+    def complete(prompt: str, n: int) -> str:
+        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True}
+        status, out = running.post("/completion", {**body, "n_cache_reuse": 8})
+        assert status == 200, out
+        return str(out["content"])
+
+    answers = [running.chat(q) for q in questions]  # of three conversations two have a slot
+    again = [running.chat(q) for q in questions]
+    assert list(map(text_of, again)) == list(map(text_of, answers))
+    complete("Once upon a time. " + FACTS, 8)
+    moved = complete(FACTS, 8)  # would be what is stored, at other positions
+    assert len(complete(FACTS, 1200)) > 1000
+
+    running.erase()
+    assert complete(FACTS, 8) == moved
+    assert running.stop() == 0
