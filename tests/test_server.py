@@ -306,7 +306,7 @@ def test_the_page_in_a_browser(fresh: Server, tmp_path: Path) -> None:
 
 
 def test_text_alone(tmp_path: Path) -> None:
-    """Unified cells, idle slots in RAM, chunks that would be moved, an answer beyond the context."""
+    """Unified cells, idle slots in RAM, chunks to be moved, an answer beyond the context."""
     binary()
     options = ["--no-mmproj", "-np", "2", "-kvu", "-c", "1024", "--slots", "--context-shift"]
     options += ["--cache-reuse", "8", "--slot-save-path", str(tmp_path)]

@@ -27,7 +27,7 @@ struct elastic_options {
 // the options above, for llama.cpp's parser of arguments
 void elastic_add_options(const std::function<void(common_arg)> & add);
 
-// what must hold for the elastic cache: flash attention. Throws std::invalid_argument where another option forbids it
+// flash attention on, which the elastic cache needs, where it is left to llama.cpp
 void elastic_adjust(const common_params & params, llama_context_params & cparams);
 
 // llama_init_from_model, and the elastic cache attached if the options say so; nullptr with the reason in the log
