@@ -329,3 +329,23 @@ def test_text_alone(tmp_path: Path) -> None:
     running.erase()
     assert complete(FACTS, 8) == moved
     assert running.stop() == 0
+
+
+def test_the_other_tools(tiny_gqa: Path, embedded_model: Path, embedded_mmproj: Path) -> None:
+    from elastic_llama.embedded import demo_image
+
+    def run(name: str, *arguments: object) -> str:
+        command = [binary().parent / name, "-t", "1", "--kv-budget", "0.2", *arguments]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            list(map(str, command)), env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "elastic KV cache: policy elastic, budget 0.2" in done.stdout + done.stderr
+        return done.stdout
+
+    bench = run("llama-batched-bench", "-m", tiny_gqa, *"-c 512 -npp 128 -ntg 4 -npl 1,2".split())
+    assert "|   128 |      4 |    1 |" in bench  # its log may lose the last line
+    image = ["--mmproj", embedded_mmproj, "--image", demo_image(), "--chat-template", "chatml"]
+    question = ["-p", "What is in row 1, column 2?", "--temp", "0", "-n", "8", "-c", "1024"]
+    assert "red square" in run("llama-mtmd-cli", "-m", embedded_model, *image, *question)
