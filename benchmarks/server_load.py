@@ -4,10 +4,12 @@ load:          400 requests of 8 `openai` clients to 4 slots, with and without i
                not, one in ten malformed, one in twenty hanging up, slots saved and restored in
                between. Every well-formed one must be answered as alone (greedy), every malformed
                one refused with a message, and the server must not grow.
+again:         time to the first token of a question about a photo, of the next turn, of the same
+               question again, and of another question in a new conversation; median of 5.
 conversations: 16 conversations about one photo each; resident bytes of K and V, with and without
                the elastic cache.
 
-Usage: server_load.py load|conversations [--requests N] [--seed N] [--out FILE] [-- SERVER OPTIONS]
+Usage: server_load.py WHAT [--requests N] [--seed N] [--out FILE] [-- SERVER OPTIONS]
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import os
 import random
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -242,6 +245,39 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.stop()
 
 
+def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, str]:
+    """Seconds to the first token, and the answer."""
+    start = time.perf_counter()
+    seconds, text = 0.0, ""
+    for event in client.chat.completions.create(
+        model="embedded", messages=messages, max_tokens=16, temperature=0, stream=True
+    ):
+        piece = event.choices[0].delta.content if event.choices else None
+        if piece:
+            seconds = seconds or time.perf_counter() - start
+            text += piece
+    return seconds, text
+
+
+def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    server = Server(["-np", "1", "-c", "2048", *args.options], folder)
+    client = server.client()
+    times = collections.defaultdict(list)
+    for i in range(5):
+        asked = ask_about(photo(i), QUESTIONS[0])
+        seconds, answer = first_token(client, asked)
+        times["first"].append(seconds)
+        said = {"role": "assistant", "content": answer}
+        turn = [*asked, said, {"role": "user", "content": QUESTIONS[1]}]
+        times["next turn"].append(first_token(client, turn)[0])
+        times["same question"].append(first_token(client, asked)[0])
+        times["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[0])
+    server.stop()
+    out = {name: round(statistics.median(row), 3) for name, row in times.items()}
+    share = {f"{name}, share": round(out[name] / out["first"], 3) for name in list(out)[1:]}
+    return {**out, **share}
+
+
 def kv_resident(server: Server) -> tuple[int, int]:
     """Bytes of the K/V buffer, and of these in memory."""
     sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", server.log.read_text())
@@ -302,7 +338,7 @@ def conversations(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("load", "conversations"))
+    parser.add_argument("what", choices=("load", "again", "conversations"))
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -310,11 +346,14 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        out = {"load": load, "conversations": conversations}[args.what](args, Path(folder))
+        run = {"load": load, "again": again, "conversations": conversations}[args.what]
+        out = run(args, Path(folder))
     text = json.dumps(out, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
+    if args.what == "again":
+        return 0 if all(out[name] <= 0.05 for name in out if name.endswith("share")) else 1
     if args.what == "conversations":
         return 0 if out["0.2"]["ratio"] <= 0.25 else 1
     grown = out["resident_end"] / out["resident_warm"]
