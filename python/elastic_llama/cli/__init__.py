@@ -18,6 +18,7 @@ from . import (
     memory,
     remember,
     rpc_server,
+    serve,
     show,
 )
 
@@ -33,6 +34,7 @@ _COMMANDS = (
     demo,
     info,
     rpc_server,
+    serve,
 )
 
 
