@@ -239,7 +239,7 @@ def _memory(llm: Any, elastic: ElasticConfig, n_ubatch: int, types: dict[str, An
 
 def _native_memory(ctx: Any) -> dict[str, Any]:
     try:
-        return dict(_core.memory(ctypes.cast(ctx, ctypes.c_void_p).value))
+        return dict(_core.memory(ctypes.cast(ctx, ctypes.c_void_p).value or 0))
     except NotImplementedError as e:
         raise UnsupportedModelError(str(e)) from e
 
