@@ -56,8 +56,8 @@ def table(results: list[Result]) -> str:
 
 
 def _n_architectures(groups: dict[str, list[str]]) -> int:
-    names = {re.sub(r"-shared$| \(MoE\)$", "", name) for group in groups.values() for name in group}
-    return len(names)
+    names = {name.removesuffix(" (MoE)") for group in groups.values() for name in group}
+    return len(names - zoo.VARIANTS)
 
 
 def _row(left: str, names: list[str]) -> str:
