@@ -458,7 +458,7 @@ def test_memory(name: str, kind: str, n_layer: int | None) -> None:
     ("name", "why"),
     [
         ("bloom", "ALiBi"),
-        ("grok", "flash attention"),
+        ("grok", "without flash attention only"),
         ("deepseek2", r"latent \(MLA\)"),
         ("kimi-linear", r"latent \(MLA\)"),
         ("t5", "encoder"),
