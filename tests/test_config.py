@@ -156,11 +156,19 @@ def test_a_scorer_in_python_and_given_layers_are_resolved(tiny_gqa):
         assert resolved.layer_share == (1.0, 2.0, 3.0)
 
 
-@pytest.mark.parametrize("mode", ["own", "graph"])
-def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    [
+        ("own", "own op"),
+        ("graph", "fused op, a mask per head"),
+        ("streams", "fused op, a head as a stream"),
+        ("plain", "plain ops"),
+    ],
+)
+def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode, way):
     monkeypatch.setenv("ELASTIC_ATTENTION", mode)
     with ElasticLlama(tiny_gqa, n_ctx=256, n_gpu_layers=0) as llm:
-        assert llm.elastic_resolved.own_op == (mode == "own")
+        assert set(llm.elastic_resolved.attention) == {way}
 
 
 def test_defaults_of_the_command_line_are_those_of_the_config():

@@ -14,7 +14,7 @@ from elastic_llama import lib_dir
 
 from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
 from tests.support.oracle_plan import left_free
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.tiny_archs import write_tiny
 from tests.test_oracles import N_VOCAB, feed, image_rows
 
 ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.3, "min_cells": 8}
@@ -319,9 +319,9 @@ def test_a_cache_that_drops_nothing_counts_no_tokens(tiny_gqa: Path, keeps_all: 
 
 
 def test_other_memories_are_refused(tmp_path: Path) -> None:
-    """A sliding-window model: a clear refusal, and the context still works."""
-    path = write_tiny_llama(tmp_path / "swa.gguf", arch="cohere2", n_layer=4, n_embd=128)
-    with pytest.raises(NotImplementedError, match="sliding window"):
+    """A recurrent model: a clear refusal, and the context still works."""
+    path = write_tiny(tmp_path / "mamba.gguf", "mamba")
+    with pytest.raises(NotImplementedError, match="recurrent"):
         Engine(path, elastic=ELASTIC)
     with Engine(path) as e:
         assert np.isfinite(e.token(20, 0)).all()

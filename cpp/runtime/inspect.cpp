@@ -3,6 +3,7 @@
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
+#include <cstdio>
 
 namespace elastic {
 
@@ -13,6 +14,18 @@ std::vector<cell_info> describe_cells(const cache_parts & parts, llama_seq_id se
     for (const int32_t row : parts.kv.rows(seq_id)) {
         res.push_back({ row, parts.kv.pos(strm, row), parts.table.kind(strm, row) });
     }
+    return res;
+}
+
+elastic_memory describe_memory(const kv_view & kv) {
+    elastic_memory res = {};
+    std::snprintf(res.kind, sizeof(res.kind), "%s", kv.parts.kind());
+    res.n_layer_model = kv.shape.n_layer_model;
+    res.n_layer       = kv.shape.n_layer;
+    res.cell_bytes    = kv.shape.cell_bytes;
+    res.other_bytes   = kv.parts.other_bytes();
+    res.other_cells   = kv.parts.other_cells();
+    res.recurrent     = kv.parts.recurrent != nullptr;
     return res;
 }
 
@@ -34,7 +47,7 @@ kv_values read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il) {
         throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
     }
     kv_layer layer = parts.kv.layer(il, parts.kv.stream(seq_id));
-    layer.load();
+    layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
 
     const auto rows = parts.kv.rows(seq_id);
     return { (int32_t) rows.size(), shape.n_head_kv,          shape.n_embd_head_k,

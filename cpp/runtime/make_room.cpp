@@ -38,6 +38,19 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
     return n;
 }
 
+int32_t room_maker::compress_prefix(llama_seq_id seq_id, const budget & keep) {
+    logits.collect();
+    int32_t n_target = std::max(parts.cfg.min_cells, keep.cells_for(parts.seqs.get(seq_id).n_tokens));
+    if (parts.cfg.max_cells > 0) {
+        n_target = std::min(n_target, parts.cfg.max_cells);
+    }
+    const int32_t n = compress_.run(seq_id, { n_target, true });
+    if (parts.memory.is_enabled()) {
+        trim_heap();
+    }
+    return n;
+}
+
 int32_t room_maker::equalize_layers(llama_seq_id seq_id) {
     const bool    pending = parts.seqs.get(seq_id).pending;
     const int32_t n       = compress_.run(seq_id, { parts.n_per_layer(seq_id), false, true });
@@ -56,7 +69,7 @@ void room_maker::merge_overdraft(llama_seq_id seq_id, int32_t n_new) {
     }
     compress_.run(seq_id, { n_target, false });
     parts.seqs.at(seq_id).pending = st.pending;
-    parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + n_new, true);
+    parts.seqs.note_change(seq_id, n_new > 0 ? parts.kv.pos_next(seq_id) + n_new - 1 : parts.kv.pos_max(seq_id), true);
 }
 
 int32_t room_maker::make_room(llama_seq_id seq_id, int32_t n_new) {
@@ -116,7 +129,7 @@ void room_maker::before_answer(llama_seq_id seq_id, int32_t n_new) {
 
 void room_maker::evict_one(llama_seq_id seq_id) {
     kept.before_change(seq_id);
-    parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + 1, true);
+    parts.seqs.note_change(seq_id, parts.kv.pos_next(seq_id), true);
     evict.evict_one(seq_id);
 }
 
@@ -151,7 +164,7 @@ void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     }
     if (is_over() && parts.kv.n_cells(seq_id) > parts.n_per_layer(seq_id)) {
         or_log(seq_id, [&] { equalize_layers(seq_id); });
-        parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + 1, true);
+        parts.seqs.note_change(seq_id, parts.kv.pos_next(seq_id), true);
     }
     if (is_over()) {  // nothing could be merged
         evict_one(seq_id);

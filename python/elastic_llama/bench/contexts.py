@@ -13,7 +13,7 @@ import numpy as np
 from llama_cpp import _internals
 
 from .. import _core
-from ..batch import fill_batch
+from ..batch import fill_batch, n_position_planes
 from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, message
 from ..kv_types import KV_TYPES
@@ -87,7 +87,9 @@ class Context:
         self.ctx = self._native.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
-        self._embd = llama_cpp.llama_batch_init(self.n_batch, self.n_embd, 1)
+        self._n_planes = n_position_planes(llm.model)
+        n_rows = self.n_batch * self._n_planes  # room for their positions
+        self._embd = llama_cpp.llama_batch_init(n_rows, self.n_embd, 1)
         if elastic is not None:
             self._attach(llm, elastic)
 
@@ -153,7 +155,8 @@ class Context:
         batch.n_tokens = len(rows)
         ctypes.memmove(batch.embd, np.ascontiguousarray(rows).ctypes.data, rows.nbytes)
         for i in range(len(rows)):
-            batch.pos[i] = pos + i
+            for plane in range(self._n_planes):  # one after another, as text is
+                batch.pos[plane * len(rows) + i] = pos + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = seq
             batch.logits[i] = False
