@@ -35,7 +35,7 @@ NATIVE = (
 )
 PYTHON = (
     r"elastic_llama/[a-z_]+\.py",
-    r"elastic_llama/(bench|cli|evaluation|scenes)/[a-z_]+\.py",
+    r"elastic_llama/(bench|cli|evaluation|memory|scenes)/[a-z_]+\.py",
     r"elastic_llama/_core/(__init__|core)\.pyi",
     r"elastic_llama/py\.typed",
     r"elastic_llama/page/(index\.html|page\.(css|js))",
