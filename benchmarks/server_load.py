@@ -261,7 +261,13 @@ def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, 
 
 def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = Server(["-np", "1", "-c", "2048", *args.options], folder)
-    client = server.client()
+    try:
+        return times_again(server.client())
+    finally:
+        server.stop()
+
+
+def times_again(client: OpenAI) -> dict[str, Any]:
     times = collections.defaultdict(list)
     for i in range(5):
         asked = ask_about(photo(i), QUESTIONS[0])
@@ -272,7 +278,6 @@ def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         times["next turn"].append(first_token(client, turn)[0])
         times["same question"].append(first_token(client, asked)[0])
         times["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[0])
-    server.stop()
     out = {name: round(statistics.median(row), 3) for name, row in times.items()}
     share = {f"{name}, share": round(out[name] / out["first"], 3) for name in list(out)[1:]}
     return {**out, **share}
@@ -281,7 +286,7 @@ def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def kv_resident(server: Server) -> tuple[int, int]:
     """Bytes of the K/V buffer, and of these in memory."""
     sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", server.log.read_text())
-    size = int(float(sizes[-1]) * (1 << 20))
+    size = int(max(map(float, sizes)) * (1 << 20))  # that of the slots; others are measured with
     smaps = Path(f"/proc/{server.process.pid}/smaps").read_text()
     found = re.findall(r"^Size:\s+(\d+) kB.*?^Rss:\s+(\d+) kB", smaps, re.MULTILINE | re.DOTALL)
     fitting = [
@@ -291,6 +296,24 @@ def kv_resident(server: Server) -> tuple[int, int]:
     ]
     assert len(fitting) == 1, (size, fitting)
     return size, fitting[0][1]
+
+
+def hold(server: Server, n: int) -> dict[str, Any]:
+    """What n conversations about one photo each take."""
+    before = server.resident()
+    for i in range(n):
+        body = {"messages": ask_about(photo(i), QUESTIONS[0]), "max_tokens": 24, "id_slot": i}
+        server.post("/v1/chat/completions", {**body, "temperature": 0})
+    size, resident = kv_resident(server)
+    return {
+        "kv_buffer": size,
+        "kv_resident": resident,
+        "checkpoints": server.metric("kv_checkpoint_bytes"),
+        "tokens": server.metric("kv_tokens"),
+        "cells": server.metric("kv_cells"),
+        "process_before": before,
+        "process_after": server.resident(),
+    }
 
 
 def conversations(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -314,21 +337,10 @@ def conversations(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             *options,
         ]
         server = Server([*options, *args.options], folder)
-        before = server.resident()
-        for i in range(n):
-            body = {"messages": ask_about(photo(i), QUESTIONS[0]), "max_tokens": 24, "id_slot": i}
-            server.post("/v1/chat/completions", {**body, "temperature": 0})
-        size, resident = kv_resident(server)
-        out[name] = {
-            "kv_buffer": size,
-            "kv_resident": resident,
-            "checkpoints": server.metric("kv_checkpoint_bytes"),
-            "tokens": server.metric("kv_tokens"),
-            "cells": server.metric("kv_cells"),
-            "process_before": before,
-            "process_after": server.resident(),
-        }
-        server.stop()
+        try:
+            out[name] = hold(server, n)
+        finally:
+            server.stop()
         print(name, out[name], file=sys.stderr, flush=True)
     own = out["llama.cpp"]["kv_resident"]
     for row in out.values():
