@@ -289,13 +289,9 @@ def kv_resident(server: Server) -> tuple[int, int]:
     size = int(max(map(float, sizes)) * (1 << 20))  # that of the slots; others are measured with
     smaps = Path(f"/proc/{server.process.pid}/smaps").read_text()
     found = re.findall(r"^Size:\s+(\d+) kB.*?^Rss:\s+(\d+) kB", smaps, re.MULTILINE | re.DOTALL)
-    fitting = [
-        (int(s) * 1024, int(r) * 1024)
-        for s, r in found
-        if size <= int(s) * 1024 < 1.1 * size + (1 << 20)
-    ]
-    assert len(fitting) == 1, (size, fitting)
-    return size, fitting[0][1]
+    # the mapping that holds the buffer, which the system may have joined with its neighbours
+    _, resident = min((int(n), int(rss)) for n, rss in found if int(n) * 1024 >= size)
+    return size, resident * 1024
 
 
 def hold(server: Server, n: int) -> dict[str, Any]:
@@ -354,8 +350,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("options", nargs="*", help="of llama-server, behind --")
-    args = parser.parse_args()
+    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
+    args = parser.parse_args(own.split(), argparse.Namespace(options=options.split()))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         run = {"load": load, "again": again, "conversations": conversations}[args.what]
