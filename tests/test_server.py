@@ -310,11 +310,11 @@ def test_text_alone(tmp_path: Path) -> None:
     """Unified cells, idle slots in RAM, chunks to be moved, an answer beyond the context."""
     binary()
     options = ["--no-mmproj", "-np", "2", "-kvu", "-c", "512", "--slots", "--context-shift"]
-    options += ["--cache-reuse", "8", "--slot-save-path", str(tmp_path)]
+    options += ["--cache-reuse", "8", "-b", "64", "--slot-save-path", str(tmp_path)]
     running = Server(tmp_path, *options).wait()
     questions = [user(f"{name} is in the garden. " + FACTS + "Where is it?") for name in "ABC"]
 
-    def complete(prompt: str, n: int) -> str:
+    def complete(prompt: str | list[int], n: int) -> str:
         body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True}
         status, out = running.post("/completion", {**body, "n_cache_reuse": 8})
         assert status == 200, out
@@ -329,6 +329,12 @@ def test_text_alone(tmp_path: Path) -> None:
 
     running.erase()
     assert complete(FACTS, 8) == moved
+
+    tokens = running.post("/tokenize", {"content": FACTS})[1]["tokens"][: 2 * 64 + 1]
+    before = running.metric("kv_compressions_total")
+    running.erase()
+    complete(tokens, 1)  # its last token is not taken for one of an answer
+    assert running.metric("kv_compressions_total") == before
     assert running.stop() == 0
 
 
