@@ -14,7 +14,7 @@ from ..config import budget_value
 from ..errors import ConfigError, StateError, message
 from ..pieces import ImagePiece, Piece, n_cells_from, piece_ids
 from .container import Entry
-from .keys import owner_of, prefix_key
+from .keys import owner_of, prefix_key, stamps
 from .store import ImageMemory
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class PrefixReader:
         self.llm, self.memory = llm, memory
         self.budget = budget_value("memory_budget", budget)
         self._owner: dict[str, Any] | None = None
+        self._stamps = stamps(llm) if memory is not None else []
         if llm.elastic is not None and llm.elastic.scorer is not None:
             raise ConfigError(
                 message(
@@ -142,6 +143,14 @@ class PrefixReader:
     def key(self, pieces: Sequence[Piece]) -> str:
         """What a prompt that ends with an image is known by."""
         if self._owner is None:
+            if stamps(self.llm) != self._stamps:
+                raise StateError(
+                    message(
+                        "memory",
+                        "a file of the model was replaced after it was loaded",
+                        do="load the model again",
+                    )
+                )
             self._owner = owner_of(self.llm, self.budget)
         return prefix_key(self._owner, int(self.llm.context_params.n_ctx), pieces)
 

@@ -64,7 +64,10 @@ class ImageMemory:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
-                return entry
+        if entry is not None:
+            if self.folder is not None:
+                self.folder.touch(key)
+            return entry
         entry = None if self.folder is None else self.folder.get(key)
         if entry is not None:
             self._keep(entry)
