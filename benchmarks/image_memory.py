@@ -67,19 +67,22 @@ class Shaped:
 
 
 def decode(llm: ElasticLlama, image: np.ndarray, n_past: int) -> int:
-    n, width = image.shape
-    batch = llama_cpp.llama_batch_init(n, width, 1)
+    """Embeddings [n, width] from position `n_past` on."""
+    width = image.shape[1]
+    batch = llama_cpp.llama_batch_init(llm.n_batch, width, 1)
     try:
-        batch.n_tokens = n
-        np.ctypeslib.as_array(batch.embd, (n, width))[:] = image
-        for i in range(n):
-            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = n_past + i, 1, 0
-            batch.seq_id[i][0] = 0
-        if llama_cpp.llama_decode(llm._ctx.ctx, batch):
-            raise RuntimeError("llama_decode failed")
+        for start in range(0, len(image), llm.n_batch):
+            part = image[start : start + llm.n_batch]
+            batch.n_tokens = n = len(part)
+            np.ctypeslib.as_array(batch.embd, (n, width))[:] = part
+            for i in range(n):
+                batch.pos[i], batch.n_seq_id[i], batch.logits[i] = n_past + start + i, 1, 0
+                batch.seq_id[i][0] = 0
+            if llama_cpp.llama_decode(llm._ctx.ctx, batch):
+                raise RuntimeError("llama_decode failed")
     finally:
         llama_cpp.llama_batch_free(batch)
-    return n_past + n
+    return n_past + len(image)
 
 
 def measure(load: Callable[..., ElasticLlama], make: Callable[[int], Any], times: int) -> None:
