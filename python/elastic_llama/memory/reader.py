@@ -123,7 +123,7 @@ class PrefixReader:
             return 0
         self._compute(pieces, ids)
         if self.memory is not None:
-            self.memory.put(self._saved(key, ids))
+            self.memory.put(*self._saved(key, ids))
         return n_cells_from(pieces, 0)
 
     def remember(self, pieces: Sequence[Piece]) -> bool:
@@ -137,7 +137,7 @@ class PrefixReader:
             return False
         ids = piece_ids(pieces[:k])
         self._compute(pieces[:k], ids)
-        self.memory.put(self._saved(key, ids))
+        self.memory.put(*self._saved(key, ids))
         return True
 
     def key(self, pieces: Sequence[Piece]) -> str:
@@ -168,7 +168,7 @@ class PrefixReader:
             llm.session.compress_prefix(self.budget)
             llm._requires_eval = True  # the logits are of all cells
 
-    def _saved(self, key: str, ids: np.ndarray) -> Entry:
+    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, bytes]:
         llm, ctx = self.llm, self.llm._ctx.ctx
         size = llama_cpp.llama_state_seq_get_size(ctx, 0)
         buffer = (ctypes.c_uint8 * size)()
@@ -183,7 +183,8 @@ class PrefixReader:
             "positions": len(ids),
             "cells": len(ids) if session is None else session.n_per_layer(0),
         }
-        return Entry.of_state(key, ids, memoryview(buffer), info)
+        state = bytes(buffer)
+        return Entry.of_state(key, ids, state, info), state
 
     def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
