@@ -7,7 +7,9 @@ has the compression of its prompt, which comes before the first token is decoded
 With --shaped FILE (benchmarks/shaped_model.py OUT --layers 4) the image is 576 random embeddings of
 that model's width, and there is no tower to run: the first question is faster by that.
 
-Usage: python benchmarks/image_memory.py [--shaped FILE] [-n TIMES] [-t THREADS]
+Seconds are CPU seconds of one thread, which other programs on the machine change little.
+
+Usage: python benchmarks/image_memory.py [--shaped FILE] [-n TIMES]
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ class Embedded:
 
     def seconds(self, llm: ElasticLlama, question: str) -> float:
         chat = Conversation(llm)
-        start = time.perf_counter()
+        start = time.process_time()
         next(iter(chat.ask(question, self.image, max_tokens=1)))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 class Shaped:
@@ -59,27 +61,30 @@ class Shaped:
             ImagePiece(f"random-{self.number}", 576, lambda n: decode(llm, image, n)),
             TextPiece(tuple(text)),
         ]
-        start = time.perf_counter()
+        start = time.process_time()
         llm.prefill(pieces)
         next(iter(llm.generate([], reset=False, temp=0.0)))
         llm.session.compress(0)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def decode(llm: ElasticLlama, image: np.ndarray, n_past: int) -> int:
-    n, width = image.shape
-    batch = llama_cpp.llama_batch_init(n, width, 1)
+    """Embeddings [n, width] from position `n_past` on."""
+    width = image.shape[1]
+    batch = llama_cpp.llama_batch_init(llm.n_batch, width, 1)
     try:
-        batch.n_tokens = n
-        np.ctypeslib.as_array(batch.embd, (n, width))[:] = image
-        for i in range(n):
-            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = n_past + i, 1, 0
-            batch.seq_id[i][0] = 0
-        if llama_cpp.llama_decode(llm._ctx.ctx, batch):
-            raise RuntimeError("llama_decode failed")
+        for start in range(0, len(image), llm.n_batch):
+            part = image[start : start + llm.n_batch]
+            batch.n_tokens = n = len(part)
+            np.ctypeslib.as_array(batch.embd, (n, width))[:] = part
+            for i in range(n):
+                batch.pos[i], batch.n_seq_id[i], batch.logits[i] = n_past + start + i, 1, 0
+                batch.seq_id[i][0] = 0
+            if llama_cpp.llama_decode(llm._ctx.ctx, batch):
+                raise RuntimeError("llama_decode failed")
     finally:
         llama_cpp.llama_batch_free(batch)
-    return n_past + n
+    return n_past + len(image)
 
 
 def measure(load: Callable[..., ElasticLlama], make: Callable[[int], Any], times: int) -> None:
@@ -108,12 +113,12 @@ def measure(load: Callable[..., ElasticLlama], make: Callable[[int], Any], times
         )
 
 
-def sizes(threads: int) -> None:
+def sizes() -> None:
     """Bytes of a file in relation to the f16 K/V of all its positions."""
     for name, budget in (("f16", 0.5), ("q8_0", 0.5), ("q8_0", 0.2)):
         kind = KV_TYPES[name]
         with tempfile.TemporaryDirectory() as folder:
-            options = {"type_k": kind, "type_v": kind, "n_threads": threads}
+            options = {"type_k": kind, "type_v": kind, "n_threads": 1}
             with ElasticLlama(memory=folder, memory_budget=budget, **options) as llm:
                 Conversation(llm).remember(make_scene("test", 0, grid=3).render())
                 n = llm.n_tokens
@@ -127,12 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shaped", type=Path, metavar="FILE")
     parser.add_argument("-n", "--times", type=int, default=5)
-    parser.add_argument("-t", "--threads", type=int, default=1)
     args = parser.parse_args()
-    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
     if args.shaped is None:
         measure(lambda memory: ElasticLlama(memory=memory, **threads), Embedded, args.times)
-        sizes(args.threads)
+        sizes()
     else:
         measure(
             lambda memory: ElasticLlama(args.shaped, memory=memory, n_ctx=1024, **threads),

@@ -167,6 +167,17 @@ def test_another_prefix_model_or_budget_is_another_entry(load, tiny_vlm, tmp_pat
     assert len(set(keys)) == len(keys)
 
 
+def test_a_model_that_is_replaced_after_it_was_loaded(load, tiny_vlm, tmp_path):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(Path(tiny_vlm[0]).read_bytes())
+    with el.ElasticLlama(model, mmproj_path=tiny_vlm[1], memory=True, n_threads=1) as llm:
+        other = tmp_path / "other"
+        other.write_bytes(model.read_bytes())
+        other.replace(model)
+        with pytest.raises(el.StateError, match="replaced"):
+            said(el.Conversation(llm), TEXT, IMAGES["red"])
+
+
 def test_where_the_images_end():
     image, long = ImagePiece("a-0", 4, len), TextPiece(tuple(range(20)))
     short = TextPiece((1, 2))

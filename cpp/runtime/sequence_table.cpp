@@ -6,7 +6,6 @@ namespace elastic {
 
 void sequence_table::begin_batch() {
     in_prompt.clear();
-    score_step = false;
 }
 
 std::vector<batch_part> sequence_table::begin_batch(const llama_batch & batch, const std::function<bool(llama_seq_id)> & is_empty) {
@@ -42,9 +41,7 @@ std::vector<batch_part> sequence_table::begin_batch(const llama_batch & batch, c
 }
 
 void sequence_table::begin_token(llama_seq_id seq_id) {
-    auto & st = states[seq_id];
-    st.n_unscored++;
-    score_step |= score_interval > 0 && st.n_unscored >= score_interval;
+    states[seq_id].n_unscored++;
 }
 
 void sequence_table::begin_prompt(llama_seq_id seq_id, llama_pos pos) {
@@ -71,6 +68,12 @@ void sequence_table::scored(llama_seq_id seq_id, llama_pos pos) {
 bool sequence_table::is_prompt(llama_seq_id seq_id) const {
     const auto it = in_prompt.find(seq_id);
     return it != in_prompt.end() && it->second;
+}
+
+// an answer by its own steps, whatever other sequences are in the batch
+bool sequence_table::is_scored(llama_seq_id seq_id) const {
+    const auto st = get(seq_id);
+    return is_prompt(seq_id) || st.pending || (score_interval > 0 && st.n_unscored >= score_interval);
 }
 
 int32_t sequence_table::query_count(llama_seq_id seq_id) const {

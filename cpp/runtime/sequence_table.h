@@ -51,7 +51,7 @@ class sequence_table {
 
     bool    is_prompt(llama_seq_id seq_id) const;  // in the current batch
     // whether the attention of its tokens is added to the importance
-    bool    is_scored(llama_seq_id seq_id) const { return score_step || is_prompt(seq_id) || get(seq_id).pending; }
+    bool    is_scored(llama_seq_id seq_id) const;
     // what a query counts for: a generated token stands for those since the last one that was added
     int32_t query_count(llama_seq_id seq_id) const;
 
@@ -71,8 +71,7 @@ class sequence_table {
 
     std::map<llama_seq_id, sequence_state> states;
     std::map<llama_seq_id, bool>           in_prompt;  // in the current batch
-    bool                                   prefill    = false;
-    bool                                   score_step = false;
+    bool                                   prefill = false;
 };
 
 }  // namespace elastic

@@ -8,6 +8,8 @@
 
 #include <stdexcept>
 
+static elastic_layers layers = ELASTIC_LAYERS_AUTO;  // of the process: common_params is part of every file
+
 static double number(const char * name, const std::string & value) {
     size_t end = 0;
     double res = 0.0;
@@ -46,6 +48,15 @@ void elastic_add_options(const std::function<void(common_arg)> & add) {
             "no such cap)",
             [](common_params & params, int value) { params.elastic.max_cells = at_least("--kv-cells", value, 0); })
             .set_env("LLAMA_ARG_KV_CELLS"));
+    add(common_arg({ "--kv-layers" }, "auto|even",
+                   "elastic KV cache: cells of the layers, more where words are looked up, or the same in all (default: auto)",
+                   [](common_params &, const std::string & value) {
+                       if (value != "auto" && value != "even") {
+                           throw std::invalid_argument("--kv-layers: got '" + value + "', expected auto or even");
+                       }
+                       layers = value == "even" ? ELASTIC_LAYERS_EVEN : ELASTIC_LAYERS_AUTO;
+                   })
+            .set_env("LLAMA_ARG_KV_LAYERS"));
     add(common_arg({ "--kv-checkpoints" }, "N",
                    "elastic KV cache: states of a sequence that are kept so that what came later can be taken back (default: 2, or 4 with "
                    "--kv-image-checkpoint)",
@@ -86,6 +97,7 @@ static bool attach(llama_context * ctx, const elastic_options & options) {
         params.policy = options.policy.c_str();
     }
     params.max_cells = options.max_cells;
+    params.layers    = layers;
     if (options.n_checkpoints >= 0) {
         params.n_checkpoints = options.n_checkpoints;
     } else if (options.image_checkpoint) {

@@ -107,6 +107,27 @@ static void test_scored_steps() {
     CHECK((scored == std::set<llama_pos>{ 6, 9, 12 }));
     CHECK(seqs.get(0).pos_changed == 12 && seqs.get(0).pos_moved == -1);
 
+    // two answers in the same batches, each by its own steps
+    sequence_table both(3);
+    n_cells.clear();
+    decode(both, n_cells, prompt(0, 4, 0));
+    decode(both, n_cells, prompt(0, 5, 1));
+    both.at(0).pending = both.at(1).pending = false;
+    decode(both, n_cells, tokens().add(4, 0, true));  // the first is a token ahead
+    std::map<llama_seq_id, std::set<llama_pos>> of;
+    for (llama_pos pos = 5; pos < 13; ++pos) {
+        decode(both, n_cells, tokens().add(pos, 0, true).add(pos, 1, true));
+        for (const llama_seq_id id : { 0, 1 }) {
+            if (both.is_scored(id)) {
+                CHECK(both.query_count(id) == 3);
+                both.scored(id, pos);
+                of[id].insert(pos);
+            }
+        }
+    }
+    CHECK((of[0] == std::set<llama_pos>{ 6, 9, 12 }));
+    CHECK((of[1] == std::set<llama_pos>{ 7, 10 }));
+
     sequence_table never(0);
     decode(never, n_cells, prompt(0, 4, 1));
     never.at(1).pending = false;

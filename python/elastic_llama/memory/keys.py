@@ -77,6 +77,18 @@ def owner_of(llm: ElasticLlama, budget: float | int) -> dict[str, Any]:
     }
 
 
+def stamps(llm: ElasticLlama) -> list[Any]:
+    """What tells that a file of the model was replaced since it was loaded."""
+    paths = [*_parts(llm.model_path), llm.mmproj_path, llm.lora_path]
+    return [_stamp(path) for path in paths if path is not None]
+
+
+def _stamp(path: str) -> tuple[Any, ...]:
+    name = os.path.abspath(path)
+    stat = os.stat(name)
+    return (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
 def prefix_key(owner: dict[str, Any], n_ctx: int, pieces: Sequence[Piece]) -> str:
     """The key of a prompt: the tokens and images in it, in their order.
 
@@ -116,11 +128,9 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     ------
     OSError
     """
-    name = os.path.abspath(path)
-    stat = os.stat(name)
-    known = (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    known = _stamp(os.fspath(path))
     if known not in _digests:
-        _digests[known] = _kept_digest(known) or _hash(name, known)
+        _digests[known] = _kept_digest(known) or _hash(known[0], known)
     return _digests[known]
 
 

@@ -14,7 +14,7 @@ from ..config import budget_value
 from ..errors import ConfigError, StateError, message
 from ..pieces import ImagePiece, Piece, n_cells_from, piece_ids
 from .container import Entry
-from .keys import owner_of, prefix_key
+from .keys import owner_of, prefix_key, stamps
 from .store import ImageMemory
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class PrefixReader:
         self.llm, self.memory = llm, memory
         self.budget = budget_value("memory_budget", budget)
         self._owner: dict[str, Any] | None = None
+        self._stamps = stamps(llm) if memory is not None else []
         if llm.elastic is not None and llm.elastic.scorer is not None:
             raise ConfigError(
                 message(
@@ -122,7 +123,7 @@ class PrefixReader:
             return 0
         self._compute(pieces, ids)
         if self.memory is not None:
-            self.memory.put(self._saved(key, ids))
+            self.memory.put(*self._saved(key, ids))
         return n_cells_from(pieces, 0)
 
     def remember(self, pieces: Sequence[Piece]) -> bool:
@@ -136,12 +137,20 @@ class PrefixReader:
             return False
         ids = piece_ids(pieces[:k])
         self._compute(pieces[:k], ids)
-        self.memory.put(self._saved(key, ids))
+        self.memory.put(*self._saved(key, ids))
         return True
 
     def key(self, pieces: Sequence[Piece]) -> str:
         """What a prompt that ends with an image is known by."""
         if self._owner is None:
+            if stamps(self.llm) != self._stamps:
+                raise StateError(
+                    message(
+                        "memory",
+                        "a file of the model was replaced after it was loaded",
+                        do="load the model again",
+                    )
+                )
             self._owner = owner_of(self.llm, self.budget)
         return prefix_key(self._owner, int(self.llm.context_params.n_ctx), pieces)
 
@@ -159,7 +168,7 @@ class PrefixReader:
             llm.session.compress_prefix(self.budget)
             llm._requires_eval = True  # the logits are of all cells
 
-    def _saved(self, key: str, ids: np.ndarray) -> Entry:
+    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, bytes]:
         llm, ctx = self.llm, self.llm._ctx.ctx
         size = llama_cpp.llama_state_seq_get_size(ctx, 0)
         buffer = (ctypes.c_uint8 * size)()
@@ -174,7 +183,8 @@ class PrefixReader:
             "positions": len(ids),
             "cells": len(ids) if session is None else session.n_per_layer(0),
         }
-        return Entry.of_state(key, ids, memoryview(buffer), info)
+        state = bytes(buffer)
+        return Entry.of_state(key, ids, state, info), state
 
     def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""

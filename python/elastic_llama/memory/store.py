@@ -64,7 +64,10 @@ class ImageMemory:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
-                return entry
+        if entry is not None:
+            if self.folder is not None:
+                self.folder.touch(key)
+            return entry
         entry = None if self.folder is None else self.folder.get(key)
         if entry is not None:
             self._keep(entry)
@@ -78,8 +81,10 @@ class ImageMemory:
             self._newest = (entry.key, state)
         return state
 
-    def put(self, entry: Entry) -> None:
-        """Keep an entry, in the folder too."""
+    def put(self, entry: Entry, state: bytes | None = None) -> None:
+        """Keep an entry, in the folder too; `state` is that of the entry, where it is at hand."""
+        if state is not None and self.ram_bytes > 0:
+            self._newest = (entry.key, state)
         self._keep(entry)
         if self.folder is not None:
             self.folder.put(entry)

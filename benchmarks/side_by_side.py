@@ -1,0 +1,162 @@
+"""What answering side by side is worth: many questions about one image, and a folder of images.
+
+CPU seconds of this process (one thread), which a busy machine changes little. `ask`: 8 questions
+as one batch, against 8 calls of `ask` over the same cells, and against 8 calls that read the image
+each, as llama-cpp-python's handlers do. `caption`: images with answers decoded together, against
+one image after the other; the image's share is that of encoding and reading alone.
+
+Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [-n IMAGES] [--broken N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from elastic_llama import Conversation, ElasticLlama
+from elastic_llama.ask import SharedImage
+from elastic_llama.caption import captions
+from elastic_llama.memory.reader import PrefixReader
+from elastic_llama.pieces import ImagePiece, TextPiece
+from elastic_llama.scenes import CAPTION_PROMPT, make_scene
+
+N_QUESTIONS = 8
+THREADS = {"n_threads": 1, "n_threads_batch": 1}
+
+
+def cpu_seconds(do: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    out = do()
+    return time.process_time() - start, out
+
+
+def report(name: str, together: float, alone: float) -> None:
+    print(f"{name}: {together:.2f} s against {alone:.2f} s, {together / alone:.2f}")
+
+
+def ask_embedded() -> None:
+    image = make_scene("test", 3, grid=3).render()
+    short = [f"What is in row {r}, column {c}?" for r in (1, 2, 3) for c in (1, 2, 3)]
+    long = [CAPTION_PROMPT + " " * i for i in range(N_QUESTIONS)]
+    with ElasticLlama(n_seq_max=N_QUESTIONS + 1, **THREADS) as llm:
+        read, _ = cpu_seconds(lambda: llm.ask(image, ["hi"], max_tokens=1))
+        for name, questions in (("short answers", short[:N_QUESTIONS]), ("captions", long)):
+            together, a = cpu_seconds(lambda q=questions: llm.ask(image, q, max_tokens=64))
+            alone, b = cpu_seconds(
+                lambda q=questions: [llm.ask(image, [x], max_tokens=64)[0] for x in q]
+            )
+            report(f"{name}, over the same cells", together, alone)
+            report(f"{name}, image read each time", read + together, N_QUESTIONS * read + alone)
+            print(f"  answers equal: {sum(x == y for x, y in zip(a, b))} of {N_QUESTIONS}")
+
+
+def ask_shaped(path: Path, n_tokens: int) -> None:
+    """Random embeddings, questions of 17 tokens, answers of `n_tokens`."""
+    from image_memory import decode
+
+    rng = np.random.default_rng(0)
+    with ElasticLlama(path, n_seq_max=N_QUESTIONS + 1, **THREADS) as llm:
+        image = rng.normal(0, 1, (576, llm.n_embd())).astype(np.float32)
+        prompts = [
+            [
+                TextPiece(tuple(llm.tokenize(b"A chat. USER: "))),
+                ImagePiece("random", 576, lambda n: decode(llm, image, n)),
+                TextPiece(tuple(rng.integers(10, 30000, 17).tolist())),
+            ]
+            for _ in range(N_QUESTIONS)
+        ]
+        reader = PrefixReader(llm, None, 0.5)
+        read, _ = cpu_seconds(lambda: SharedImage(llm, prompts[:1]).answers(reader, 1))
+        together, a = cpu_seconds(lambda: SharedImage(llm, prompts).answers(reader, n_tokens))
+        alone, b = cpu_seconds(
+            lambda: [SharedImage(llm, [p]).answers(reader, n_tokens)[0] for p in prompts]
+        )
+        report(f"{n_tokens} tokens, over the same cells", together, alone)
+        report(f"{n_tokens} tokens, image read each time", read + together, 8 * read + alone)
+        print(f"  answers equal: {sum(x == y for x, y in zip(a, b))} of {N_QUESTIONS}")
+
+
+def caption(n: int) -> None:
+    images = [make_scene("test", i, grid=3).render() for i in range(n)]
+    with ElasticLlama(**THREADS) as llm:
+        chat = Conversation(llm)
+
+        def one(limit: int) -> list[str]:
+            out = []
+            for image in images:
+                chat.clear()
+                out.append("".join(chat.ask(CAPTION_PROMPT, image, max_tokens=limit)))
+            return out
+
+        read, _ = cpu_seconds(lambda: one(1))
+        llm.reset()
+        chat.close()
+    with ElasticLlama(**THREADS) as llm:
+        chat = Conversation(llm)
+        alone, expected = cpu_seconds(lambda: one(64))
+        chat.close()
+    with ElasticLlama(n_seq_max=9, n_ctx=9 * 1024, **THREADS) as llm:
+        chat = Conversation(llm)
+        together, found = cpu_seconds(lambda: list(captions(chat, images, CAPTION_PROMPT, 64)))
+        chat.close()
+    said = {id(c.name): c.text for c in found}
+    same = sum(said[id(image)] == text for image, text in zip(images, expected))
+    print(f"throughput: {alone / together:.2f} times, {same} of {n} captions equal")
+    print(f"images alone: {100 * read / alone:.0f} % of the time; at most {alone / read:.2f} times")
+
+
+def folder(n: int, n_broken: int) -> None:
+    """The command over scenes and broken files, killed once in the middle."""
+    with tempfile.TemporaryDirectory() as temp:
+        images, out = Path(temp) / "images", Path(temp) / "captions.jsonl"
+        images.mkdir()
+        for i in range(n):
+            path = images / f"{i:04d}.png"
+            make_scene("test", i, grid=3).render().save(path)
+            if i % max(1, n // max(1, n_broken)) == 0 and i // max(1, n // n_broken) < n_broken:
+                path.write_bytes(path.read_bytes()[:1000])
+        command = [sys.executable, "-m", "elastic_llama", "caption", str(images), "-t", "1"]
+        command += ["-p", CAPTION_PROMPT, "-o", str(out), "-n", "64"]
+        process = subprocess.Popen(command)
+        while process.poll() is None and not (
+            out.exists() and out.read_bytes().count(b"\n") >= n // 2
+        ):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        code = subprocess.run(command, check=False).returncode
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+    names = {line["file"] for line in lines}
+    n_errors = sum("error" in line for line in lines)
+    print(f"exit code {code}; {len(lines)} lines of {len(names)} files, {n_errors} errors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("ask", "caption", "folder"))
+    parser.add_argument("--shaped", type=Path, metavar="FILE")
+    parser.add_argument("-n", "--images", type=int, default=16)
+    parser.add_argument("--broken", type=int, default=5)
+    args = parser.parse_args()
+    if args.what == "caption":
+        caption(args.images)
+    elif args.what == "folder":
+        folder(args.images, args.broken)
+    elif args.shaped is None:
+        ask_embedded()
+    else:
+        for n_tokens in (4, 32):
+            ask_shaped(args.shaped, n_tokens)
+
+
+if __name__ == "__main__":
+    main()
