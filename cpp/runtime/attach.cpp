@@ -27,7 +27,7 @@ static std::vector<float> measured_shares(llama_context & ctx) {
         try {
             return found[key] = layer_shares(measure_layers(model, (int32_t) ctx.n_threads_batch()));
         } catch (const std::exception & e) {
-            kv_view::log_error(std::string("all layers keep as many cells: ") + e.what());
+            log_error(std::string("all layers keep as many cells: ") + e.what());
             return found[key];
         }
     }

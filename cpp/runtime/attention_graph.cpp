@@ -345,7 +345,7 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
     }
     parts.kv.synchronize();
     const int64_t      t_start = ggml_time_us();
-    const placed_cells placed  = kv_view::placed(mctx);
+    const placed_cells placed  = placed_in(mctx);
 
     // what earlier queries left decays first
     std::vector<std::vector<float>> used(placed.n_stream);  // up to the last row in use

@@ -92,7 +92,7 @@ compressor::inputs compressor::gather(llama_seq_id seq_id) const {
 }
 
 void compressor::load(inputs & in) const {
-    in.layers = parts.kv.layers(in.strm);
+    in.layers = loaded_layers(parts.kv, in.strm);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
     in.state               = { scores.sum, parts.table.counts(in.strm, in.rows), parts.bias.gather(in.strm, in.rows) };

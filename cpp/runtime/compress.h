@@ -5,6 +5,7 @@
 #include "core/plan.h"
 #include "runtime/cache_parts.h"
 #include "runtime/checkpoint.h"
+#include "runtime/kv_layers.h"
 
 namespace elastic {
 

@@ -85,7 +85,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
     if (!state.active) {
         return;
     }
-    const placed_cells placed = kv_view::placed(mctx);
+    const placed_cells placed = placed_in(mctx);
     for (int32_t s = 0; s < placed.n_stream; ++s) {
         for (int32_t j = 0; j < placed.n_of_stream; ++j) {
             const int32_t i         = s * placed.n_of_stream + j;

@@ -1,5 +1,7 @@
 #include "runtime/head_moves.h"
 
+#include "runtime/kv_layers.h"
+
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
@@ -95,7 +97,7 @@ head_moves::~head_moves() = default;
 void head_moves::run(uint32_t strm, int32_t from, const std::vector<std::vector<int32_t>> & to) {
     for (const int32_t il : by_copy) {
         if (std::any_of(to[il].begin(), to[il].end(), [&](int32_t row) { return row != from; })) {
-            kv.layer(il, strm).move_heads(from, to[il]);
+            layer_of(kv, il, strm).move_heads(from, to[il]);
         }
     }
     for (const auto & [dev, layers] : layers_of) {

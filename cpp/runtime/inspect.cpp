@@ -1,5 +1,7 @@
 #include "runtime/inspect.h"
 
+#include "runtime/kv_layers.h"
+
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
@@ -46,7 +48,7 @@ kv_values read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il) {
     if (il < 0 || il >= shape.n_layer) {
         throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
     }
-    kv_layer layer = parts.kv.layer(il, parts.kv.stream(seq_id));
+    kv_layer layer = layer_of(parts.kv, il, parts.kv.stream(seq_id));
     layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
 
     const auto rows = parts.kv.rows(seq_id);

@@ -15,7 +15,7 @@ void room_maker::or_log(llama_seq_id seq_id, const std::function<void()> & chang
         change();
     } catch (const std::exception & e) {
         const std::string what = e.what();  // with a traceback where a scorer in Python raised
-        kv_view::log_error("sequence " + std::to_string(seq_id) + " stays uncompressed: " + what.substr(0, what.find('\n')));
+        log_error("sequence " + std::to_string(seq_id) + " stays uncompressed: " + what.substr(0, what.find('\n')));
     }
 }
 
