@@ -5,7 +5,7 @@ as one batch, against 8 calls of `ask` over the same cells, and against 8 calls 
 each, as llama-cpp-python's handlers do. `caption`: images with answers decoded together, against
 one image after the other; the image's share is that of encoding and reading alone.
 
-Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [-n IMAGES] [--broken N]
+Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [-n IMAGES]
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def caption(n: int) -> None:
     print(f"images alone: {100 * read / alone:.0f} % of the time; at most {alone / read:.2f} times")
 
 
-def folder(n: int, n_broken: int) -> None:
+def folder(n: int, n_broken: int, model: list[str]) -> None:
     """The command over scenes and broken files, killed once in the middle."""
     with tempfile.TemporaryDirectory() as temp:
         images, out = Path(temp) / "images", Path(temp) / "captions.jsonl"
@@ -125,7 +125,7 @@ def folder(n: int, n_broken: int) -> None:
             if i % max(1, n // max(1, n_broken)) == 0 and i // max(1, n // n_broken) < n_broken:
                 path.write_bytes(path.read_bytes()[:1000])
         command = [sys.executable, "-m", "elastic_llama", "caption", str(images), "-t", "1"]
-        command += ["-p", CAPTION_PROMPT, "-o", str(out), "-n", "64"]
+        command += ["-p", CAPTION_PROMPT, "-o", str(out), "-n", "64", *model]
         process = subprocess.Popen(command)
         while process.poll() is None and not (
             out.exists() and out.read_bytes().count(b"\n") >= n // 2
@@ -146,11 +146,14 @@ def main() -> None:
     parser.add_argument("--shaped", type=Path, metavar="FILE")
     parser.add_argument("-n", "--images", type=int, default=16)
     parser.add_argument("--broken", type=int, default=5)
+    parser.add_argument("-m", "--model", help="folder: another model, such as a tiny one")
+    parser.add_argument("--mmproj")
     args = parser.parse_args()
     if args.what == "caption":
         caption(args.images)
     elif args.what == "folder":
-        folder(args.images, args.broken)
+        given = {"-m": args.model, "--mmproj": args.mmproj}
+        folder(args.images, args.broken, [x for name, v in given.items() if v for x in (name, v)])
     elif args.shaped is None:
         ask_embedded()
     else:

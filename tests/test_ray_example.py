@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -35,3 +36,25 @@ def test_captions_by_two_actors(tiny_vlm, tmp_path):
     assert len(said) == len(lines) == 7
     assert [name for name, line in said.items() if line["error"]] == ["broken.png"]
     assert all(line["caption"] for name, line in said.items() if name != "broken.png")
+
+
+def test_an_actor_alone(tiny_vlm, tmp_path):
+    """What an actor does with a batch, without Ray."""
+    spec = importlib.util.spec_from_file_location("ray_caption", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    paths = [tmp_path / "a.png", tmp_path / "broken.png", tmp_path / "b.png"]
+    for path, color in zip(paths, ("red", "", "blue")):
+        if color:
+            Image.new("RGB", (30, 20), color).save(path)
+        else:
+            path.write_text("no image")
+    actor = module.Captioner(
+        "the sea", 8, model_path=tiny_vlm[0], mmproj_path=tiny_vlm[1], n_threads=1
+    )
+    out = actor({"path": np.array([str(path) for path in paths])})
+    assert out["file"].tolist() == [str(path) for path in paths]
+    assert [bool(error) for error in out["error"]] == [False, True, False]
+    assert [bool(text) for text in out["caption"]] == [True, False, True]
