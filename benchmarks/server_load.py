@@ -220,7 +220,8 @@ class Load:
 
 
 def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    server = Server(["--cache-ram", "64", *args.options], folder)
+    # small enough to be full after the warm-up
+    server = Server(["--cache-ram", "16", *args.options], folder)
     try:
         run = Load(server, args.seed)
         run.answers_alone()
