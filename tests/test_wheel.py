@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_wheel import NATIVE, NEEDED, PYTHON, check_contents, strangers, tracked_files
+from scripts.check_wheel import (
+    NATIVE,
+    NEEDED,
+    NEEDED_PORTABLE,
+    PYTHON,
+    check_contents,
+    library,
+    strangers,
+    tracked_files,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,6 +96,25 @@ def test_a_wheel_is_judged(tmp_path: Path) -> None:
         "missing: elastic_llama/llama.py",
         "missing: libggml",
     }
+
+
+def test_a_portable_wheel_is_judged(tmp_path: Path) -> None:
+    """It has a CPU backend per kind of processor and the kernels at every level."""
+    tracked = tracked_files()
+    lib = "elastic_llama/lib"
+    native = {f"{lib}/{library(name)}.so" for name in NEEDED_PORTABLE}
+    good = tracked | native | {"elastic_llama/include/elastic.h", "elastic_llama.libs/libgomp-1.so"}
+    assert check_contents(wheel_of(tmp_path / "good.whl", good), tracked, portable=True) == []
+    bad = good - {f"{lib}/libggml-cpu-x64.so"}
+    bad -= {f"{lib}/glibc-hwcaps/x86-64-v4/libelastic-kernels.so"}
+    bad |= {"elastic_llama.libs/libcuda.so", f"{lib}/glibc-hwcaps/x86-64-v4/libllama.so"}
+    assert set(check_contents(wheel_of(tmp_path / "bad.whl", bad), tracked, portable=True)) == {
+        "stray: elastic_llama.libs/libcuda.so",
+        f"stray: {lib}/glibc-hwcaps/x86-64-v4/libllama.so",
+        "missing: libggml-cpu-x64",
+        "missing: glibc-hwcaps/x86-64-v4/libelastic-kernels",
+    }
+    assert "missing: libggml-cpu" in check_contents(tmp_path / "good.whl", tracked)
 
 
 def test_no_symbolic_links(installed: Path) -> None:
