@@ -96,6 +96,27 @@ def check_contents(wheel: Path, tracked: set[str], portable: bool = False) -> li
     return faults
 
 
+def beyond_its_level(disassembly: str, level: str) -> list[str]:
+    """Instructions that a processor of the level lacks: AVX has ymm, AVX-512 zmm and masks."""
+    registers = {"generic": r"%[yz]mm|%k[0-7]", "x86-64-v3": r"%zmm|%k[0-7]"}[level]
+    return [line for line in disassembly.splitlines() if re.search(registers, line)]
+
+
+def check_instructions(wheel: Path, folder: Path) -> list[str]:
+    """What in a portable wheel would end the process on an older processor."""
+    higher = r"ggml-cpu-(?!x64)|glibc-hwcaps/x86-64-v4|elastic_llama\.libs"
+    faults = []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (x for x in archive.namelist() if re.search(r"\.so$", x)):
+            if re.search(higher, name):
+                continue
+            level = "x86-64-v3" if "glibc-hwcaps" in name else "generic"
+            code = run("objdump", "-d", "--no-show-raw-insn", archive.extract(name, folder))
+            found = beyond_its_level(code, level)
+            faults += [f"{name}: {len(found)} beyond {level}: {found[0].strip()}"] if found else []
+    return faults
+
+
 def run(*command: object, **options: object) -> str:
     """Output of a command; its own message if it fails."""
     words = [str(word) for word in command]
@@ -200,6 +221,8 @@ def main() -> int:
             wheel = make_wheel(".", wheels, "--no-build-isolation")
         tell(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
         faults = check_contents(wheel, tracked_files(), args.portable)
+        if args.portable:
+            faults += check_instructions(wheel, Path(temp) / "inside")
         if faults:
             print("\n".join(faults), file=sys.stderr)
             return 1

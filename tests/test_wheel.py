@@ -20,6 +20,7 @@ from scripts.check_wheel import (
     NEEDED,
     NEEDED_PORTABLE,
     PYTHON,
+    beyond_its_level,
     check_contents,
     library,
     strangers,
@@ -115,6 +116,20 @@ def test_a_portable_wheel_is_judged(tmp_path: Path) -> None:
         "missing: glibc-hwcaps/x86-64-v4/libelastic-kernels",
     }
     assert "missing: libggml-cpu" in check_contents(tmp_path / "good.whl", tracked)
+
+
+@pytest.mark.parametrize(
+    ("line", "levels"),
+    [
+        ("12: vfmadd231ps %zmm1,%zmm2,%zmm3", ["generic", "x86-64-v3"]),
+        ("12: vcmpltps %ymm0,%ymm1,%k1", ["generic", "x86-64-v3"]),
+        ("12: vaddps %ymm0,%ymm1,%ymm2", ["generic"]),
+        ("12: addps %xmm0,%xmm1", []),
+        ("12: mov %rax,%rbx", []),
+    ],
+)
+def test_instructions_are_judged(line: str, levels: list[str]) -> None:
+    assert [x for x in ("generic", "x86-64-v3") if beyond_its_level(line, x)] == levels
 
 
 def test_no_symbolic_links(installed: Path) -> None:
