@@ -124,6 +124,7 @@ def test_a_portable_wheel_is_judged(tmp_path: Path) -> None:
         ("12: vfmadd231ps %zmm1,%zmm2,%zmm3", ["generic", "x86-64-v3"]),
         ("12: vcmpltps %ymm0,%ymm1,%k1", ["generic", "x86-64-v3"]),
         ("12: vaddps %ymm0,%ymm1,%ymm2", ["generic"]),
+        ("12: vfmadd231ss %xmm0,%xmm1,%xmm2", ["generic"]),
         ("12: addps %xmm0,%xmm1", []),
         ("12: mov %rax,%rbx", []),
     ],
