@@ -97,7 +97,7 @@ def check_contents(wheel: Path, tracked: set[str], portable: bool = False) -> li
 
 
 def beyond_its_level(disassembly: str, level: str) -> list[str]:
-    """Instructions that a processor of the level lacks: AVX has names in v, AVX-512 zmm and masks."""
+    """What a processor of the level lacks: AVX, of names in v; AVX-512, of zmm and masks."""
     lacks = {"generic": r"\bv\w+\s.*%[xyz]mm|%k[0-7]", "x86-64-v3": r"%zmm|%k[0-7]"}[level]
     return [line for line in disassembly.splitlines() if re.search(lacks, line)]
 
