@@ -12,7 +12,7 @@ export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 WITH_TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 LIB_DIR     = $$($(PY) -c 'import elastic_llama; print(elastic_llama.lib_dir())')
 
-.PHONY: demo test test-fast test-matrix stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test wheel-portable clean
+.PHONY: demo test test-fast test-matrix test-vulkan stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test wheel-portable clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
@@ -102,6 +102,23 @@ sanitize-runtime: $(VENV)/.installed
 		$(PY) -m pytest $(SANITIZED_TESTS:%=tests/%) -m "not slow and not matrix and not model" \
 		-k "not $(subst $(SPACE), and not ,$(NOT_SANITIZED))"
 
+# the runtime's tests with model and cache on a Vulkan device, by default Mesa's software driver. Debian: mesa-vulkan-drivers
+# libvulkan-dev glslc spirv-headers. ggml uses a device that is a CPU only where its number is given; GGML_VULKAN_DEVICE
+# and VK_ICD_FILENAMES name another one.
+VULKAN_TESTS := test_device.py test_stages.py test_oracles.py test_memory_types.py
+GGML_VULKAN_DEVICE ?= 0
+LAVAPIPE            = $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+test-vulkan: $(VENV)/.installed
+	$(WITH_TOOLS) cmake -S . -B build-vulkan/tree -G Ninja -DGGML_VULKAN=ON -DLLAMA_BUILD_MTMD=OFF -DSKBUILD_PROJECT_VERSION=0 \
+		-DPython_EXECUTABLE=$(CURDIR)/$(PY) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	$(WITH_TOOLS) cmake --build build-vulkan/tree --target _core
+	$(WITH_TOOLS) cmake --install build-vulkan/tree --component python --prefix build-vulkan/package
+	cp $(LIB_DIR)/libmtmd.* build-vulkan/package/elastic_llama/lib  # llama_cpp loads it; no image is read here
+	PYTHONPATH=tests/support/other_native ELASTIC_TEST_NATIVE=$(CURDIR)/build-vulkan/package/elastic_llama \
+		VK_ICD_FILENAMES="$${VK_ICD_FILENAMES:-$(LAVAPIPE)}" GGML_VK_VISIBLE_DEVICES=$(GGML_VULKAN_DEVICE) \
+		ELASTIC_TEST_GPU_LAYERS=99 OMP_NUM_THREADS=1 \
+		$(PY) -m pytest $(VULKAN_TESTS:%=tests/%) -m "not slow and not matrix and not model"
+
 stubs: $(VENV)/.dev
 	$(PY) scripts/make_stubs.py
 
@@ -122,4 +139,4 @@ check-patches:
 	$(PYTHON) scripts/check_patches.py --markdown
 
 clean:
-	rm -rf build build-sanitize build-sanitize-runtime build-upstream $(VENV)
+	rm -rf build build-sanitize build-sanitize-runtime build-upstream build-vulkan $(VENV)

@@ -106,13 +106,25 @@ static ggml_tensor * sums_of(ggml_context * ctx, ggml_tensor * kq, ggml_tensor *
     return ggml_mul(ctx, kq, weights);
 }
 
+// K times Q, f32 [n_kv, n_tokens, n_head, n_stream]. Heads of a cell are neighbours, and not every backend (Vulkan) multiplies
+// quantized rows that lie so; without the cast K would go through the CPU.
+static ggml_tensor * products(const attention_inputs & in, ggml_tensor * k) {
+    ggml_context *           ctx = in.graph.ctx0;
+    ggml_tensor *            kq  = ggml_mul_mat(ctx, k, in.q_perm);
+    const ggml_tensor *      t   = in.k->view_src ? in.k->view_src : in.k;
+    const ggml_backend_dev_t dev = t->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)) : nullptr;
+    if (dev && ggml_is_quantized(k->type) && !ggml_backend_dev_supports_op(dev, kq)) {
+        kq = ggml_mul_mat(ctx, ggml_cast(ctx, k, GGML_TYPE_F32), in.q_perm);
+    }
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    return kq;
+}
+
 // as the fused op computes it
 static ggml_tensor * sums_beside(const attention_inputs & in, ggml_tensor * mask, ggml_tensor * weights) {
     ggml_context * ctx = in.graph.ctx0;
     ggml_tensor *  k   = in.k_perm->type == GGML_TYPE_F32 ? ggml_cast(ctx, in.k_perm, GGML_TYPE_F16) : in.k_perm;
-    ggml_tensor *  kq  = ggml_mul_mat(ctx, k, in.q_perm);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    kq = softmax(in, scaled(in, kq), mask);
+    ggml_tensor *  kq  = softmax(in, scaled(in, products(in, k)), mask);
     in.graph.cb(kq, "attn_beside", in.il);
     return sums_of(ctx, kq, weights);
 }
@@ -192,9 +204,7 @@ static ggml_tensor * by_streams(const attention_inputs & in, ggml_tensor * weigh
 static ggml_tensor * by_plain_ops(const attention_inputs & in, ggml_tensor * weights, ggml_tensor *& sums) {
     const auto &   graph = in.graph;
     ggml_context * ctx   = graph.ctx0;
-    ggml_tensor *  kq    = ggml_mul_mat(ctx, in.k_perm, in.q_perm);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    kq = scaled(in, kq);
+    ggml_tensor *  kq    = scaled(in, products(in, in.k_perm));
     if (in.kq_b) {
         kq = ggml_add(ctx, kq, in.kq_b);
     }

@@ -5,6 +5,7 @@
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace elastic {
 
@@ -17,6 +18,9 @@ class head_moves::device {
   public:
     device(const kv_view & kv, ggml_backend_dev_t dev, const std::vector<int32_t> & layers, uint32_t strm)
         : layers(layers), n_head_kv(kv.shape.n_head_kv), backend(ggml_backend_dev_init(dev, nullptr)) {
+        if (!backend) {
+            throw std::runtime_error("[elastic] a device cannot be opened to move rows of K and V");
+        }
         const size_t     n_nodes = layers.size() * 2 * 6;
         ggml_init_params params  = { (n_nodes + 1) * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true };
         ctx.reset(ggml_init(params));
@@ -28,7 +32,7 @@ class head_moves::device {
             add(kv.v(layers[i]), strm, i);
         }
         alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
-        if (!backend || !ggml_gallocr_alloc_graph(alloc.get(), graph)) {
+        if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
             throw std::runtime_error("[elastic] a device has no memory to move rows of K and V");
         }
     }

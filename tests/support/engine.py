@@ -85,6 +85,7 @@ class Engine:
         params.type_v = GGML_TYPES[self.type_v]
         params.no_perf = False
         params.swa_full = self.swa_full
+        params.op_offload = N_GPU_LAYERS > 0  # else a device takes the products of a prompt
         if self.cb_eval is not None:
             params.cb_eval = self.cb_eval
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
