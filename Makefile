@@ -104,12 +104,12 @@ sanitize-runtime: $(VENV)/.installed
 
 # the runtime's tests with model and cache on a Vulkan device, by default Mesa's software driver. Debian: mesa-vulkan-drivers
 # libvulkan-dev glslc spirv-headers. ggml uses a device that is a CPU only where its number is given; GGML_VULKAN_DEVICE
-# and VK_ICD_FILENAMES name another one.
+# and VK_ICD_FILENAMES name another one. Headers in another place: VULKAN_ARGS=-DVulkan_INCLUDE_DIR=...
 VULKAN_TESTS := test_device.py test_stages.py test_oracles.py test_memory_types.py
 GGML_VULKAN_DEVICE ?= 0
 LAVAPIPE            = $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
 test-vulkan: $(VENV)/.installed
-	$(WITH_TOOLS) cmake -S . -B build-vulkan/tree -G Ninja -DGGML_VULKAN=ON -DLLAMA_BUILD_MTMD=OFF -DSKBUILD_PROJECT_VERSION=0 \
+	$(WITH_TOOLS) cmake -S . -B build-vulkan/tree -G Ninja -DGGML_VULKAN=ON -DLLAMA_BUILD_MTMD=OFF -DSKBUILD_PROJECT_VERSION=0 $(VULKAN_ARGS) \
 		-DPython_EXECUTABLE=$(CURDIR)/$(PY) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
 	$(WITH_TOOLS) cmake --build build-vulkan/tree --target _core
 	$(WITH_TOOLS) cmake --install build-vulkan/tree --component python --prefix build-vulkan/package
