@@ -132,6 +132,20 @@ static bool frees_layers(uintptr_t address) {
     }
 }
 
+static py::dict memory_dict(const kv_view & kv) {
+    const elastic_memory x = describe_memory(kv);
+    return py::dict("kind"_a = x.kind, "n_layer_model"_a = x.n_layer_model, "n_layer"_a = x.n_layer, "cell_bytes"_a = x.cell_bytes,
+                    "other_bytes"_a = x.other_bytes, "other_cells"_a = x.other_cells, "recurrent"_a = x.recurrent);
+}
+
+static py::dict memory_of(uintptr_t address) {
+    auto * ctx = reinterpret_cast<llama_context *>(address);
+    if (!ctx) {
+        throw error("[memory] ctx must not be null");
+    }
+    return memory_dict(kv_view(*ctx));
+}
+
 void bind_session(py::module_ & m) {
     const elastic_params d = elastic_default_params();
 
@@ -155,6 +169,14 @@ Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address
 Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.)pbdoc");
     m.def("frees_layers", &frees_layers, py::arg("ctx"), py::call_guard<py::gil_scoped_release>(),
           "Whether rows that single layers of the llama_context at this address do without can go back to the operating system.");
+    m.def("memory", &memory_of, py::arg("ctx"),
+          R"pbdoc(What an elastic cache of the llama_context at this address works on; none needs to be attached.
+
+dict of kind ("plain", "sliding window", "hybrid", "hybrid, sliding window"), n_layer_model, n_layer (compressed),
+cell_bytes (K and V of one cell of those layers), other_bytes (allocated by windows and recurrent states, which are left
+alone), other_cells (of the windows, or states) and recurrent (no probes, no cuts, no checkpoints).
+
+Raises NotImplementedError, with the reason, for a memory that cannot be compressed.)pbdoc");
     m.def("layer_shares", &layer_shares, py::arg("scores"),
           "Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.");
 
@@ -202,9 +224,21 @@ RuntimeError when the cache holds cells already.)pbdoc")
 
 What its tokens attended to stays part of the importance of the prompts that are there.
 
-Raises ValueError while a probe is running.)pbdoc")
+Raises ValueError while a probe is running, and where there can be none (`can_probe`).)pbdoc")
         .def(
             "end_probe", [](const session & self) { self.cache().end_probe(); }, py::call_guard<py::gil_scoped_release>())
+        .def(
+            "memory", [](const session & self) { return memory_dict(self.cache().parts().kv); },
+            "What the cache works on, and what is left alone: dict as of `memory(ctx)`.")
+        .def(
+            "can_probe", [](const session & self) { return self.cache().can_probe(); },
+            "Whether what is decoded can be taken back; not with recurrent layers.")
+        .def(
+            "n_free", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv.parts.n_free(seq_id); },
+            py::arg("seq_id") = 0, "Tokens that find a cell now, in the part of the memory that has fewest.")
+        .def(
+            "next_pos", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv.pos_next(seq_id); },
+            py::arg("seq_id") = 0, "Position of the next token; behind an image with M-RoPE its height and width count.")
         .def(
             "n_to_drop", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().n_to_drop(seq_id); },
             py::arg("seq_id") = 0,

@@ -102,7 +102,7 @@ class heads_attention {
         weights.resize((size_t) n() * stride);
         logits(i, cells);
         for (int32_t h = 0; h < n(); ++h) {
-            inverse[h] = exponentials(row(h));
+            inverse[h] = exponentials(row(h), a.sinks ? a.sinks + first + h : nullptr);
             add_sums(i, h, cells);
         }
         std::fill(out(i, 0), out(i, n()), 0.0f);
@@ -184,6 +184,9 @@ class heads_attention {
             }
         });
         for (int32_t h = 0; h < n(); ++h) {
+            for (int32_t c = 0; a.soft_cap > 0.0f && c < stride; c += N_SIMD) {
+                store(row(h) + c, a.soft_cap * simd_tanh(load(row(h) + c) / a.soft_cap));
+            }
             std::fill(row(h) + cells.size(), row(h) + stride, -INFINITY);
         }
         for (int32_t h = 0; a.bias && h < n(); ++h) {
@@ -194,8 +197,8 @@ class heads_attention {
         }
     }
 
-    // in place; returns 1 over their sum
-    float exponentials(float * w) const {
+    // in place; returns 1 over their sum, with the sink's if there is one
+    float exponentials(float * w, const float * sink) const {
         simd_f32 highest = splat(-INFINITY);
         for (int32_t c = 0; c < stride; c += N_SIMD) {
             highest = larger(highest, load(w + c));
@@ -204,13 +207,14 @@ class heads_attention {
         for (int32_t l = 0; l < N_SIMD; ++l) {
             top = std::max(top, highest[l]);
         }
+        top          = sink ? std::max(top, *sink) : top;
         simd_f32 sum = {};
         for (int32_t c = 0; c < stride; c += N_SIMD) {
             const simd_f32 x = simd_exp(load(w + c) - top);
             sum += x;
             store(w + c, x);
         }
-        return stride > 0 ? 1.0f / total(sum) : 0.0f;
+        return stride > 0 ? 1.0f / (total(sum) + (sink ? std::exp(*sink - top) : 0.0f)) : 0.0f;
     }
 
     void add_sums(int32_t i, int32_t h, const std::vector<int32_t> & cells) {

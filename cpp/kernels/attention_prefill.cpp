@@ -161,6 +161,10 @@ class head_attention {
         }
         for (int32_t p = 0; p < n_parts; ++p) {
             highest[p] = highest[p] == -INFINITY ? simd_f32{} : highest[p];  // sees nothing
+            if (a.sinks) {
+                highest[p] = larger(highest[p], splat(a.sinks[ih]));
+                sum[p]     = simd_exp(splat(a.sinks[ih]) - highest[p]);
+            }
         }
         for (const auto & [begin, end] : g.runs) {
             for (int32_t c = begin; c < end; ++c) {
@@ -210,7 +214,9 @@ class head_attention {
         }
     }
 
-    // bias and mask
+    simd_f32 capped(simd_f32 x) const { return a.soft_cap > 0.0f ? a.soft_cap * simd_tanh(x / a.soft_cap) : x; }
+
+    // soft cap, bias and mask
     void hide(int32_t begin, int32_t end, const std::vector<query_set> & may_see, simd_f32 * highest) {
         simd_i32 bit;
         for (int32_t l = 0; l < N_SIMD; ++l) {
@@ -221,7 +227,7 @@ class head_attention {
             for (int32_t p = 0; p < n_parts; ++p) {
                 float *        w    = weights.data() + (size_t) c * N_GROUP + p * N_SIMD;
                 const simd_i32 open = ((int32_t) (may_see[c] >> (p * N_SIMD) & ((1u << N_SIMD) - 1)) & bit) != 0;
-                const simd_f32 x    = open ? load(w) + more : splat(-INFINITY);
+                const simd_f32 x    = open ? capped(load(w)) + more : splat(-INFINITY);
                 highest[p]          = larger(highest[p], x);
                 store(w, x);
             }

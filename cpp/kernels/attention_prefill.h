@@ -33,6 +33,9 @@ struct attention {
     const float * bias        = nullptr;
     int64_t       bias_stride = 0;
 
+    float         soft_cap = 0.0f;     // > 0: scaled logits x become soft_cap * tanh(x / soft_cap), before bias and mask
+    const float * sinks    = nullptr;  // [n_head] logits that take a share of the attention, or nullptr
+
     // of each query in each sum  [n_q][n_sums]
     const float * weights = nullptr;
     int32_t       n_sums  = 0;

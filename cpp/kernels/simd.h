@@ -61,6 +61,13 @@ inline simd_f32 simd_exp(simd_f32 x) {
     return x < -87.0f ? simd_f32{} : p * (simd_f32) power;
 }
 
+// to about 1e-7, absolute
+inline simd_f32 simd_tanh(simd_f32 x) {
+    const simd_f32 small = simd_exp(x < 0.0f ? x + x : -x - x);
+    const simd_f32 y     = (1.0f - small) / (1.0f + small);
+    return x < 0.0f ? -y : y;
+}
+
 inline float f16_to_f32(uint16_t half) {
     const uint32_t rest = (half & 0x7fffu) << 13;
     float          x;

@@ -10,13 +10,27 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <deque>
 
 namespace elastic {
+
+// of one layer  [n_stream][n_head][n_rows][n_kv]
+struct attention_graph::layer_sums {
+    int32_t             il;  // of the cache
+    int64_t             n_kv;
+    int64_t             n_rows;
+    int64_t             n_head;
+    int64_t             n_stream;
+    ggml_tensor *       tensor = nullptr;  // of llama.cpp's ops
+    attention_op_params op     = {};       // of ours, which says where they are
+
+    size_t n() const { return n_kv * n_rows * n_head * n_stream; }
+};
 
 // what one graph was built with, and its sums
 class graph_sums : public llm_graph_input_i {
   public:
-    graph_sums(const attention_graph & owner, const llm_graph_result * graph, bool wanted, bool has_bias)
+    graph_sums(attention_graph & owner, const llm_graph_result * graph, bool wanted, bool has_bias)
         : wanted(wanted), has_bias(has_bias), owner(owner), graph(graph), graphs(owner.graphs) {
         (*graphs)[graph] = this;
     }
@@ -33,6 +47,15 @@ class graph_sums : public llm_graph_input_i {
             owner.set_weights(data.data(), *ubatch, weights->ne[2], weights->ne[3]);
             ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
         }
+        size_t n = 0;
+        for (const auto & layer : layers) {
+            n += layer.tensor ? 0 : layer.n();
+        }
+        float * next = n > 0 ? owner.reserve_sums(n) : nullptr;
+        for (auto & layer : layers) {
+            layer.op.sums = layer.tensor ? nullptr : next;
+            next += layer.tensor ? 0 : layer.n();
+        }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
@@ -47,10 +70,10 @@ class graph_sums : public llm_graph_input_i {
     const bool    has_bias;
     ggml_tensor * weights = nullptr;
 
-    std::vector<std::pair<int32_t, ggml_tensor *>> layers;  // f32 [n_kv, n_sums, n_head, n_stream], by cache layer
+    std::deque<attention_graph::layer_sums> layers;  // which nodes of the graph point to
 
   private:
-    const attention_graph &                    owner;
+    attention_graph &                          owner;
     const llm_graph_result *                   graph;
     std::shared_ptr<attention_graph::registry> graphs;
 };
@@ -211,7 +234,7 @@ ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llam
     const attention_inputs in = { graph, il, il_cache, q, k, v, q_perm, k_perm, v_perm, kq_b, kq_mask, sinks, bias, kq_scale };
 
     ggml_tensor * res;
-    if (own_op && sums.wanted && !kq_b && !sinks && !graph.hparams.attn_soft_cap) {
+    if (own_op && sums.wanted && !kq_b) {
         res = build_with_op(in, sums);
     } else if (!kq_b && (masks_heads || !bias)) {
         res = build_fused(in, sums);
@@ -235,26 +258,40 @@ ggml_tensor * attention_graph::weights_of(const llm_graph_context & graph, graph
 static void add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache) {
     graph.cb(t, "attn_sums", il);
     ggml_set_output(t);
-    sums.layers.emplace_back(il_cache, t);
+    sums.layers.push_back({ il_cache, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
     ggml_build_forward_expand(graph.gf, t);
 }
 
 ggml_tensor * attention_graph::build_with_op(const attention_inputs & in, graph_sums & sums) {
-    ggml_context * ctx  = in.graph.ctx0;
-    ggml_tensor *  w    = weights_of(in.graph, sums, in.q_perm);
-    ggml_tensor *  both = attention_op(ctx, in.q_perm, in.k_perm, in.v_perm, in.kq_mask, w, in.bias, &*scales.insert(in.kq_scale).first);
+    ggml_tensor * w = weights_of(in.graph, sums, in.q_perm);
 
-    const int64_t n_kv   = in.k_perm->ne[1];
-    const int64_t n_sums = n_kv * w->ne[0] * w->ne[2] * w->ne[3];
-    const int64_t n_q    = in.q_perm->ne[1] * in.q_perm->ne[3];
-    const int64_t n_out  = (both->ne[0] - n_sums) / n_q;
+    sums.layers.push_back({ in.il_cache, in.k_perm->ne[1], w->ne[0], w->ne[2], w->ne[3] });
+    auto & op   = sums.layers.back().op;
+    op.scale    = in.kq_scale;
+    op.soft_cap = in.graph.hparams.attn_soft_cap ? in.graph.hparams.f_attn_logit_softcapping : 0.0f;
+    return attention_op(in.graph.ctx0, in.q_perm, in.k_perm, in.v_perm, in.kq_mask, w, in.bias, in.sinks, op);
+}
 
-    // a copy, so that the output of all layers need not be kept
-    ggml_tensor * view = ggml_view_4d(ctx, both, n_kv, w->ne[0], w->ne[2], w->ne[3], n_kv * sizeof(float), n_kv * w->ne[0] * sizeof(float),
-                                      n_kv * w->ne[0] * w->ne[2] * sizeof(float), n_out * n_q * sizeof(float));
-    add_sums(in.graph, sums, ggml_cont(ctx, view), in.il, in.il_cache);
+// Logits as the fused op has them. A soft cap bounds them after they are scaled, and then nothing is left to scale.
+ggml_tensor * attention_graph::scaled(const attention_inputs & in, ggml_tensor * kq) {
+    const auto & hparams = in.graph.hparams;
+    if (!hparams.attn_soft_cap) {
+        return kq;
+    }
+    const float cap = hparams.f_attn_logit_softcapping;
+    kq              = ggml_tanh(in.graph.ctx0, ggml_scale(in.graph.ctx0, kq, in.kq_scale / cap));
+    return ggml_scale(in.graph.ctx0, kq, cap);
+}
 
-    return ggml_view_2d(ctx, both, n_out, n_q, n_out * sizeof(float), 0);
+float attention_graph::softmax_scale(const attention_inputs & in) {
+    return in.graph.hparams.attn_soft_cap ? 1.0f : in.kq_scale;
+}
+
+// sinks are a part of the denominator
+ggml_tensor * attention_graph::softmax(const attention_inputs & in, ggml_tensor * kq, ggml_tensor * mask) {
+    kq = ggml_soft_max_ext(in.graph.ctx0, kq, mask, softmax_scale(in), in.graph.hparams.f_max_alibi_bias);
+    ggml_soft_max_add_sinks(kq, in.sinks);
+    return kq;
 }
 
 // the bias is a part of the mask, and the attention that is summed is computed beside the fused op
@@ -276,7 +313,7 @@ ggml_tensor * attention_graph::build_fused(const attention_inputs & in, graph_su
         ggml_tensor * k  = in.k_perm->type == GGML_TYPE_F32 ? ggml_cast(ctx, in.k_perm, GGML_TYPE_F16) : in.k_perm;
         ggml_tensor * kq = ggml_mul_mat(ctx, k, in.q_perm);
         ggml_prec_set_acc(kq, GGML_PREC_F32);
-        kq = ggml_soft_max_ext(ctx, kq, mask, in.kq_scale, graph.hparams.f_max_alibi_bias);
+        kq = softmax(in, scaled(in, kq), mask);
         graph.cb(kq, "attn_beside", in.il);
         add_sums(graph, sums, ggml_out_prod(ctx, kq, weights_of(graph, sums, kq)), in.il, in.il_cache);
     }
@@ -289,18 +326,19 @@ ggml_tensor * attention_graph::build_plain(const attention_inputs & in, graph_su
     ggml_context * ctx   = graph.ctx0;
     ggml_tensor *  kq    = ggml_mul_mat(ctx, in.k_perm, in.q_perm);
     ggml_prec_set_acc(kq, GGML_PREC_F32);
+    kq = scaled(in, kq);
     if (in.kq_b) {
         kq = ggml_add(ctx, kq, in.kq_b);
     }
-    if (in.bias) {  // kq is scaled after the bias is added
-        ggml_tensor * b     = in.kq_scale == 1.0f ? in.bias : ggml_scale(ctx, ggml_cont(ctx, in.bias), 1.0f / in.kq_scale);
+    if (in.bias) {  // the softmax scales what it is given
+        const float   scale = softmax_scale(in);
+        ggml_tensor * b     = scale == 1.0f ? in.bias : ggml_scale(ctx, ggml_cont(ctx, in.bias), 1.0f / scale);
         const int64_t n_gqa = kq->ne[2] / b->ne[2];
         ggml_tensor * cur   = ggml_reshape_4d(ctx, kq, kq->ne[0], kq->ne[1] * n_gqa, b->ne[2], kq->ne[3]);
         kq                  = ggml_reshape_4d(ctx, ggml_add(ctx, cur, b), kq->ne[0], kq->ne[1], kq->ne[2], kq->ne[3]);
         graph.cb(kq, "kq_plus_bias", in.il);
     }
-    kq = ggml_soft_max_ext(ctx, kq, in.kq_mask, in.kq_scale, graph.hparams.f_max_alibi_bias);
-    ggml_soft_max_add_sinks(kq, in.sinks);
+    kq = softmax(in, kq, in.kq_mask);
     if (sums.wanted) {
         add_sums(graph, sums, ggml_out_prod(ctx, kq, weights_of(graph, sums, kq)), in.il, in.il_cache);
     }
@@ -317,6 +355,19 @@ ggml_tensor * attention_graph::build_plain(const attention_inputs & in, graph_su
 //
 // after it was computed
 //
+
+// numbers that stay reserved between the ubatches of a prompt
+static constexpr size_t N_BUFFER = 2 * 1024 * 1024;
+
+// not written here, so that memory is taken only for what is
+float * attention_graph::reserve_sums(size_t n) {
+    if (n > n_buffer) {
+        buffer.reset();
+        buffer.reset(new float[n]);
+        n_buffer = n;
+    }
+    return buffer.get();
+}
 
 // of each cell, by as many steps as its sequence has queries among [first, first + n)
 std::vector<float> attention_graph::decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const {
@@ -350,25 +401,29 @@ std::vector<int32_t> attention_graph::begin_queries(const llama_ubatch & ubatch,
     return res;
 }
 
-void attention_graph::add_layer(int32_t il, const ggml_tensor * t, const llama_ubatch & ubatch, const placed_cells & placed,
+void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & ubatch, const placed_cells & placed,
                                 const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries) {
-    std::vector<float> data;
-    const float *      sums = (const float *) t->data;
-    if (!ggml_backend_buffer_is_host(t->buffer)) {
-        data.resize(ggml_nelements(t));
+    std::vector<float>  data;
+    const float *       sums = layer.op.sums;
+    const ggml_tensor * t    = layer.tensor;
+    if (t && ggml_backend_buffer_is_host(t->buffer)) {
+        sums = (const float *) t->data;
+    } else if (t) {
+        data.resize(layer.n());
         ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
         sums = data.data();
     }
-    const int64_t n_kv   = t->ne[0];
-    const int64_t n_rows = t->ne[1];
-    const int64_t n_head = t->ne[2];
-    const int64_t n_gqa  = n_head / parts.kv.shape.n_head_kv;
+    const int32_t il     = layer.il;
+    const int64_t n_kv   = layer.n_kv;
+    const int64_t n_rows = layer.n_rows;
+    const int64_t n_head = layer.n_head;
+    const int64_t n_gqa  = n_head / parts.kv.shape.n_head_kv * parts.kv.shape.n_users[il];  // query heads of a KV head
 
     for (int32_t s = 0; s < placed.n_stream; ++s) {
         const uint32_t strm = placed.strm[s];
         for (int64_t h = 0; h < n_head; ++h) {
             const float * src = sums + (s * n_head + h) * n_rows * n_kv;
-            const int32_t ih  = (int32_t) (h / n_gqa);
+            const int32_t ih  = (int32_t) (h * parts.kv.shape.n_head_kv / n_head);
             const auto    add = [&](int64_t row, float * dst) {
                 add_share(dst, src + row * n_kv, used[s].data(), (int32_t) used[s].size(), (int32_t) n_gqa);
             };
@@ -404,8 +459,12 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
         }
     }
     const auto n_queries = begin_queries(ubatch, placed);
-    for (const auto & [il, t] : it->second->layers) {
-        add_layer(il, t, ubatch, placed, used, n_queries);
+    for (const auto & layer : it->second->layers) {
+        add_layer(layer, ubatch, placed, used, n_queries);
+    }
+    if (n_buffer > N_BUFFER && ubatch.n_tokens > ubatch.n_seqs_unq) {  // of a prompt; what an answer takes stays as it is
+        buffer.reset();
+        n_buffer = 0;
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {

@@ -9,7 +9,6 @@
 #include "llama-graph.h"
 
 #include <memory>
-#include <set>
 
 class llama_kv_cache_context;
 
@@ -42,7 +41,9 @@ class attention_graph {
     const bool            own_op;       // one op computes attention and sums: all of K and V lie in host memory
     const bool            masks_heads;  // the fused op takes a mask per head
 
-    std::set<float> scales;  // of logits: nodes stay where they are, as long as graphs may live
+    // where our op writes the sums of all layers, of the graph that is computed: memory of what it attends to, not of the context
+    std::unique_ptr<float[]> buffer;
+    size_t                   n_buffer = 0;
 
     // of each graph that exists; graphs may outlive this object
     using registry                   = std::map<const llm_graph_result *, graph_sums *>;
@@ -51,9 +52,15 @@ class attention_graph {
     friend class graph_sums;
 
     struct attention_inputs;
+    struct layer_sums;
 
     graph_sums &  sums_of(const llm_graph_context & graph);
     ggml_tensor * weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q) const;
+
+    static ggml_tensor * scaled(const attention_inputs & in, ggml_tensor * kq);
+    static float         softmax_scale(const attention_inputs & in);
+    static ggml_tensor * softmax(const attention_inputs & in, ggml_tensor * kq, ggml_tensor * mask);
+
     ggml_tensor * build_with_op(const attention_inputs & in, graph_sums & sums);
     ggml_tensor * build_fused(const attention_inputs & in, graph_sums & sums) const;
     ggml_tensor * build_plain(const attention_inputs & in, graph_sums & sums) const;
@@ -64,7 +71,8 @@ class attention_graph {
 
     std::vector<float>   decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const;
     std::vector<int32_t> begin_queries(const llama_ubatch & ubatch, const placed_cells & placed);
-    void                 add_layer(int32_t il, const ggml_tensor * sums, const llama_ubatch & ubatch, const placed_cells & placed,
+    float *              reserve_sums(size_t n);
+    void                 add_layer(const layer_sums & sums, const llama_ubatch & ubatch, const placed_cells & placed,
                                    const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries);
 };
 

@@ -1,6 +1,7 @@
 // The C interface (elastic.h): no exception leaves it.
 
 #include "runtime/attach.h"
+#include "runtime/inspect.h"
 #include "runtime/measure_layers.h"
 
 #include <algorithm>
@@ -136,6 +137,45 @@ void elastic_end_probe(llama_context * ctx) {
 
 int32_t elastic_n_to_drop(const llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] { return need(ctx, seq_id).room().n_to_drop(seq_id); });
+}
+
+static kv_view view_of(const llama_context * ctx) {
+    if (!ctx) {
+        throw error("[elastic] ctx must not be NULL");
+    }
+    return kv_view(*const_cast<llama_context *>(ctx));
+}
+
+static kv_view view_of(const llama_context * ctx, llama_seq_id seq_id) {
+    kv_view       kv = view_of(ctx);
+    const int32_t n  = kv.n_seq_max();
+    if (seq_id < 0 || seq_id >= n) {
+        throw error("[elastic] seq_id: got " + std::to_string(seq_id) + ", expected 0 <= seq_id < " + std::to_string(n));
+    }
+    return kv;
+}
+
+int32_t elastic_get_memory(const llama_context * ctx, elastic_memory * memory) {
+    return guarded([&] {
+        if (!memory) {
+            throw error("[elastic_get_memory] memory must not be NULL");
+        }
+        *memory = describe_memory(view_of(ctx));
+        return 0;
+    });
+}
+
+int32_t elastic_n_free(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return view_of(ctx, seq_id).parts.n_free(seq_id); });
+}
+
+llama_pos elastic_next_pos(const llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&] { return view_of(ctx, seq_id).pos_next(seq_id); });
+}
+
+bool elastic_can_probe(const llama_context * ctx) {
+    const auto * cache = attached(ctx);
+    return cache && cache->can_probe();
 }
 
 int32_t elastic_n_cells(const llama_context * ctx, llama_seq_id seq_id) {

@@ -76,13 +76,14 @@ std::vector<int32_t> checkpoint::rows_of_layer(int32_t il) const {
 
 void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
     const int32_t n_most = parts.cfg.n_checkpoints;
-    if (n_most == 0 || !parts.active || parts.kv.n_cells(seq_id) == 0) {
+    // a recurrent state is not copied, so that nothing could be restored with it
+    if (n_most == 0 || !parts.active || parts.kv.n_cells(seq_id) == 0 || parts.kv.parts.recurrent) {
         return;
     }
     const uint32_t strm = parts.kv.stream(seq_id);
 
     checkpoint ck;
-    ck.pos_end = parts.kv.pos_max(seq_id) + 1;
+    ck.pos_end = parts.kv.pos_next(seq_id);
     ck.state   = parts.seqs.get(seq_id);
     ck.rows    = parts.kv.rows(seq_id);
     for (const int32_t row : ck.rows) {
@@ -101,7 +102,7 @@ void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
             ck.logits = std::move(old.logits);
         }
     }
-    forget_after(seq_id, ck.pos_end - 1);
+    forget_after(seq_id, ck.places.back().pos);
     of_seq.push_back(std::move(ck));
     if ((int32_t) of_seq.size() > n_most) {
         of_seq.erase(of_seq.begin());
@@ -125,7 +126,7 @@ void checkpoints::before_change(llama_seq_id seq_id) {
 
 void checkpoints::forget_after(llama_seq_id seq_id, llama_pos p0) {
     auto & of_seq = kept[seq_id];
-    of_seq.erase(std::remove_if(of_seq.begin(), of_seq.end(), [&](const checkpoint & ck) { return ck.pos_end > p0; }), of_seq.end());
+    of_seq.erase(std::remove_if(of_seq.begin(), of_seq.end(), [&](const checkpoint & ck) { return !ck.ends_before(p0); }), of_seq.end());
 }
 
 int64_t checkpoints::n_bytes() const {
@@ -153,7 +154,7 @@ const checkpoint * checkpoints::find(llama_seq_id seq_id, llama_pos pos_end) con
         return nullptr;
     }
     for (const auto & ck : it->second) {
-        if (ck.pos_end == pos_end && can_restore(seq_id, ck)) {
+        if (ck.ends_before(pos_end) && pos_end <= ck.pos_end && can_restore(seq_id, ck)) {
             return &ck;
         }
     }
@@ -167,8 +168,8 @@ llama_pos checkpoints::last_before(llama_seq_id seq_id, llama_pos p0) const {
         return res;
     }
     for (const auto & ck : it->second) {
-        if (ck.pos_end <= p0 && can_restore(seq_id, ck)) {
-            res = std::max(res, ck.pos_end);
+        if (ck.ends_before(p0) && can_restore(seq_id, ck)) {
+            res = std::max(res, std::min(p0, ck.pos_end));
         }
     }
     return res;
@@ -177,7 +178,7 @@ llama_pos checkpoints::last_before(llama_seq_id seq_id, llama_pos p0) const {
 // cell i of the checkpoint is where it was
 bool checkpoints::still_same(llama_seq_id seq_id, const checkpoint & ck, size_t i) const {
     const uint32_t strm = parts.kv.stream(seq_id);
-    return parts.kv.has(strm, ck.rows[i], seq_id) && parts.kv.pos(strm, ck.rows[i]) == ck.places[i].pos;
+    return parts.kv.has(strm, ck.rows[i], seq_id) && parts.kv.place(strm, ck.rows[i]) == ck.places[i];
 }
 
 bool checkpoints::can_restore(llama_seq_id seq_id, const checkpoint & ck) const {

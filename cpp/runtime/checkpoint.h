@@ -14,7 +14,7 @@ class llama_io_write_i;
 namespace elastic {
 
 struct checkpoint {
-    llama_pos      pos_end = 0;  // position of the next token: a cut here restores the sequence
+    llama_pos      pos_end = 0;  // position of the next token: a cut here, or from the last cell's on, restores the sequence
     sequence_state state;
 
     // cells in logical order [n_cells]: where they lay in their stream, and what was known of them
@@ -33,6 +33,7 @@ struct checkpoint {
     std::vector<std::vector<uint8_t>> v;
 
     bool                 is_stored() const { return !k.empty(); }
+    bool                 ends_before(llama_pos p) const { return places.back().pos < p; }
     std::vector<int32_t> rows_of_layer(int32_t il) const;  // that the layer holds
     int64_t              n_bytes() const;                  // of everything above
 

@@ -83,8 +83,15 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_shape & shape) {
     io.read(&res.pos_end, sizeof(res.pos_end));
     int64_t numbers[8];
     io.read(numbers, sizeof(numbers));
-    res.state = { numbers[0],           (llama_pos) numbers[1], (llama_pos) numbers[2], (llama_pos) numbers[3], (llama_pos) numbers[4],
-                  (int32_t) numbers[5], numbers[6] != 0,        (int32_t) numbers[7] };
+    res.state = { numbers[0],
+                  0,
+                  (llama_pos) numbers[1],
+                  (llama_pos) numbers[2],
+                  (llama_pos) numbers[3],
+                  (llama_pos) numbers[4],
+                  (int32_t) numbers[5],
+                  numbers[6] != 0,
+                  (int32_t) numbers[7] };
 
     read_vector(io, res.rows, n_max);
     const uint64_t n = res.rows.size();
@@ -92,7 +99,7 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_shape & shape) {
     read_vector(io, res.kinds, n);
     uint64_t n_queries = 0;
     io.read(&n_queries, sizeof(n_queries));
-    if (n_queries > (uint64_t) recorded_statistics().n_window || res.places.size() != n || res.kinds.size() != n) {
+    if (n_queries > (uint64_t) recorded_statistics().n_window || n == 0 || res.places.size() != n || res.kinds.size() != n) {
         throw std::runtime_error("elastic state: a checkpoint is damaged");
     }
     res.scores.queries.resize(n_queries);

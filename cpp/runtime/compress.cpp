@@ -97,22 +97,46 @@ void compressor::load(inputs & in) const {
     in.decayed             = std::move(scores.decayed);
 }
 
+// Tokens that each cell stands for: those since the cell before it. Inside an image that shares one position its grid says so, as wide
+// as its cells lie apart.
+static std::vector<int32_t> tokens_between(const std::vector<cell_place> & places) {
+    std::vector<int32_t> res;
+    for (size_t first = 0, end = 0; first < places.size(); first = end) {
+        for (end = first; end < places.size() && places[end].pos == places[first].pos;) {
+            ++end;
+        }
+        const auto by_x = [](const cell_place & a, const cell_place & b) {
+            return a.x < b.x;
+        };
+        const auto      range = std::minmax_element(places.begin() + first, places.begin() + end, by_x);
+        const int32_t   width = range.second->x - range.first->x + 1;
+        const llama_pos next  = first == 0 ? places[0].pos : places[first - 1].next();
+        res.push_back(std::max(1, places[first].pos - next + 1));
+        for (size_t i = first + 1; i < end; ++i) {
+            res.push_back(std::max(1, (places[i].y - places[i - 1].y) * width + places[i].x - places[i - 1].x));
+        }
+    }
+    return res;
+}
+
 // what a plan may know of the cells
 cells compressor::describe(llama_seq_id seq_id, const inputs & in) const {
     const auto    st = parts.seqs.get(seq_id);
     const int32_t n  = (int32_t) in.rows.size();
 
-    cells     c;
-    llama_pos last = n == 0 ? 0 : parts.kv.pos(in.strm, in.rows.front()) - 1;
+    std::vector<cell_place> places;
+    for (const int32_t row : in.rows) {
+        places.push_back(parts.kv.place(in.strm, row));
+    }
+    cells c;
+    c.tokens = tokens_between(places);
     for (int32_t i = 0; i < n; ++i) {
         const cell_kind kind    = parts.table.kind(in.strm, in.rows[i]);
-        const llama_pos pos     = parts.kv.pos(in.strm, in.rows[i]);
+        const llama_pos pos     = places[i].pos;
         const bool      is_said = kind == cell_kind::generated && i + text_recent < n;
         c.kind.push_back(kind);
         c.pinned.push_back(0);
         c.old.push_back(kind != cell_kind::image && (pos < st.pos_turn || is_said));
-        c.tokens.push_back(std::max(1, pos - last));
-        last = pos;
     }
     if (std::any_of(in.cells_per_layer.begin(), in.cells_per_layer.end(), [&](int32_t held) { return held < n; })) {
         for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {

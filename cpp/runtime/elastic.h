@@ -55,7 +55,23 @@ struct elastic_stats {
     int64_t n_bytes_checkpoints;  // that checkpoints take now
 };
 
+// The memory of a context. Where the model has sliding windows or recurrent layers, the elastic cache works on the layers that attend to
+// everything, and leaves the rest alone: a window holds n_swa + n_ubatch cells, or with swa_full as many as the context, used or not.
+struct elastic_memory {
+    char    kind[32];       // "plain", "sliding window", "hybrid" or "hybrid, sliding window"
+    int32_t n_layer_model;  // layers of the model
+    int32_t n_layer;        // layers of the part that is compressed
+    int64_t cell_bytes;     // K and V of one cell of that part, all its layers
+    int64_t other_bytes;    // allocated by the part that is left alone: K and V of windows, recurrent states
+    int32_t other_cells;    // cells of the windows, of all sequences; without windows, those of the recurrent part
+    bool    recurrent;      // it has a state that cannot be taken back: no probes, no cuts, no checkpoints
+};
+
 LLAMA_API struct elastic_params elastic_default_params(void);
+
+// What the elastic cache would work on; none needs to be attached.
+//   returns 0, or -2: memory type not supported, the reason is in elastic_last_error()
+LLAMA_API int32_t elastic_get_memory(const struct llama_context * ctx, struct elastic_memory * memory);
 
 // Whether the K and V buffers of contexts that this thread makes from now on are left untouched until they are used (Linux, CPU), so
 // that a long context takes no memory before. Off at the start: llama.cpp writes zeros to all of them.
@@ -64,6 +80,7 @@ LLAMA_API void elastic_lazy_buffers(bool value);
 // Switches the elastic cache on for a context. On an error nothing changes; the reason is in
 // elastic_last_error(). Attaching again replaces the parameters; the cache must be empty then.
 //   returns 0, or -1: bad parameter, -2: memory type not supported, -3: cache not empty
+// max_cells needs a window part of n_swa + n_ubatch cells, which it has where n_ctx is no smaller than that.
 LLAMA_API int32_t elastic_attach(struct llama_context * ctx, const struct elastic_params * params);
 
 // How much each layer of the cache looks words up, by which ELASTIC_LAYERS_AUTO gives them cells: in [0, 1]. Takes a context of its own,
@@ -103,7 +120,9 @@ LLAMA_API int32_t elastic_make_room(struct llama_context * ctx, llama_seq_id seq
 //   elastic_end_probe(ctx);
 //
 // elastic_n_to_drop: cells of the sequence's own that the compression of its prompt is going to drop or merge, 0 if it has been
-//   elastic_begin_probe returns 0, or -1: none is attached, or a probe is running
+// elastic_can_probe: whether what is decoded can be taken back; not where a part of the memory is recurrent
+//   elastic_begin_probe returns 0, or -1: none is attached, a probe is running, or there can be none
+LLAMA_API bool    elastic_can_probe(const struct llama_context * ctx);
 LLAMA_API int32_t elastic_begin_probe(struct llama_context * ctx);
 LLAMA_API void    elastic_end_probe(struct llama_context * ctx);
 LLAMA_API int32_t elastic_n_to_drop(const struct llama_context * ctx, llama_seq_id seq_id);
@@ -113,6 +132,11 @@ LLAMA_API int32_t elastic_n_to_drop(const struct llama_context * ctx, llama_seq_
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int32_t elastic_n_per_layer(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Tokens that find a cell now, in the part of the memory that has fewest. Position of the sequence's next token: behind an image of a
+// model with M-RoPE its height and width count. Either works without an elastic cache; -2 for a memory that is not supported
+LLAMA_API int32_t   elastic_n_free(const struct llama_context * ctx, llama_seq_id seq_id);
+LLAMA_API llama_pos elastic_next_pos(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // llama_memory_seq_rm(mem, seq_id, p0, -1) works, and what follows is as if the tokens from p0 on had never been decoded, where p0 is
 // what this returns: the largest such position that is not above the one given. 0: only the whole sequence can be removed, and its

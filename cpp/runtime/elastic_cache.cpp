@@ -11,8 +11,15 @@ namespace elastic {
 
 elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     : ctx(ctx), state(ctx, cfg, (int32_t) ctx.n_threads_batch(), (int32_t) ctx.n_ubatch()), taken(state), logits(ctx), graph(state, logits),
-      rooms(state, taken, logits) {
+      rooms(state, taken, logits), window(state.kv.parts) {
     check_layers(cfg, state.kv.shape.n_layer);
+    const int32_t n_lacks = state.kv.parts.n_window_lacks((int32_t) ctx.n_ubatch());
+    if (cfg.max_cells > 0 && n_lacks > 0) {
+        throw error("[elastic_attach] max_cells: got " + std::to_string(cfg.max_cells) + " in a context of " +
+                    std::to_string(state.kv.shape.kv_size) +
+                    " cells, in which the model's sliding window and one ubatch find no place; expected n_ctx >= " +
+                    std::to_string(state.kv.shape.kv_size + n_lacks));
+    }
     state.kv.set_policy(this);
 }
 
@@ -37,6 +44,10 @@ void elastic_cache::on_batch(const llama_batch & batch) {
         return;
     }
     state.memory.before_batch(state.seqs.ids());
+    if (probing) {
+        state.kv.synchronize();
+        window.before_batch(batch);
+    }
 
     std::vector<llama_seq_id> prompts;
     for (const batch_part & part : state.seqs.begin_batch(batch, [&](llama_seq_id id) { return state.kv.n_cells(id) == 0; })) {
@@ -105,11 +116,14 @@ bool elastic_cache::find_removal(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     if (n == 0) {
         return true;
     }
-    const auto st       = state.seqs.get(seq_id);
-    const bool whole    = n == state.kv.n_cells(seq_id) && p0 <= state.kv.pos_max(seq_id) + 1 - st.n_tokens;
-    const bool to_end   = p1 > state.kv.pos_max(seq_id);
-    const bool in_past  = p0 <= (to_end ? st.pos_changed : st.pos_moved);
-    const bool is_free  = whole || !in_past || taking_back;
+    const auto st      = state.seqs.get(seq_id);
+    const bool whole   = n == state.kv.n_cells(seq_id) && p0 <= st.pos_first;
+    const bool to_end  = p1 > state.kv.pos_max(seq_id);
+    const bool in_past = p0 <= (to_end ? st.pos_changed : st.pos_moved);
+    const bool is_free = whole || !in_past || taking_back;
+    if (to_end && !whole && !taking_back && !state.kv.parts.can_cut(seq_id, p0)) {
+        return false;
+    }
     const bool restores = !is_free && to_end && taken.find(seq_id, p0);
     if (is_free || restores) {
         res.push_back({ seq_id, n, whole, restores });
@@ -133,16 +147,25 @@ void elastic_cache::remove(const removal & r, llama_pos p0, llama_pos p1) {
     state.seqs.cut(r.seq_id, p0, p1, r.n_cells, state.kv.n_cells(r.seq_id) - r.n_cells);
 }
 
-bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (!state.active) {
-        return true;
-    }
-    // first look, then act: a refusal leaves every sequence as it was
-    std::vector<removal> removals;
+// first look, then act: a refusal leaves every sequence as it was
+bool elastic_cache::find_removals(llama_seq_id seq_id, llama_pos p0, llama_pos p1, std::vector<removal> & res) const {
     for (const llama_seq_id id : state.seqs.ids()) {
-        if ((seq_id < 0 || id == seq_id) && !find_removal(id, p0, p1, removals)) {
+        if (state.active && (seq_id < 0 || id == seq_id) && !find_removal(id, p0, p1, res)) {
             return false;
         }
+    }
+    return true;
+}
+
+bool elastic_cache::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    std::vector<removal> removals;
+    return find_removals(seq_id, std::max(p0, 0), p1 < 0 ? INT32_MAX : p1, removals);
+}
+
+bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    std::vector<removal> removals;
+    if (!find_removals(seq_id, p0, p1, removals)) {
+        return false;
     }
     for (const auto & r : removals) {
         remove(r, p0, p1);
@@ -207,11 +230,15 @@ void elastic_cache::begin_probe() {
     if (probing) {
         throw error("[elastic_begin_probe] a probe is running; end it first");
     }
+    if (!can_probe()) {
+        throw error("[elastic_begin_probe] the model's memory cannot take back what is decoded: " + std::string(state.kv.parts.kind()));
+    }
     logits.collect();
     probing.reset(new probe{ state.seqs.is_prefill(), {} });
     for (const llama_seq_id seq_id : state.seqs.ids()) {
         probing->ends[seq_id] = state.kv.pos_max(seq_id) + 1;
     }
+    window.begin(probing->ends);
     set_prefill(true);  // to the sequences it is more of their prompts
 }
 
@@ -233,15 +260,21 @@ void elastic_cache::end_probe() {
 
         state.seqs.at(seq_id).pos_changed = p0 - 1;  // the importance is the prompt's as it is now
     }
+    state.kv.synchronize();
+    window.restore();
 }
 
 llama_pos elastic_cache::can_cut(llama_seq_id seq_id, llama_pos p0) const {
     state.check_seq_id(seq_id);
-    const llama_pos end = state.kv.pos_max(seq_id) + 1;  // 0 where the sequence is empty
-    if (p0 >= end || !state.active) {
-        return std::min(p0, end);
+    if (p0 > state.kv.pos_max(seq_id) || !state.active) {
+        return std::min(p0, state.kv.pos_next(seq_id));  // 0 where the sequence is empty
     }
-    return p0 > state.seqs.get(seq_id).pos_changed ? p0 : taken.last_before(seq_id, p0);
+    const llama_pos res = p0 > state.seqs.get(seq_id).pos_changed ? p0 : taken.last_before(seq_id, p0);
+    return state.kv.parts.can_cut(seq_id, res) ? res : 0;
+}
+
+bool elastic_cache::can_probe() const {
+    return !state.kv.parts.recurrent;
 }
 
 bool elastic_cache::restore_logits(llama_seq_id seq_id) {

@@ -9,6 +9,7 @@
 #include "runtime/checkpoint.h"
 #include "runtime/make_room.h"
 #include "runtime/prompt_logits.h"
+#include "runtime/window_backup.h"
 
 #include "llama-elastic.h"
 
@@ -29,6 +30,7 @@ class elastic_cache : public llama_elastic_i {
     void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx) override;
     void on_computed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx, const llm_graph_result & graph) override;
 
+    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const override;
     bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) override;
     void on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
@@ -52,6 +54,8 @@ class elastic_cache : public llama_elastic_i {
     // are there. begin_probe throws elastic::error if one is running
     void begin_probe();
     void end_probe();
+    // whether what is decoded can be taken back
+    bool can_probe() const;
 
     // The largest position <= p0 from which on everything can be removed, so that what follows is as if it had never been
     // decoded. 0: only all of it
@@ -73,6 +77,7 @@ class elastic_cache : public llama_elastic_i {
     prompt_logits   logits;
     attention_graph graph;
     room_maker      rooms;
+    window_backup   window;  // while a probe runs
 
     struct probe {
         bool                              was_prefill;
@@ -87,6 +92,7 @@ class elastic_cache : public llama_elastic_i {
         bool         all;
         bool         to_checkpoint;
     };
+    bool find_removals(llama_seq_id seq_id, llama_pos p0, llama_pos p1, std::vector<removal> & res) const;
     bool find_removal(llama_seq_id seq_id, llama_pos p0, llama_pos p1, std::vector<removal> & res) const;
     void remove(const removal & r, llama_pos p0, llama_pos p1);
     void begin_part(const batch_part & part, int32_t n_batch);

@@ -3,6 +3,7 @@
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
+#include <cstdio>
 
 namespace elastic {
 
@@ -13,6 +14,18 @@ std::vector<cell_info> describe_cells(const cache_parts & parts, llama_seq_id se
     for (const int32_t row : parts.kv.rows(seq_id)) {
         res.push_back({ row, parts.kv.pos(strm, row), parts.table.kind(strm, row) });
     }
+    return res;
+}
+
+elastic_memory describe_memory(const kv_view & kv) {
+    elastic_memory res = {};
+    std::snprintf(res.kind, sizeof(res.kind), "%s", kv.parts.kind());
+    res.n_layer_model = kv.shape.n_layer_model;
+    res.n_layer       = kv.shape.n_layer;
+    res.cell_bytes    = kv.shape.cell_bytes;
+    res.other_bytes   = kv.parts.other_bytes();
+    res.other_cells   = kv.parts.other_cells();
+    res.recurrent     = kv.parts.recurrent != nullptr;
     return res;
 }
 

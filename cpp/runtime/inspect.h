@@ -22,6 +22,8 @@ struct kv_values {
     std::vector<float> v;  // [n_cells][n_head_kv][n_embd_head_v]
 };
 
+elastic_memory describe_memory(const kv_view & kv);
+
 // all in logical order
 std::vector<cell_info> describe_cells(const cache_parts & parts, llama_seq_id seq_id);
 kv_values              read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il);  // throws elastic::error out of range

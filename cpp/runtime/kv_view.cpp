@@ -11,62 +11,29 @@
 
 namespace elastic {
 
-int32_t kv_shape::index_of(int32_t il_model) const {
-    const auto it = std::find(layer_ids.begin(), layer_ids.end(), il_model);
-    return it == layer_ids.end() ? -1 : (int32_t) (it - layer_ids.begin());
-}
-
 //
-// which cache
+// the shape
 //
-
-static llama_kv_cache & find_kv_cache(llama_context & ctx) {
-    const auto & model   = ctx.get_model();
-    const auto & hparams = model.hparams;
-
-    auto * kv = dynamic_cast<llama_kv_cache *>(ctx.get_memory());
-    if (!kv) {
-        throw unsupported("[elastic_attach] this model's memory is not a plain KV cache (sliding window, recurrent or "
-                          "hybrid models are not supported); run it with the elastic cache off");
-    }
-
-    const auto refuse = [](const std::string & what) {
-        throw unsupported("[elastic_attach] models with " + what + " are not supported; run this one with the elastic cache off");
-    };
-    if (hparams.n_pos_per_embd() > 1) {
-        refuse("M-RoPE positions");
-    }
-    if (!hparams.causal_attn) {
-        refuse("attention that is not causal (embedding models)");
-    }
-    if (llama_model_has_encoder(&model)) {
-        refuse("an encoder");
-    }
-    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
-        refuse("ALiBi");
-    }
-    if (hparams.attn_soft_cap) {
-        refuse("attention soft capping");
-    }
-    if (hparams.is_mla()) {
-        refuse("latent attention (MLA)");
-    }
-    if (kv->get_v_trans()) {
-        throw unsupported(
-            "[elastic_attach] V is stored transposed, as it is without flash attention; make the context with flash_attn_type = "
-            "LLAMA_FLASH_ATTN_TYPE_ENABLED");
-    }
-    return *kv;
-}
 
 static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv) {
     const auto & hparams = ctx.get_model().hparams;
 
     kv_shape shape;
     for (const uint32_t il : kv.get_layer_ids()) {
-        shape.layer_ids.push_back((int32_t) il);
+        if (hparams.n_head_kv(il) > 0) {  // others have no attention
+            shape.layer_ids.push_back((int32_t) il);
+        }
     }
-    shape.n_layer  = (int32_t) shape.layer_ids.size();
+    shape.n_layer_model = (int32_t) hparams.n_layer();
+    shape.n_layer       = (int32_t) shape.layer_ids.size();
+    shape.n_users.assign(shape.n_layer, 0);
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        const auto it = std::find(shape.layer_ids.begin(), shape.layer_ids.end(), kv.layer_owner(il));
+        shape.owners.push_back(it == shape.layer_ids.end() ? -1 : (int32_t) (it - shape.layer_ids.begin()));
+        if (shape.owners.back() >= 0) {
+            shape.n_users[shape.owners.back()]++;
+        }
+    }
     shape.kv_size  = (int32_t) kv.get_size();
     shape.n_stream = (int32_t) kv.get_n_stream();
 
@@ -78,7 +45,9 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
         const int32_t d_k       = (int32_t) hparams.n_embd_head_k(il);
         const int32_t d_v       = (int32_t) hparams.n_embd_head_v(il);
         if (i > 0 && (n_head != shape.n_head || n_head_kv != shape.n_head_kv || d_k != shape.n_embd_head_k || d_v != shape.n_embd_head_v)) {
-            throw unsupported("[elastic_attach] layers with different numbers of heads are not supported");
+            throw unsupported("[elastic_attach] layers " + std::to_string(shape.layer_ids[0]) + " and " + std::to_string(il) +
+                              " have different numbers or sizes of heads, and one plan holds for all; run this model with the elastic "
+                              "cache off");
         }
         shape.n_head        = n_head;
         shape.n_head_kv     = n_head_kv;
@@ -91,7 +60,15 @@ static kv_shape read_shape(const llama_context & ctx, const llama_kv_cache & kv)
     return shape;
 }
 
-static void check_types(const llama_kv_cache & kv, const kv_shape & shape) {
+static void check_cache(const llama_kv_cache & kv, const kv_shape & shape) {
+    if (shape.n_layer == 0) {
+        throw unsupported("[elastic_attach] no layer of the model attends to a KV cache; run this model with the elastic cache off");
+    }
+    if (kv.get_v_trans()) {
+        throw unsupported(
+            "[elastic_attach] V is stored transposed, as it is without flash attention; make the context with flash_attn_type = "
+            "LLAMA_FLASH_ATTN_TYPE_ENABLED");
+    }
     for (const auto & [name, type, size] :
          { std::make_tuple("K", kv.type_k(), shape.n_embd_head_k), std::make_tuple("V", kv.type_v(), shape.n_embd_head_v) }) {
         if (!rows_supported(type)) {
@@ -104,8 +81,8 @@ static void check_types(const llama_kv_cache & kv, const kv_shape & shape) {
     }
 }
 
-kv_view::kv_view(llama_context & ctx) : shape(read_shape(ctx, find_kv_cache(ctx))), ctx(ctx), kv(find_kv_cache(ctx)) {
-    check_types(kv, shape);
+kv_view::kv_view(llama_context & ctx) : parts(ctx), shape(read_shape(ctx, *parts.attention)), ctx(ctx), kv(*parts.attention) {
+    check_cache(kv, shape);
 }
 
 void kv_view::set_policy(llama_elastic_i * policy) {
@@ -184,10 +161,31 @@ llama_pos kv_view::pos_max(llama_seq_id seq_id) const {
     return kv.seq_pos_max(seq_id);
 }
 
+llama_pos kv_view::pos_next(llama_seq_id seq_id) const {
+    const auto &   all  = kv.get_cells(seq_id).seq_pos_get(seq_id);
+    const uint32_t strm = stream(seq_id);
+    llama_pos      res  = 0;
+    for (auto it = all.rbegin(); it != all.rend() && it->first == all.rbegin()->first; ++it) {
+        res = std::max(res, place(strm, (int32_t) it->second).next());
+    }
+    return res;
+}
+
+// llama.cpp has them by position, and those of one position by row, which wraps round
 std::vector<int32_t> kv_view::rows(llama_seq_id seq_id) const {
     std::vector<int32_t> res;
-    for (const auto & [pos, row] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-        res.push_back((int32_t) row);
+    const auto &         cells = kv.get_cells(seq_id);
+    const auto &         all   = cells.seq_pos_get(seq_id);
+    for (auto it = all.begin(); it != all.end();) {
+        const auto first = res.size();
+        const auto pos   = it->first;
+        const auto later = [&](int32_t a, int32_t b) {
+            return cells.ext_get(b).is_2d_gt(cells.ext_get(a).x, cells.ext_get(a).y);
+        };
+        for (; it != all.end() && it->first == pos; ++it) {
+            res.push_back((int32_t) it->second);
+        }
+        std::stable_sort(res.begin() + first, res.end(), later);
     }
     return res;
 }
@@ -209,7 +207,7 @@ cell_place kv_view::place(uint32_t strm, int32_t row) const {
 }
 
 placed_cells kv_view::placed(const llama_memory_context_i & mctx) {
-    const auto & sinfo = static_cast<const llama_kv_cache_context &>(mctx).get_slot_info();
+    const auto & sinfo = memory_parts::attention_of(mctx).get_slot_info();
 
     placed_cells res;
     res.n_stream    = (int32_t) sinfo.n_stream();
@@ -249,7 +247,7 @@ void kv_view::search_from(uint32_t strm, int32_t row) {
 }
 
 void kv_view::cut(llama_seq_id seq_id, llama_pos p0) {
-    kv.seq_rm(seq_id, p0, -1);
+    ctx.get_memory()->seq_rm(seq_id, p0, -1);
 }
 
 //

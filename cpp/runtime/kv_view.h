@@ -1,14 +1,16 @@
 #pragma once
 
-// The one llama_kv_cache that an elastic cache works on: its cells, and K and V of them. No other file of the runtime
-// includes llama-kv-cache.h, but attention_graph.cpp, which is given a view of it.
+// The one llama_kv_cache that an elastic cache works on: its cells, and K and V of them. No other file of the runtime includes
+// llama-kv-cache.h, but memory_parts.cpp, which finds it, and attention_graph.cpp, which is given a view of it.
 
 #include "core/policy.h"
 #include "core/types.h"
 #include "kernels/kv_rows.h"
+#include "runtime/memory_parts.h"
 
 #include "llama.h"
 
+#include <algorithm>
 #include <vector>
 
 class llama_kv_cache;
@@ -19,14 +21,12 @@ struct llama_ubatch;
 
 namespace elastic {
 
-// thrown when the model's memory cannot be compressed
-struct unsupported : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
 // the part of the cache's geometry that is the same for all layers
 struct kv_shape {
-    std::vector<int32_t> layer_ids;  // model layer of each cache layer
+    std::vector<int32_t> layer_ids;  // model layer of each cache layer, those without KV heads left out
+    std::vector<int32_t> owners;     // [layers of the model]: cache layer whose K and V it attends to, -1: none
+    std::vector<int32_t> n_users;    // model layers that attend to each cache layer
+    int32_t              n_layer_model = 0;
     int32_t              n_layer       = 0;
     int32_t              n_head        = 0;
     int32_t              n_head_kv     = 0;
@@ -38,8 +38,8 @@ struct kv_shape {
 
     int32_t n_heads() const { return n_layer * n_head_kv; }
 
-    // cache layer of a model layer, -1 if it has none
-    int32_t index_of(int32_t il_model) const;
+    // cache layer whose K and V a model layer attends to, -1 if there is none
+    int32_t index_of(int32_t il_model) const { return owners[il_model]; }
 };
 
 // what llama.cpp knows of a cell: its position, its token, and under M-RoPE where in its image it lies
@@ -48,6 +48,10 @@ struct cell_place {
     llama_pos   x     = 0;
     llama_pos   y     = 0;
     llama_token token = LLAMA_TOKEN_NULL;
+
+    bool      operator==(const cell_place & o) const { return pos == o.pos && x == o.x && y == o.y; }
+    // a position that no token up to this one of its sequence takes: behind an image its height and width count
+    llama_pos next() const { return std::max({ pos, x, y }) + 1; }
 };
 
 // the cells of one ubatch
@@ -100,7 +104,8 @@ class kv_view {
   public:
     explicit kv_view(llama_context & ctx);  // throws unsupported
 
-    const kv_shape shape;
+    const memory_parts parts;
+    const kv_shape     shape;
 
     // llama.cpp's cache calls it from now on; nullptr: nobody
     void set_policy(llama_elastic_i * policy);
@@ -112,7 +117,8 @@ class kv_view {
     static void log_error(const std::string & text);  // through llama.cpp
 
     //
-    // cells. A row is the place of a cell in its stream; the logical order of a sequence's cells is that of arrival
+    // cells. A row is the place of a cell in its stream; the logical order of a sequence's cells is that of arrival: of position, and
+    // inside an image, whose cells may share one, that of the mask
     //
 
     int32_t   n_seq_max() const;
@@ -128,6 +134,7 @@ class kv_view {
     int32_t              n_cells(llama_seq_id seq_id) const;
     int32_t              n_cells(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;  // at positions [p0, p1)
     llama_pos            pos_max(llama_seq_id seq_id) const;                              // -1: it is empty
+    llama_pos            pos_next(llama_seq_id seq_id) const;                             // of the next token; 0: it is empty
     std::vector<int32_t> rows(llama_seq_id seq_id) const;                                 // in logical order
     std::vector<int32_t> own_rows(llama_seq_id seq_id) const;                             // that no other sequence uses
 
@@ -145,7 +152,7 @@ class kv_view {
     bool remove(uint32_t strm, int32_t row, llama_seq_id seq_id);
     void put(uint32_t strm, int32_t row, const cell_place & place, llama_seq_id seq_id);  // into a free row
     void search_from(uint32_t strm, int32_t row);                                         // free cells, the next time
-    // as llama_memory_seq_rm to the end
+    // as llama_memory_seq_rm to the end, of all parts of the memory
     void cut(llama_seq_id seq_id, llama_pos p0);
 
     //

@@ -56,7 +56,7 @@ void room_maker::merge_overdraft(llama_seq_id seq_id, int32_t n_new) {
     }
     compress_.run(seq_id, { n_target, false });
     parts.seqs.at(seq_id).pending = st.pending;
-    parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + n_new, true);
+    parts.seqs.note_change(seq_id, n_new > 0 ? parts.kv.pos_next(seq_id) + n_new - 1 : parts.kv.pos_max(seq_id), true);
 }
 
 int32_t room_maker::make_room(llama_seq_id seq_id, int32_t n_new) {
@@ -117,7 +117,7 @@ void room_maker::before_answer(llama_seq_id seq_id, int32_t n_new) {
 
 void room_maker::evict_one(llama_seq_id seq_id) {
     kept.before_change(seq_id);
-    parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + 1, true);
+    parts.seqs.note_change(seq_id, parts.kv.pos_next(seq_id), true);
     evict.evict_one(seq_id);
 }
 
@@ -152,7 +152,7 @@ void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     }
     if (is_over() && parts.kv.n_cells(seq_id) > parts.n_per_layer(seq_id)) {
         or_log(seq_id, [&] { equalize_layers(seq_id); });
-        parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id) + 1, true);
+        parts.seqs.note_change(seq_id, parts.kv.pos_next(seq_id), true);
     }
     if (is_over()) {  // nothing could be merged
         evict_one(seq_id);

@@ -53,7 +53,8 @@ void sequence_table::begin_prompt(llama_seq_id seq_id, llama_pos pos) {
 }
 
 void sequence_table::add_token(llama_seq_id seq_id, llama_pos pos, int32_t n_cells) {
-    auto & st = states[seq_id];
+    auto & st    = states[seq_id];
+    st.pos_first = st.n_tokens == 0 ? pos : std::min(st.pos_first, pos);
     st.n_tokens++;
     if (is_prompt(seq_id)) {
         st.pos_prompt     = std::max(st.pos_prompt, pos);
@@ -87,6 +88,9 @@ void sequence_table::note_change(llama_seq_id seq_id, llama_pos pos, bool moved)
 void sequence_table::cut(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int32_t n, int32_t n_cells) {
     auto & st = states[seq_id];
     st.n_tokens -= n;
+    if (p0 <= st.pos_first && st.pos_first < p1) {
+        st.pos_first = p1;
+    }
     st.n_unscored = std::max(0, st.n_unscored - n);
     if (p1 > st.pos_prompt && p0 <= st.pos_prompt) {
         st.pos_prompt = p0 - 1;
@@ -100,7 +104,7 @@ void sequence_table::shift(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llam
     if (it == states.end()) {
         return;
     }
-    for (llama_pos * pos : { &it->second.pos_prompt, &it->second.pos_moved, &it->second.pos_changed }) {
+    for (llama_pos * pos : { &it->second.pos_first, &it->second.pos_prompt, &it->second.pos_moved, &it->second.pos_changed }) {
         if (*pos >= p0 && *pos < p1) {
             *pos += by;
         }

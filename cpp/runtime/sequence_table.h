@@ -14,6 +14,7 @@ namespace elastic {
 
 struct sequence_state {
     int64_t   n_tokens       = 0;      // decoded since the sequence was last empty
+    llama_pos pos_first      = 0;      // of the first token that is there, or stood for by a cell
     llama_pos pos_prompt     = -1;     // last position that came in as a prompt
     llama_pos pos_turn       = 0;      // where the last prompt began
     llama_pos pos_moved      = -1;     // last position before which rows were merged, evicted or moved

@@ -38,7 +38,7 @@ struct state_sequence {
     uint32_t pending        = 0;
     int32_t  n_unscored     = 0;
     int32_t  n_checkpoints  = 0;  // 1: the newest one follows
-    int32_t  reserved       = 0;  // no padding that would be written as it is
+    int32_t  pos_first      = 0;
 };
 
 state_header header_of(const cache_parts & parts) {
@@ -81,6 +81,7 @@ void write_sequence(const cache_parts & parts, checkpoints & taken, llama_io_wri
     s.seq_id         = seq_id;
     s.n_cells        = (int32_t) rows.size();
     s.n_tokens       = st.n_tokens;
+    s.pos_first      = st.pos_first;
     s.pos_prompt     = st.pos_prompt;
     s.pos_turn       = st.pos_turn;
     s.pos_moved      = st.pos_moved;
@@ -124,6 +125,7 @@ void take_as_ordinary(cache_parts & parts, llama_seq_id seq_id) {
     sequence_state st;
     st.n_tokens       = parts.kv.n_cells(seq_id);
     st.n_prompt_cells = parts.kv.n_cells(seq_id);
+    st.pos_first      = parts.kv.rows(seq_id).empty() ? 0 : parts.kv.pos(parts.kv.stream(seq_id), parts.kv.rows(seq_id).front());
     st.pos_prompt     = parts.kv.pos_max(seq_id);
     st.pos_changed    = st.pos_prompt;
 
@@ -199,6 +201,7 @@ void read_sequence(cache_parts & parts, checkpoints & taken, llama_io_read_i & i
 
     auto & st         = parts.seqs.at(seq_id);
     st.n_tokens       = s.n_tokens;
+    st.pos_first      = s.pos_first;
     st.pos_prompt     = s.pos_prompt;
     st.pos_turn       = s.pos_turn;
     st.pos_moved      = s.pos_moved;
@@ -209,7 +212,8 @@ void read_sequence(cache_parts & parts, checkpoints & taken, llama_io_read_i & i
 
     taken.forget(seq_id);
     if (s.n_checkpoints > 0) {
-        checkpoint ck = checkpoint::read(io, parts.kv.shape);
+        checkpoint ck      = checkpoint::read(io, parts.kv.shape);
+        ck.state.pos_first = s.pos_first;
         if (parts.cfg.n_checkpoints > 0 && h.same_maps(own)) {
             taken.add(seq_id, std::move(ck));
         }

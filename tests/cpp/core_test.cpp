@@ -521,7 +521,8 @@ static void test_bounds() {
 }
 
 // against the same in f64, number by number
-static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int32_t n_kv, bool with_bias) {
+static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int32_t n_kv, bool with_bias, float soft_cap = 0.0f,
+                           bool with_sinks = false) {
     const int32_t n_head = 4, n_head_kv = 2, d_k = 32, d_v = 40, n_rows = n_kv + 3, n_sums = 2;
 
     const auto random = [](size_t n, float scale) {
@@ -548,6 +549,7 @@ static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int3
     const auto q       = random((size_t) n_q * n_head * d_k, 3.0f);
     const auto weights = random((size_t) n_q * n_sums, 1.0f);
     const auto bias    = random((size_t) n_head_kv * n_rows, 1.0f);
+    const auto sinks   = random(n_head, 4.0f);
 
     // causal, but for cells that nobody sees and a query that sees nothing
     const auto sees = [&](int32_t i, int32_t c) {
@@ -572,6 +574,8 @@ static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int3
     a.mask_stride   = n_rows;
     a.bias          = with_bias ? bias.data() : nullptr;
     a.bias_stride   = n_rows;
+    a.soft_cap      = soft_cap;
+    a.sinks         = with_sinks ? sinks.data() : nullptr;
     a.weights       = weights.data();
     a.n_sums        = n_sums;
     a.out           = out.data();
@@ -586,13 +590,14 @@ static void test_attention(ggml_type type_k, ggml_type type_v, int32_t n_q, int3
         std::vector<double> expected((size_t) n_sums * n_kv, 0.0);
         for (int32_t i = 0; i < n_q; ++i) {
             std::vector<double> w(n_kv, 0.0);
-            double              sum = 0.0;
+            double              sum = with_sinks ? std::exp((double) sinks[h]) : 0.0;
             for (int32_t c = 0; c < n_kv; ++c) {
                 double x = 0.0;
                 for (int32_t e = 0; e < d_k; ++e) {
                     x += (double) q[((size_t) i * n_head + h) * d_k + e] * k[(size_t) c * d_k + e];
                 }
-                x    = 0.5 * x + (with_bias ? bias[(size_t) (h / 2) * n_rows + c] : 0.0);
+                x *= 0.5;
+                x    = (soft_cap > 0.0f ? soft_cap * std::tanh(x / soft_cap) : x) + (with_bias ? bias[(size_t) (h / 2) * n_rows + c] : 0.0);
                 w[c] = sees(i, c) ? std::exp(x) : 0.0;
                 sum += w[c];
             }
@@ -621,6 +626,9 @@ static void test_attentions() {
             test_attention(GGML_TYPE_F16, GGML_TYPE_F16, n_q, 203, with_bias);
             test_attention(GGML_TYPE_F32, GGML_TYPE_F32, n_q, 150, with_bias);
             test_attention(GGML_TYPE_Q8_0, GGML_TYPE_BF16, n_q, 203, with_bias);
+            test_attention(GGML_TYPE_F32, GGML_TYPE_F16, n_q, 203, with_bias, 3.0f);
+            test_attention(GGML_TYPE_F32, GGML_TYPE_F32, n_q, 203, with_bias, 0.0f, true);
+            test_attention(GGML_TYPE_F16, GGML_TYPE_F16, n_q, 150, with_bias, 20.0f, true);
         }
     }
 }

@@ -60,12 +60,16 @@ class Engine:
     unified: bool = True
     n_threads: int = 1
     cb_eval: Any = None
+    swa_full: bool = True
+    model: Any = None  # of another engine, which outlives this one
     session: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        mparams = llama_cpp.llama_model_default_params()
-        mparams.n_gpu_layers = N_GPU_LAYERS
-        self.model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), mparams)
+        self._owns_model = self.model is None
+        if self._owns_model:
+            mparams = llama_cpp.llama_model_default_params()
+            mparams.n_gpu_layers = N_GPU_LAYERS
+            self.model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), mparams)
         assert self.model, self.path
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.n_ctx
@@ -79,6 +83,7 @@ class Engine:
         params.type_k = GGML_TYPES[self.type_k]
         params.type_v = GGML_TYPES[self.type_v]
         params.no_perf = False
+        params.swa_full = self.swa_full
         if self.cb_eval is not None:
             params.cb_eval = self.cb_eval
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
@@ -87,18 +92,21 @@ class Engine:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
         if self.elastic is not None:
-            from elastic_llama import _core
+            self.attach(self.elastic)
 
-            self.session = _core.Session(
-                ctypes.cast(self.ctx, ctypes.c_void_p).value, **self.elastic
-            )
+    def attach(self, elastic: dict[str, Any]) -> None:
+        """An elastic cache for the context, which must be empty, in place of the one it has."""
+        from elastic_llama import _core
+
+        self.session = _core.Session(ctypes.cast(self.ctx, ctypes.c_void_p).value, **elastic)
 
     def close(self) -> None:
         if self.ctx:
             if self.session is not None:
                 self.session.forget()
             llama_cpp.llama_free(self.ctx)
-            llama_cpp.llama_model_free(self.model)
+            if self._owns_model:
+                llama_cpp.llama_model_free(self.model)
             self.ctx = None
 
     def __enter__(self) -> Engine:
