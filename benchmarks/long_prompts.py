@@ -1,6 +1,6 @@
 """Long prompts under every policy, on either model: how the text goes on, and facts in it.
 
-python benchmarks/long_prompts.py --model second --sizes 2000,4000 --out benchmarks/results/long-second
+python benchmarks/long_prompts.py --model second --out benchmarks/results/long-second
 
 Of each text three groups of figures: its continuation, questions that are asked before it is
 compressed, and the same questions asked afterwards. `report.py` makes the tables. An interrupted
@@ -16,7 +16,6 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-
 from elastic_llama import ElasticConfig, ElasticLlama
 from elastic_llama.embedded import embedded_model
 from elastic_llama.evaluation.metrics import forced_figures, is_right, log_softmax

@@ -1,8 +1,8 @@
 """Long prompts: documentation out of Python packages, with facts at several depths.
 
-Texts are paragraphs of docstrings, in the order of the files, from two pinned wheels that pip fetches:
-networkx 3.2.1 (BSD-3-Clause; development) and SymPy 1.12 (BSD-3-Clause; test). The texts themselves are
-not in the repository; `SHA256` says that they are the same everywhere.
+Texts are paragraphs of docstrings, in the order of the files, from two pinned wheels that pip
+fetches: networkx 3.2.1 (BSD-3-Clause; development) and SymPy 1.12 (BSD-3-Clause; test). The texts
+themselves are not in the repository; `SHA256` says that they are the same everywhere.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LongText:
 
 
 def text_file(split: str) -> Path:
-    """Prose of the docstrings of a wheel, a paragraph a line, nothing twice, in the order of its files.
+    """Prose of the docstrings of a wheel, a paragraph a line, in the order of its files.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Memory that gemma-3-270m takes at a long context: llama-cpp-python as it is shipped, and with an elastic cache.
+"""Memory of gemma-3-270m at a long context: stock llama-cpp-python, and an elastic cache.
 
 python benchmarks/second_memory.py [--n-ctx 32768] [--tokens 3000] [--budget 0.2] [--out FILE.json]
 

