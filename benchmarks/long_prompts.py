@@ -3,7 +3,9 @@
 python benchmarks/long_prompts.py --model second --out benchmarks/results/long-second
 
 Of each text three groups of figures: its continuation, questions that are asked before it is
-compressed, and the same questions asked afterwards. `report.py` makes the tables. An interrupted
+compressed, and the same questions asked afterwards. What is forced is read in one batch behind the
+compressed prompt: what an answer loses while it is generated is in the tables of the text set.
+Right: every token of the answer is the likeliest one. `report.py` makes the tables. An interrupted
 run goes on where it stopped.
 """
 
@@ -14,22 +16,28 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from elastic_llama import ElasticConfig, ElasticLlama
 from elastic_llama.embedded import embedded_model
-from elastic_llama.evaluation.metrics import forced_figures, is_right, log_softmax
+from elastic_llama.evaluation.metrics import forced_figures, log_softmax
 from elastic_llama.evaluation.prompts import Prompt
 from elastic_llama.evaluation.runner import Case, Results, _identity, make_config
 from elastic_llama.evaluation.sequence_runner import SequenceRunner
 from elastic_llama.evaluation.streams import Streams
 from elastic_llama.evaluation.summary import summarise, write_csv
+from elastic_llama.probe import probe
+from llama_cpp import (
+    llama_get_logits_ith,
+    llama_state_seq_get_data,
+    llama_state_seq_get_size,
+    llama_state_seq_set_data,
+)
 from long_texts import LongText, long_texts
 from second_model import second_model
 
 MODELS = {"embedded": embedded_model, "second": second_model}
 N_FURTHER = 64  # tokens of the continuation that are forced
-N_ANSWER = 8  # tokens that an answer may have
+N_ANSWER = 8  # tokens of an answer at most
 
 
 class Reader:
@@ -70,6 +78,29 @@ class Reader:
                 before.append(self._prompt(question.answer, N_ANSWER, []))
         return {"continued": [alone], "asked before": before, "asked after": after}
 
+    def forced(
+        self, config: ElasticConfig, prompts: list[Prompt]
+    ) -> list[tuple[list[np.ndarray], int]]:
+        """Compresses prompts, reads what follows, and gives the logits that predict the answers.
+
+        Where the question was known, its answer's first token is predicted before the compression
+        and is none of them. Besides: cells of the compressed prompt.
+        """
+        self.streams.attach(config)
+        for i, prompt in enumerate(prompts):
+            self._load(prompt, i)
+        first = {i: int(p.target[0]) for i, p in enumerate(prompts) if not p.tail}
+        probe(self.streams.ctx, self.llm.session, config, first)
+        out = []
+        for i, prompt in enumerate(prompts):
+            self.llm.session.compress(i)
+            cells = int(self.llm.session.n_per_layer(i))
+            tokens = [*prompt.tail, *prompt.target[:-1]]
+            rows = [(int(t), prompt.n_tokens + k, i) for k, t in enumerate(tokens)]
+            wanted = set(range(max(0, len(prompt.tail) - 1), len(rows)))
+            out.append((self.runner._decode(rows, wanted), cells))
+        return out
+
     def _target(self, answer: str, n_most: int) -> np.ndarray:
         tokens = self.llm.tokenize(answer.encode(), add_bos=False, special=False)
         return np.array(tokens[:n_most])
@@ -80,19 +111,20 @@ class Reader:
 
     def _prompt(self, answer: str, n_most: int, tail: list[int]) -> Prompt:
         llm, ctx = self.llm, self.streams.ctx
-        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
+        size = llama_state_seq_get_size(ctx, 0)
         buffer = (ctypes.c_uint8 * size)()
-        n = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, 0)
-        row = llama_cpp.llama_get_logits_ith(ctx, -1)
+        n = llama_state_seq_get_data(ctx, buffer, size, 0)
+        row = llama_get_logits_ith(ctx, -1)
         logits = np.ctypeslib.as_array(row, (llm.n_vocab(),)).copy()
         state, target = bytes(memoryview(buffer)[:n]), self._target(answer, n_most)
         return Prompt(state, llm.n_tokens, logits, tail, target, llm.token_eos())
 
-    def _load(self, prompt: Prompt) -> None:
+    def _load(self, prompt: Prompt, seq_id: int = 0) -> None:
         buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
-        if not llama_cpp.llama_state_seq_set_data(self.streams.ctx, buffer, len(buffer), 0):
+        if not llama_state_seq_set_data(self.streams.ctx, buffer, len(buffer), seq_id):
             raise SystemExit("llama.cpp refused a saved prompt")
-        self.llm.n_tokens = prompt.n_tokens
+        if seq_id == 0:
+            self.llm.n_tokens = prompt.n_tokens
 
 
 class Run:
@@ -108,30 +140,30 @@ class Run:
                 {"id": f"{text.id} {group} {i}", "group": f"{text.n_tokens} {group}", "cases": {}}
                 for i in range(len(prompts))
             ]
-            off = ElasticConfig.off()
-            reference = [log_softmax(a.logits) for a in self.reader.runner.forced(off, prompts)]
+            reference = self._case(Case("full", 1.0), prompts, None)
             for case in self.cases:
-                figures = self._case(case, prompts, reference, text, group)
-                for row, found in zip(own, figures):
+                for row, found in zip(own, self._case(case, prompts, reference)):
+                    if group == "continued":
+                        del found["exact"]
                     row["cases"][case.name] = found
             rows += own
         return rows
 
     def _case(
-        self, case: Case, prompts: list[Prompt], reference: list[Any], text: LongText, group: str
+        self, case: Case, prompts: list[Prompt], reference: list[Any] | None
     ) -> list[dict[str, Any]]:
+        """Figures of each prompt under one case; without a reference, its log-probabilities."""
         config = make_config(case.policy, case.budget, self.given)
-        runner, out = self.reader.runner, []
-        for ref, prompt, answer in zip(reference, prompts, runner.forced(config, prompts)):
-            skip = 0 if prompt.tail else 1
-            own = log_softmax(answer.logits)
-            figures = forced_figures(ref, own, prompt.target, skip)
-            out.append({"cells": list(answer.cells), **figures})
-        if group != "continued":
-            greedy = runner.greedy(config, prompts, [N_ANSWER] * len(prompts))
-            for figures, answer, question in zip(out, greedy, text.questions):
-                said = self.reader.llm.detokenize(answer.tokens).decode("utf-8", errors="replace")
-                figures["exact"] = is_right(said, question.value)
+        out = []
+        for i, (logits, cells) in enumerate(self.reader.forced(config, prompts)):
+            own, prompt = log_softmax(logits), prompts[i]
+            if reference is None:
+                out.append({"logp": own})
+                continue
+            target = prompt.target[len(prompt.target) - len(own) :]
+            figures = forced_figures(reference[i]["logp"], own, target, 0)
+            right = bool((own.argmax(-1) == target).all())
+            out.append({"cells": [cells, cells], **figures, "exact": right})
         return out
 
 
