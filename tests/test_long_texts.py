@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from elastic_llama import ElasticConfig, ElasticLlama
 from elastic_llama.errors import ModelFileError
+
+from tests.support.tiny_llama import write_tiny_llama
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -80,3 +85,39 @@ def test_splits_share_no_question(texts) -> None:
     ]
     assert asked[0]
     assert not asked[0] & asked[1]
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("windowed") / "model.gguf"
+    return write_tiny_llama(path, arch="cohere2", n_layer=4)
+
+
+def test_a_text_under_several_policies(texts, windowed) -> None:
+    runs = importlib.import_module("long_prompts")
+    (text,) = texts.long_texts("dev", 100, 1)
+    reader = runs.Reader(windowed, len(text.questions), 1024)
+    try:
+        cases = [runs.Case("full", 1.0), runs.Case("h2o", 0.3), runs.Case("elastic", 0.3)]
+        rows = runs.Run(reader, cases, {}).rows(text)
+        prompts = reader.prompts(text)
+        forced = reader.forced(ElasticConfig.off(), prompts["asked after"])
+        n = prompts["continued"][0].n_tokens
+    finally:
+        reader.close()
+    assert len(rows) == 1 + 2 * len(text.questions)
+    kl = {case: sum(row["cases"][case]["kl"] for row in rows) for case in rows[0]["cases"]}
+    assert kl["full@1/f16"] == 0.0
+    assert min(kl["h2o@0.3/f16"], kl["elastic@0.3/f16"]) > 1e-9  # of random weights
+    assert rows[0]["cases"]["h2o@0.3/f16"]["cells"][0] == math.ceil(0.3 * n)
+
+    llm = ElasticLlama(windowed, elastic=None, n_ctx=1024, swa_full=True, logits_all=True)
+    question = text.questions[-1]
+    tokens = llm.tokenize(text.text.encode(), add_bos=True, special=False)
+    tail = llm.tokenize(question.text.encode(), add_bos=False, special=False)
+    answer = llm.tokenize(question.answer.encode(), add_bos=False, special=False)[: runs.N_ANSWER]
+    llm.eval([*tokens, *tail, *answer])
+    first = len(tokens) + len(tail) - 1
+    wanted = llm.scores[first : first + len(answer)]
+    llm.close()
+    np.testing.assert_allclose(np.stack(forced[-1][0]), wanted, atol=0.02)
