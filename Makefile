@@ -12,12 +12,12 @@ export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 WITH_TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 LIB_DIR     = $$($(PY) -c 'import elastic_llama; print(elastic_llama.lib_dir())')
 
-.PHONY: demo test test-fast test-matrix stock upstream build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test clean
+.PHONY: demo test test-fast test-matrix stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
 
-test: $(VENV)/.installed stock upstream
+test: $(VENV)/.installed server stock upstream
 	$(PY) -m pytest
 
 # without what takes more than a few seconds, under two minutes
@@ -44,6 +44,10 @@ $(VENV)/.installed: $(VENV)/.tools $(NATIVE)
 build: $(VENV)/.tools
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch -c $(VENV)/.installed
+
+# llama.cpp's server and tools with the elastic cache, for `elastic-llama serve`; later builds keep them
+server: $(VENV)/.installed
+	CMAKE_ARGS="$(CMAKE_ARGS) -DELASTIC_TOOLS=ON" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PY) -m pip install -q -e ".[dev]" --no-build-isolation

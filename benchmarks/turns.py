@@ -25,6 +25,7 @@ from elastic_llama.evaluation.runner import make_config
 from elastic_llama.evaluation.streams import Streams
 from elastic_llama.scenes import SPLITS, Scene, Turn, exact, parse_caption
 from elastic_llama.scenes.scenarios import SCENARIOS, make_scenario
+from forced_answers import ForcedAnswers
 from turns_shared import FirstPrompt
 
 POLICIES = "full,random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic"
@@ -48,6 +49,7 @@ class Table:
         self.chat = Conversation(llm)
         self.prefiller = Prefiller(self.streams) if args.share else None
         self.max_tokens = args.max_tokens
+        self.forced = ForcedAnswers(llm) if args.forced else None
 
     def close(self) -> None:
         self.chat.close()
@@ -82,13 +84,24 @@ class Table:
         for i, turn in enumerate(turns):
             arrived += turn.images
             given = [images[scene.seed] for scene in turn.images]
-            said = "".join(chat.ask(turn.question.text, given, max_tokens=self.max_tokens))
+            said = self.ask(turn.question.text, given, turn.question.answer)
             n_read = chat.stats.n_text + chat.stats.n_image
             if i == 0 and prompt is not None and n_read:
                 raise StateError(message("turns", "a loaded prompt was read again", n_read, "0"))
             scene = arrived[turn.about] if turn.about >= 0 else None
-            out.append({**score(turn, scene, said), "cells": llm.stats.cells})
+            found = {**score(turn, scene, said), "cells": llm.stats.cells}
+            if self.forced is not None:
+                found |= {"right": self.forced.right, "nll": round(self.forced.nll, 4)}
+            out.append(found)
         return out
+
+    def ask(self, question: str, images: list[Any], answer: str) -> str:
+        """What is said; the answer given where answers are forced."""
+        if self.forced is None:
+            return "".join(self.chat.ask(question, images, max_tokens=self.max_tokens))
+        with self.forced:
+            n = self.forced.expect(answer)
+            return "".join(self.chat.ask(question, images, max_tokens=n))
 
 
 def score(turn: Turn, scene: Scene | None, said: str) -> dict[str, Any]:
@@ -201,6 +214,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
     mmproj = Path(args.mmproj or embedded_mmproj())
     return {
+        **({"forced": True} if args.forced else {}),
         "tag": args.tag,
         "config": args.config,
         "model": Path(args.model).name if args.model else "embedded",
@@ -227,6 +241,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mmproj", help="GGUF of a vision tower (default: the embedded one)")
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=True,
                         help="read a first prompt once for all settings")  # fmt: skip
+    parser.add_argument("--forced", action="store_true",
+                        help="decode the right answers, note how likely each was")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
     parser.add_argument("--n-ctx", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)

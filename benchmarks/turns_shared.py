@@ -23,7 +23,7 @@ class FirstPrompt:
         self.llm = streams.llm
         streams.record()
         self.prompt = prefiller.prompt(Item("", "", question, "", image))
-        self.ids = self.llm.input_ids[: self.prompt.n_tokens].copy()
+        self.ids = self.llm.input_ids[: self.prompt.n_positions].copy()
 
     def load(self) -> None:
         """Into an empty cache."""
@@ -32,7 +32,7 @@ class FirstPrompt:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if not llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0):
             raise StateError(message("turns", "llama.cpp refused a saved prompt"))
-        llm.n_tokens = self.prompt.n_tokens
+        llm.n_tokens = self.prompt.n_positions
         llm.input_ids[: llm.n_tokens] = self.ids
         # the answer's first token is sampled from these, not from what was decoded last
         logits = self.prompt.logits

@@ -27,3 +27,7 @@ install(FILES
     ${_ggml_include}/gguf.h
     DESTINATION elastic_llama/include COMPONENT python
 )
+
+if (ELASTIC_TOOLS)
+    include(${CMAKE_CURRENT_LIST_DIR}/llama_cpp_tools.cmake)
+endif()

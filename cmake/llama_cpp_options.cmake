@@ -2,13 +2,21 @@
 # All of llama.cpp's and ggml's own options (GGML_METAL, GGML_CUDA, ...) pass through unchanged.
 
 set(BUILD_SHARED_LIBS ON)
-foreach (_part TESTS EXAMPLES SERVER TOOLS COMMON APP)
+foreach (_part TESTS EXAMPLES APP)
     set(LLAMA_BUILD_${_part} OFF CACHE BOOL "" FORCE)
+endforeach()
+option(ELASTIC_TOOLS "build llama.cpp's server and tools too, with the elastic cache (make server)" OFF)
+foreach (_part COMMON TOOLS SERVER)
+    set(LLAMA_BUILD_${_part} ${ELASTIC_TOOLS} CACHE BOOL "" FORCE)
+endforeach()
+foreach (_part BUILD USE_PREBUILT)
+    set(LLAMA_${_part}_UI OFF CACHE BOOL "" FORCE)  # its sources are not in the archive
 endforeach()
 set(LLAMA_BUILD_MTMD ON  CACHE BOOL "")
 set(LLAMA_CURL       OFF CACHE BOOL "")
 set(LLAMA_OPENSSL    OFF CACHE BOOL "")
 set(GGML_NATIVE      ON  CACHE BOOL "ggml: optimize the build for the current system")
+set(GGML_RPC         ON  CACHE BOOL "ggml: use other machines as devices")
 
 if (APPLE)
     set(GGML_METAL               ON CACHE BOOL "ggml: use Metal")

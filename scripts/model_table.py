@@ -22,12 +22,13 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN = "<!-- architectures: scripts/model_table.py --write -->"
 END = "<!-- end of architectures -->"
 KINDS = {
-    "plain": "KV cache of every layer",
-    "iswa": "sliding windows: layers with full attention",
-    "hybrid": "recurrent layers: those with attention",
-    "hybrid-iswa": "recurrent layers and windows: those with full attention",
+    "plain": "every layer with attention",
+    "sliding window": "layers without a sliding window",
+    "hybrid": "layers with attention; the others are recurrent",
+    "hybrid, sliding window": "layers with attention and no window; the others are recurrent",
 }
-NO_CELLS = "has no KV cache: makes embeddings, or whole texts at once"
+INSTEAD = "; run this model with the elastic cache off"
+NO_CELLS = "there is no KV cache: the model makes embeddings, or whole texts at once"
 
 
 def table(results: list[Result]) -> str:
@@ -39,16 +40,24 @@ def table(results: list[Result]) -> str:
     for name, why in zoo.LEFT_OUT.items():
         refused.setdefault(f"not tried: {why}", []).append(name)
 
-    n = len({name.removesuffix(" (MoE)") for names in works.values() for name in names})
-    total = len({r.name.removesuffix(" (MoE)") for r in results} | set(zoo.LEFT_OUT))
-    lines = [f"{n} of {total} architectures work.", ""]
-    lines += ["| compressed | | architectures that work |", "| --- | --- | --- |"]
+    n = sum(len(names) for names in works.values())
+    lines = [
+        f"{n} of {len(results)} tiny models work, and {_n_architectures(works)} of the "
+        f"{_n_architectures({**works, **refused})} architectures that llama.cpp names.",
+        "",
+    ]
+    lines += ["| what is compressed | | models that work |", "| --- | --- | --- |"]
     for kind in sorted(works, key=lambda k: [*KINDS, k].index(k)):
         lines.append(_row(f"{KINDS.get(kind, kind)} | {len(works[kind])}", works[kind]))
-    lines += ["", "| why not | | architectures |", "| --- | --- | --- |"]
+    lines += ["", "| why it does not | | models |", "| --- | --- | --- |"]
     for why in sorted(refused, key=lambda w: (w.startswith("not tried"), w == NO_CELLS, w)):
         lines.append(_row(f"{why} | {len(refused[why])}", refused[why]))
     return "\n".join(lines)
+
+
+def _n_architectures(groups: dict[str, list[str]]) -> int:
+    names = {name.removesuffix(" (MoE)") for group in groups.values() for name in group}
+    return len(names - zoo.VARIANTS)
 
 
 def _row(left: str, names: list[str]) -> str:
@@ -71,7 +80,9 @@ def found(result: Result) -> str:
     """What the table says of a result."""
     if result.status == "works":
         return str(result.memory["kind"])
-    return {"refused": result.why, "no cells": NO_CELLS}.get(result.status, f"FAILS: {result.why}")
+    if result.status == "refused":
+        return result.why.removeprefix("[elastic_attach] ").removesuffix(INSTEAD)
+    return NO_CELLS if result.status == "no cells" else f"FAILS: {result.why}"
 
 
 def _split(page: str) -> tuple[str, str, str]:

@@ -14,12 +14,12 @@ OTHER_NATIVE = os.environ.get("ELASTIC_TEST_NATIVE")
 assert OTHER_NATIVE is None or elastic_llama.lib_dir() == Path(OTHER_NATIVE).resolve() / "lib"
 
 
-@pytest.fixture(params=["own", "graph", "plain"])
+@pytest.fixture(params=["own", "graph", "streams", "plain"])
 def attention_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes attention that is scored or biased.
 
-    own: our own op. graph: llama.cpp's, as on a device. plain: as on one whose fused op takes no
-    mask per head.
+    own: our own op. graph: llama.cpp's, as on a device. streams: as on one whose fused op takes no
+    mask per head. plain: as on one whose fused op takes no mask per stream either.
     """
     monkeypatch.setenv("ELASTIC_ATTENTION", request.param)
     return str(request.param)

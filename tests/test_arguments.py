@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -328,7 +329,40 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("arch", ["refact", "mamba"])
 def test_a_refusal_says_how_to_go_on(tiny: Any, arch: str) -> None:
     with pytest.raises(el.UnsupportedModelError, match=r"kv_budget=1 \(--kv-budget 1\)"):
-        el.ElasticLlama(tiny(arch), **SMALL)
+        el.ElasticLlama(tiny(arch), elastic=el.ElasticConfig(), **SMALL)
+    with pytest.raises(el.UnsupportedModelError, match=r"kv_budget=1 \(--kv-budget 1\)"):
+        el.ElasticLlama(tiny(arch), kv_budget=0.2, **SMALL)
+
+
+@pytest.mark.parametrize("arch", ["refact", "mamba"])
+def test_where_nothing_is_asked_for_it_goes_on_without(
+    tiny: Any, arch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one line of warning, and the answers of a cache that is off."""
+    said = []
+    for args in ({}, {"elastic": "auto"}, {"elastic": None, "flash_attn": True}):
+        caplog.clear()
+        with el.ElasticLlama(tiny(arch), logits_all=True, **args, **SMALL) as llm:
+            said.append((complete(llm), llm.scores[: llm.n_tokens].tobytes()))
+            assert llm.elastic is None
+            assert llm.session is None
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == (args.get("elastic", "auto") == "auto")
+        for line in warned:
+            assert re.fullmatch(
+                "warning: the elastic cache is off: [^;\n]*(ALiBi|recurrent).*", line
+            )
+    assert said[0] == said[1] == said[2]
+
+
+def test_auto_is_on_where_it_can_be(tiny_gqa: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for args in ({}, {"elastic": "auto"}):
+        with el.ElasticLlama(tiny_gqa, **args, **SMALL) as llm:
+            assert llm.elastic == el.ElasticConfig()
+            assert llm.session is not None
+    assert not caplog.records
+    with pytest.raises(el.ConfigError, match='"auto"'):
+        el.ElasticLlama(tiny_gqa, elastic="on", **SMALL)
 
 
 @pytest.mark.parametrize("arch", ["cohere2", "refact", "qwen2vl", "qwen3vl", "mamba"])
@@ -381,9 +415,14 @@ def test_off_on_the_command_line(tiny: Any) -> None:
             timeout=120,
         )
 
-    refused = run()
-    assert refused.returncode == 1
-    assert "--kv-budget 1" in refused.stderr
+    plain = run()
+    assert plain.returncode == 0
+    assert re.fullmatch(r"warning: the elastic cache is off: [^\n]*ALiBi[^\n]*\n", plain.stderr)
+    assert "tokens/s" in plain.stdout
+    for options in (("--kv-budget", "0.3"), ("--min-cells", "8"), ("--policy", "h2o")):
+        refused = run(*options)
+        assert refused.returncode == 1
+        assert "--kv-budget 1" in refused.stderr
     for options in (("--kv-budget", "1"), ("--policy", "full")):
         done = run(*options)
         assert (done.returncode, done.stderr) == (0, "")
@@ -400,15 +439,21 @@ def test_off_does_not_look_at_the_budget(tiny_gqa: Path) -> None:
 @pytest.mark.parametrize("arch", ["eurobert", "llada"])
 def test_models_without_memory(tiny: Any, arch: str) -> None:
     path = tiny(arch)
-    for elastic in (None, el.ElasticConfig(), *OFF):
-        with pytest.raises(el.UnsupportedModelError, match=r"embedding=True and kv_budget=1"):
+    for elastic in ("auto", None, *OFF):
+        with pytest.raises(el.UnsupportedModelError, match="pass embedding=True$"):
             el.ElasticLlama(path, elastic=elastic, **SMALL)
+    on = el.ElasticConfig()
+    with pytest.raises(el.UnsupportedModelError, match="embedding=True and kv_budget=1"):
+        el.ElasticLlama(path, elastic=on, **SMALL)
     with pytest.raises(el.UnsupportedModelError, match=r"kv_budget=1 \(--kv-budget 1\)"):
-        el.ElasticLlama(path, embedding=True, **SMALL)
+        el.ElasticLlama(path, elastic=on, embedding=True, **SMALL)
     stock = llama_cpp.Llama(str(path), embedding=True, verbose=False, **SMALL)
-    for elastic in (None, *OFF):
+    for elastic in ("auto", None, *OFF):
         with el.ElasticLlama(path, elastic=elastic, embedding=True, **SMALL) as llm:
-            assert llm.embed(TEXT) == stock.embed(TEXT)
+            if elastic == "auto":  # with flash attention
+                np.testing.assert_allclose(llm.embed(TEXT), stock.embed(TEXT), atol=1e-2)
+            else:
+                assert llm.embed(TEXT) == stock.embed(TEXT)
             assert llm.session is None
             cannot_decode(llm, "no KV cache")
     stock.close()

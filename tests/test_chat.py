@@ -308,10 +308,10 @@ def test_leaving_an_answer_early(vlm):
 
 def test_templates():
     assert template_for(None) == VICUNA
-    smol = "{% for m in messages %}{{'<|im_start|>' + m['role'] + m['content']}}{% endfor %}"
+    chatml = "{% for m in messages %}{{'<|im_start|>' + m['role'] + m['content']}}{% endfor %}"
+    assert template_for(chatml) == chatml
+    smol = "You are a helpful AI assistant named SmolLM, trained by Hugging Face" + chatml
     assert template_for(smol) == PLAIN_CHATML
-    knows_images = "{% for part in content %}{% if part.type == 'image' %}<image>{% endif %}"
-    assert template_for(knows_images) == knows_images
 
 
 def test_plain_chatml_is_what_the_embedded_model_was_trained_with():

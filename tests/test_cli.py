@@ -10,6 +10,8 @@ import pytest
 from elastic_llama.cli import options
 from PIL import Image
 
+from tests.support.command_line import run_here
+
 
 def run(*args, stdin: str = "", **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -87,11 +89,11 @@ def test_describe_compare_and_options(model, image):
     assert int(ours[3]) == -(-int(ours[2]) // 2)
 
 
-def test_same_seed_same_answer(model, image):
+def test_same_seed_same_answer(model, image, capfd):
     args = ("describe", image, *model, "-p", QUESTION, "-n", 8, "--temp", "1")
-    same = [run(*args, "-s", 7).stdout.split("KV cache")[0] for _ in range(2)]
-    assert same[0] == same[1] != ""
-    assert same[0] != run(*args, "-s", 8).stdout.split("KV cache")[0]
+    said = [run_here(capfd, *args, "-s", s).stdout.split("KV cache")[0] for s in (7, 7, 8)]
+    assert said[0] == said[1] != ""
+    assert said[0] != said[2]
 
 
 def test_demo(model, image):
@@ -140,8 +142,8 @@ def test_info():
 @pytest.mark.parametrize(
     "command", [[], ["describe"], ["show"], ["chat"], ["eval"], ["demo"], ["info"]]
 )
-def test_help(command):
-    done = run(*command, "--help")
+def test_help(command, capfd):
+    done = run_here(capfd, *command, "--help")
     assert done.returncode == 0
     assert "usage:" in done.stdout
 
@@ -170,12 +172,22 @@ def test_help(command):
         (["describe", "IMAGE", "-c", "256", "-p", "the " * 300], "context is too small"),
     ],
 )
-def test_mistakes_are_one_line(args, says, model, image):
+def test_mistakes_are_one_line(args, says, model, image, capfd):
     args = [str(image) if a == "IMAGE" else a for a in args]
     own_model = "-m" in args or "--mmproj" in args or "--hf-repo" in args
     if len(args) > 1 and not own_model:
         args = [args[0], *map(str, model), *args[1:]]
-    done = run(*args)
+    assert_one_line(run_here(capfd, *args), says)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), [([], "required"), (["describe", "IMAGE", "-m", "IMAGE"], "magic")]
+)
+def test_a_mistake_ends_the_process(args, says, image):
+    assert_one_line(run(*(str(image) if a == "IMAGE" else a for a in args)), says)
+
+
+def assert_one_line(done: subprocess.CompletedProcess, says: str) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

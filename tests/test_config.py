@@ -118,10 +118,10 @@ def test_defaults_are_those_of_the_c_interface():
 
 
 def test_defaults_of_a_native_session_are_those_of_the_c_interface():
-    """But for layers, which a session varies only where it is told to."""
     first = _core.Session.__init__.__doc__.splitlines()[0]
     found = dict(re.findall(r"(\w+): [^=,]* = ('[^']*'|[^,)]+)", first))
-    native = {name: value for name, value in _core.default_params().items() if name != "layers"}
+    native = _core.default_params()
+    native["auto_layers"] = native.pop("layers") == "auto"
     assert {name: ast.literal_eval(found[name]) for name in native} == native
 
 
@@ -156,11 +156,19 @@ def test_a_scorer_in_python_and_given_layers_are_resolved(tiny_gqa):
         assert resolved.layer_share == (1.0, 2.0, 3.0)
 
 
-@pytest.mark.parametrize("mode", ["own", "graph"])
-def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    [
+        ("own", "own op"),
+        ("graph", "fused op, a mask per head"),
+        ("streams", "fused op, a head as a stream"),
+        ("plain", "plain ops"),
+    ],
+)
+def test_whose_attention_is_resolved(tiny_gqa, monkeypatch, mode, way):
     monkeypatch.setenv("ELASTIC_ATTENTION", mode)
     with ElasticLlama(tiny_gqa, n_ctx=256, n_gpu_layers=0) as llm:
-        assert llm.elastic_resolved.own_op == (mode == "own")
+        assert set(llm.elastic_resolved.attention) == {way}
 
 
 def test_defaults_of_the_command_line_are_those_of_the_config():

@@ -145,15 +145,33 @@ def check_plan(problem):
         np.testing.assert_allclose(plan["rank_score"], ranks, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=100)
 @given(problems())
 def test_plan_equals_oracle(problem):
     check_plan(problem)
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=500)
+@given(problems())
+def test_more_plans_equal_oracle(problem):
+    check_plan(problem)
+
+
+@settings(deadline=None, max_examples=50)
 @given(problems())
 def test_invariants(problem):
+    check_invariants(problem)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150)
+@given(problems())
+def test_more_invariants(problem):
+    check_invariants(problem)
+
+
+def check_invariants(problem):
     if oracle_kept(problem) is None:
         return
     plan = core.make_plan(**problem)
@@ -238,7 +256,7 @@ def test_a_policy_that_keeps_every_cell_refuses_shares():
         core.make_plan(**make_problem("full"), layer_share=[1.0, 3.0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(problems())
 def test_threads_do_not_matter(problem):
     if oracle_kept(problem) is None:

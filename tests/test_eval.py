@@ -19,6 +19,8 @@ from elastic_llama.evaluation.items import Item, read_items, scene_items
 from elastic_llama.evaluation.runner import Case, Plan, Results, Runner, read_rows
 from elastic_llama.evaluation.summary import paired, summarise
 
+from tests.support.command_line import run_here
+
 
 def run(*args):
     command = [sys.executable, "-m", "elastic_llama", "eval", *map(str, args)]
@@ -271,8 +273,8 @@ def test_pruned_results_say_the_same_and_go_on(tmp_path):
         (["--mmproj", "x.gguf"], "-m"),
     ],
 )
-def test_bad_options_are_refused(tmp_path, args, words):
-    done = run("--out", tmp_path / "out", *args)
+def test_bad_options_are_refused(tmp_path, args, words, capfd):
+    done = run_here(capfd, "eval", "--out", tmp_path / "out", *args)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert words in done.stderr

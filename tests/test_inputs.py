@@ -510,7 +510,10 @@ def complete(llm, messages, **kwargs) -> str:
 
 
 def test_a_completion_in_which_every_text_is_odd(vlm):
-    """The marker in each role, half a character, and an image as others write it."""
+    """The marker in each role, half a character, and an image as others write it.
+
+    Two texts of a message are lines of their own, so that they make no marker together.
+    """
     messages = [
         {"role": "system", "content": f"{MARKER} \ud83d"},
         {"role": "user", "content": [{"type": "input_text", "text": "the <__me"}, "dia__>"]},
@@ -518,7 +521,8 @@ def test_a_completion_in_which_every_text_is_odd(vlm):
         {"role": "user", "content": ["the heat", {"type": "image", "data": BASE64}]},
     ]
     said = complete(vlm, messages, stop=["\ud83d"])
-    assert said.count("__media__") == 3
+    assert said.count("__media__") == 2
+    assert "the <__me\ndia__>" in said
     assert int((vlm.input_ids[: vlm.n_tokens] < 0).sum()) == 16
 
 

@@ -65,7 +65,7 @@ def test_a_long_context_costs_nothing_before_it_is_used(tiny_gqa: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_freed_rows_are_given_back(tiny_gqa: Path, kind: str) -> None:
     """At least 90 % of the bytes of the cells that a compression frees."""
     kinds = {"type_k": kind, "type_v": kind}

@@ -18,6 +18,7 @@ from elastic_llama import ElasticConfig, ElasticLlama, _core, retrieval, session
 from elastic_llama.errors import UnsupportedModelError
 
 from tests.support.engine import N_GPU_LAYERS, random_tokens
+from tests.support.tiny_archs import write_tiny
 from tests.support.tiny_llama import write_tiny_llama
 
 THREADS = {"n_threads": 1, "n_threads_batch": 1, "n_gpu_layers": N_GPU_LAYERS}
@@ -196,12 +197,12 @@ def test_the_context_of_the_user_is_left_alone(tiny_gqa: Path) -> None:
 
 
 def test_other_memory_is_refused(tmp_path: Path) -> None:
-    model = write_tiny_llama(tmp_path / "windows.gguf", arch="cohere2")
+    model = write_tiny(tmp_path / "mamba.gguf", "mamba")
     with load(model, elastic=None) as llm:
         assert not _core.frees_layers(address(llm._ctx.ctx))
-        with pytest.raises(NotImplementedError, match="plain KV"):
+        with pytest.raises(NotImplementedError, match="recurrent"):
             measure(llm)
-    with pytest.raises(UnsupportedModelError, match="plain KV"):
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
         load(model, elastic=ElasticConfig())
 
 
@@ -348,6 +349,22 @@ def test_another_file_is_measured_anew(tmp_path: Path, folder: Path, measured: l
             retrieval.measured_scores(llm)
     assert len(measured) == 2
     assert len(list(folder.iterdir())) == 2
+
+
+@linux
+def test_the_layers_of_a_part_are_measured_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight layers have no sliding window, and only those are measured."""
+    n_calls = []
+    monkeypatch.setattr(
+        retrieval._core, "measure_layers", lambda *args: n_calls.append(args) or [0.5, 0.1]
+    )
+    path = write_tiny_llama(tmp_path / "windows.gguf", arch="cohere2", n_layer=8, n_embd=64)
+    for _ in range(2):
+        with load(path, elastic=ElasticConfig()) as llm:
+            assert len(llm.session.layer_share()) == 2
+    assert len(n_calls) == 1
 
 
 def test_without_a_cache(

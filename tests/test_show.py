@@ -11,8 +11,9 @@ import elastic_llama as el
 import numpy as np
 import pytest
 from elastic_llama.cli import main
+from elastic_llama.grids import Grid, grid_of, grid_shape, tile_boxes
 from elastic_llama.picture import draw
-from elastic_llama.show import grid_shape, image_groups, kept_share, look, visible
+from elastic_llama.show import kept_share, look, visible
 from PIL import Image
 
 pytest.importorskip("matplotlib")
@@ -99,18 +100,37 @@ def test_grid(n: int, side: int, shape: tuple[int, int]) -> None:
     assert grid_shape(n, side) == shape
 
 
-def cells_of(pattern: str, n_images: int, side: int = 0) -> list[list[int]]:
-    is_image = np.array([c == "i" for c in pattern])
-    return [group.tolist() for group in image_groups(is_image, n_images, side)]
+@pytest.mark.parametrize(
+    ("n", "kind", "size", "side", "grid"),
+    [
+        (66, "qwen2vl_merger", (160, 90), 0, Grid(6, 11, 0, 11)),
+        (71, "pixtral", (160, 90), 0, Grid(6, 11, 0, 12)),  # [IMG_BREAK] between rows
+        (66, "pixtral", (90, 160), 0, Grid(11, 6, 0, 6)),
+        (74, "hunyuanvl", (160, 90), 0, Grid(6, 11, 1, 12)),
+        (6, "adapter", (160, 90), 4, Grid(2, 2, 1)),
+        (67, "kimivl", (160, 90), 0, None),  # a prime: no grid of about this shape
+        (16, "gemma3", (160, 90), 8, Grid(4, 4)),
+        (64, "resampler", (64, 64), 8, None),
+    ],
+)
+def test_grids_of_families(
+    n: int, kind: str, size: tuple[int, int], side: int, grid: Grid | None
+) -> None:
+    assert grid_of(n, kind, size, side) == grid
 
 
-def test_cells_of_images() -> None:
-    assert cells_of("tiiiit", 1) == [[1, 2, 3, 4]]
-    assert cells_of("tiitiiit", 2) == [[1, 2], [4, 5, 6]]  # text between them
-    assert cells_of("iiiiiiiit", 2, side=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert cells_of("iiiiiit", 2, side=2) == [[0, 1, 2, 3, 4, 5]]  # which belong to which?
-    assert cells_of("iiitiiiiit", 2, side=2) == [[0, 1, 2], [4, 5, 6, 7, 8]]
-    assert cells_of("iitiiiitiit", 2, side=2) == [[0, 1, 3, 4, 5, 6, 8, 9]]
+def test_patches_among_embeddings() -> None:
+    assert Grid(2, 3, 1, 4).patches().tolist() == [1, 2, 3, 5, 6, 7]
+    assert Grid(2, 2).patches().tolist() == [0, 1, 2, 3]
+
+
+def test_parts_of_an_image() -> None:
+    whole = (0, 0, 200, 100)
+    assert tile_boxes(1, "internvl", (200, 100)) == [whole]
+    tiles = [(0, 0, 100, 100), (100, 0, 200, 100)]
+    assert tile_boxes(3, "internvl", (200, 100)) == [*tiles, whole]
+    assert tile_boxes(3, "resampler", (200, 100)) == [whole, *tiles]
+    assert tile_boxes(8, "idefics3", (100, 100)) == [None] * 7 + [(0, 0, 100, 100)]
 
 
 def test_visible_text() -> None:
@@ -124,7 +144,7 @@ def test_visible_text() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("layer", [None, 17])
+@pytest.mark.parametrize("layer", [None, pytest.param(17, marks=pytest.mark.slow)])
 def test_embedded_model(
     embedded_model: Path, embedded_mmproj: Path, tmp_path: Path, layer: int | None
 ) -> None:
@@ -217,9 +237,9 @@ def test_cells_that_are_no_square(chat: Any, monkeypatch: pytest.MonkeyPatch) ->
     kept = look(chat(), QUESTION, [Image.new("RGB", (20, 20))])
     assert "strip" in kept.panels[0].note
     assert heat_map(draw(kept), "image 1").shape == (1, 16)
-    kept = look(chat(), QUESTION, [Image.new("RGB", (20, 20))] * 2)  # nor where the second begins
-    assert kept.panels[0].image is None
-    assert heat_map(draw(kept), "images").shape == (1, 32)
+    kept = look(chat(), QUESTION, [Image.new("RGB", (20, 20))] * 2)  # side by side
+    assert [panel.shape for panel in kept.panels] == [(1, 16), (1, 16)]
+    assert heat_map(draw(kept), "image 2").shape == (1, 16)
 
 
 def test_signs_of_formulas_and_characters_of_no_font(chat: Any, tmp_path: Path) -> None:

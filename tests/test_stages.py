@@ -14,7 +14,7 @@ from elastic_llama import lib_dir
 
 from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
 from tests.support.oracle_plan import left_free
-from tests.support.tiny_llama import write_tiny_llama
+from tests.support.tiny_archs import write_tiny
 from tests.test_oracles import N_VOCAB, feed, image_rows
 
 ELASTIC: dict[str, Any] = {"policy": "elastic", "budget": 0.3, "min_cells": 8}
@@ -311,10 +311,17 @@ def test_bad_calls(tiny_gqa: Path) -> None:
         e.session = None
 
 
+@pytest.mark.parametrize("keeps_all", [{"policy": "full", "budget": 0.5}, {"budget": 1.0}])
+def test_a_cache_that_drops_nothing_counts_no_tokens(tiny_gqa: Path, keeps_all: Any) -> None:
+    with Engine(tiny_gqa, elastic=keeps_all) as e:
+        n = feed(e)
+        assert (e.session.n_cells(0), e.session.n_tokens(0), e.session.n_to_drop(0)) == (n, 0, 0)
+
+
 def test_other_memories_are_refused(tmp_path: Path) -> None:
-    """A sliding-window model: a clear refusal, and the context still works."""
-    path = write_tiny_llama(tmp_path / "swa.gguf", arch="cohere2", n_layer=4, n_embd=128)
-    with pytest.raises(NotImplementedError, match="sliding window"):
+    """A recurrent model: a clear refusal, and the context still works."""
+    path = write_tiny(tmp_path / "mamba.gguf", "mamba")
+    with pytest.raises(NotImplementedError, match="recurrent"):
         Engine(path, elastic=ELASTIC)
     with Engine(path) as e:
         assert np.isfinite(e.token(20, 0)).all()

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from elastic_llama import Conversation, ElasticConfig, ElasticLlama
@@ -161,6 +162,31 @@ def test_a_shared_prompt_says_what_one_of_its_own_says(run, turns, tiny_vlm):
             assert (found["answer"], found["cells"]) == (said, llm.stats.cells)
         assert llm.stats.compressions > 0
         chat.close()
+
+
+def test_forced_answers_are_as_likely_as_computed(run, tiny_vlm):
+    """Of the first answer, whose tokens are decoded by hand behind the question."""
+    found = run("--forced", "--policies", "full")[0]["turns"]
+    turns = make_scenario("dev", "two-images", 0, 3)
+    assert [x["answer"].strip() for x in found] == [turn.question.answer for turn in turns]
+    options = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1}
+    with ElasticLlama(tiny_vlm[0], mmproj_path=tiny_vlm[1], elastic=None, **options) as llm:
+        chat = Conversation(llm)
+        chat.prefill(turns[0].question.text, [scene.render() for scene in turns[0].images])
+        answer = llm.tokenize(turns[0].question.answer.encode(), False, False)
+        nll = 0.0
+        for token in [*answer, llm.token_eos()]:
+            row = last_logits(llm)
+            nll -= math.log(np.exp(row)[token] / np.exp(row).sum())
+            llm.eval([token])
+        chat.close()
+    assert found[0]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert not found[0]["right"]  # random weights
+
+
+def last_logits(llm):
+    row = llama_cpp.llama_get_logits(llm._ctx.ctx)  # of the only output
+    return np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).astype(np.float64)
 
 
 # -- figures

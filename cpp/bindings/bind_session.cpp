@@ -186,8 +186,8 @@ Raises NotImplementedError, with the reason, for a memory that cannot be compres
              py::arg("ctx"), py::kw_only(), py::arg("policy") = d.policy, py::arg("budget") = d.budget, py::arg("n_sink") = d.n_sink,
              py::arg("offset") = d.offset, py::arg("min_cells") = d.min_cells, py::arg("n_threads") = d.n_threads,
              py::arg("max_cells") = d.max_cells, py::arg("overdraft") = d.overdraft, py::arg("checkpoints") = d.n_checkpoints,
-             py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = false, py::arg("record") = d.record,
-             py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
+             py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = d.layers == ELASTIC_LAYERS_AUTO,
+             py::arg("record") = d.record, py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -214,6 +214,15 @@ RuntimeError when the cache holds cells already.)pbdoc")
             "compress", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().compress(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
             "Compress the prompt of a sequence now; returns the number of cells it holds after.")
+        .def(
+            "compress_prefix",
+            [](const session & self, double value, llama_seq_id seq_id) {
+                return self.cache(seq_id).room().compress_prefix(seq_id, budget::from_value(value));
+            },
+            py::arg("budget"), py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
+            R"pbdoc(Compress a prompt that others begin with, by a budget of its own; returns the number of cells it holds after.
+
+No checkpoint is taken, so that a saved state has its K and V once.)pbdoc")
         .def(
             "equalize_layers", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).room().equalize_layers(seq_id); },
             py::arg("seq_id") = 0, py::call_guard<py::gil_scoped_release>(),
@@ -266,8 +275,17 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
             "frees_rows", [](const session & self) { return self.cache().parts().memory.frees_layers(); },
             "Whether rows masked in single layers (layer_share) go back to the operating system.")
         .def(
-            "has_own_op", [](const session & self) { return self.cache().has_own_op(); },
-            "Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.")
+            "attention",
+            [](const session & self) {
+                std::vector<std::string> res;
+                for (const auto way : self.cache().layer_ways()) {
+                    res.push_back(name_of(way));
+                }
+                return res;
+            },
+            "How attention that is scored or biased is computed in each layer of the cache: \"own op\" (on the CPU), \"fused op, a mask "
+            "per "
+            "head\", \"fused op, a head as a stream\" or \"plain ops\".")
         .def(
             "layer_share", [](const session & self) { return self.cache().parts().cfg.layer_share; },
             "Cells of each layer in relation to the others', as resolved when attaching; empty: all as many.")
@@ -280,7 +298,8 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
             py::arg("seq_id") = 0, "Bytes of K, V and bias that the layers hold of the sequence.")
         .def(
             "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().seqs.get(seq_id).n_tokens; },
-            py::arg("seq_id") = 0, "Tokens decoded since the sequence was last empty.")
+            py::arg("seq_id") = 0,
+            "Tokens decoded since the sequence was last empty; 0 where nothing is ever dropped (budget 1, policy full).")
         .def(
             "stats", [](const session & self) { return stats_dict(self.cache()); },
             "Counters since the last reset; times in microseconds, sizes in bytes.")

@@ -2,14 +2,13 @@
 
 #include "core/statistics.h"
 #include "runtime/attention_op.h"
+#include "runtime/attention_ops.h"
 
-#include "ggml-cpp.h"
 #include "llama-batch.h"
 #include "llama-kv-cache.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <deque>
 
 namespace elastic {
@@ -22,6 +21,7 @@ struct attention_graph::layer_sums {
     int64_t             n_head;
     int64_t             n_stream;
     ggml_tensor *       tensor = nullptr;  // of llama.cpp's ops
+    bool                packed = false;    // copied to device_sums
     attention_op_params op     = {};       // of ours, which says where they are
 
     size_t n() const { return n_kv * n_rows * n_head * n_stream; }
@@ -31,7 +31,7 @@ struct attention_graph::layer_sums {
 class graph_sums : public llm_graph_input_i {
   public:
     graph_sums(attention_graph & owner, const llm_graph_result * graph, bool wanted, bool has_bias)
-        : wanted(wanted), has_bias(has_bias), owner(owner), graph(graph), graphs(owner.graphs) {
+        : wanted(wanted), has_bias(has_bias), version(owner.on_device.version()), owner(owner), graph(graph), graphs(owner.graphs) {
         (*graphs)[graph] = this;
     }
     ~graph_sums() override {
@@ -42,10 +42,12 @@ class graph_sums : public llm_graph_input_i {
     }
 
     void set_input(const llama_ubatch * ubatch) override {
-        if (weights) {
-            std::vector<float> data(ggml_nelements(weights));
-            owner.set_weights(data.data(), *ubatch, weights->ne[2], weights->ne[3]);
-            ggml_backend_tensor_set(weights, data.data(), 0, ggml_nbytes(weights));
+        for (const bool by_sum : { false, true }) {
+            if (ggml_tensor * t = weights[by_sum]) {
+                std::vector<float> data(ggml_nelements(t));
+                owner.set_weights(data.data(), *ubatch, t->ne[2], t->ne[3], by_sum);
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            }
         }
         size_t n = 0;
         for (const auto & layer : layers) {
@@ -59,16 +61,18 @@ class graph_sums : public llm_graph_input_i {
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        if (wanted != owner.wants_sums(params.ubatch) || has_bias != owner.has_bias()) {
+        if (wanted != owner.wants_sums(params.ubatch) || has_bias != owner.has_bias() || version != owner.on_device.version()) {
             return false;
         }
-        return !weights || (weights->ne[0] == (int64_t) owner.n_sums(params.ubatch) &&
-                            weights->ne[1] * weights->ne[3] == (int64_t) params.ubatch.n_tokens);
+        const ggml_tensor * t = weights[0] ? weights[0] : weights[1];
+        return !t || ggml_nelements(t) == owner.n_sums(params.ubatch) * t->ne[2] * (int64_t) params.ubatch.n_tokens;
     }
 
     const bool    wanted;
     const bool    has_bias;
-    ggml_tensor * weights = nullptr;
+    uint32_t      version;  // of what its sums are copied to
+    // f32 [n_sums, n_tokens / n_stream, n_head, n_stream] for our op; with the first two the other way round for llama.cpp's
+    ggml_tensor * weights[2] = { nullptr, nullptr };
 
     std::deque<attention_graph::layer_sums> layers;  // which nodes of the graph point to
 
@@ -78,58 +82,12 @@ class graph_sums : public llm_graph_input_i {
     std::shared_ptr<attention_graph::registry> graphs;
 };
 
-// of one layer
-struct attention_graph::attention_inputs {
-    const llm_graph_context & graph;
-    int32_t                   il;        // of the model
-    int32_t                   il_cache;  // and of the cache
-    ggml_tensor *             q;         // as llama.cpp has them
-    ggml_tensor *             k;
-    ggml_tensor *             v;
-    ggml_tensor *             q_perm;  // as for ggml_flash_attn_ext
-    ggml_tensor *             k_perm;
-    ggml_tensor *             v_perm;
-    ggml_tensor *             kq_b;
-    ggml_tensor *             kq_mask;
-    ggml_tensor *             sinks;
-    ggml_tensor *             bias;  // f32 [n_kv, 1, n_head_kv, n_stream], or nullptr
-    float                     kq_scale;
-};
-
-// CUDA's does not, and what a device does not support goes through the CPU
-static bool fused_op_masks_heads(const ggml_tensor * k, const ggml_tensor * v, const kv_shape & shape) {
-    ggml_init_params params = { 8 * ggml_tensor_overhead(), nullptr, true };
-    ggml_context_ptr ctx(ggml_init(params));
-
-    const int64_t n_kv = 256;
-    auto *        q    = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, shape.n_embd_head_k, 1, shape.n_head, 1);
-    auto *        keys = ggml_new_tensor_4d(ctx.get(), k->type, shape.n_embd_head_k, n_kv, shape.n_head_kv, 1);
-    auto *        vals = ggml_new_tensor_4d(ctx.get(), v->type, shape.n_embd_head_v, n_kv, shape.n_head_kv, 1);
-    auto *        mask = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, n_kv, 1, shape.n_head, 1);
-    auto *        op   = ggml_flash_attn_ext(ctx.get(), q, keys, vals, mask, 1.0f, 0.0f, 0.0f);
-
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k->buffer));
-    return !dev || ggml_backend_dev_supports_op(dev, op);
-}
-
-static bool all_mask_heads(const kv_view & kv) {
-    for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
-        if (!fused_op_masks_heads(kv.k(il), kv.v(il), kv.shape)) {
-            return false;
-        }
+attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits) : parts(parts), logits(logits), on_device(parts.kv) {
+    for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
+        ways.push_back(find_way(parts.kv, il));
     }
-    return true;
+    own_op = std::all_of(ways.begin(), ways.end(), [](attention_way way) { return way == attention_way::own_op; });
 }
-
-// For tests: attention as on a device, which has no op of ours ("graph"), or whose fused op takes no mask per head either ("plain").
-static std::string attention_switch() {
-    const char * value = std::getenv("ELASTIC_ATTENTION");
-    return value ? value : "";
-}
-
-attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits)
-    : parts(parts), logits(logits), own_op(parts.kv.on_host() && attention_switch() != "graph" && attention_switch() != "plain"),
-      masks_heads(attention_switch() != "plain" && all_mask_heads(parts.kv)) {}
 
 //
 // what is wanted
@@ -158,7 +116,7 @@ uint32_t attention_graph::n_sums(const llama_ubatch & ubatch) const {
     return 1 + (decays(ubatch) ? 1 : 0) + parts.scores.needs.n_window;
 }
 
-void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const {
+void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream, bool by_sum) const {
     const int64_t n_tps    = ubatch.n_tokens / n_stream;
     const int64_t n_rows   = n_sums(ubatch);
     const int32_t n_window = parts.scores.needs.n_window;
@@ -186,6 +144,12 @@ void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int6
             }
             n_later++;
         }
+        if (by_sum) {
+            const std::vector<float> of_tokens(w);
+            for (int64_t i = 0; i < n_tps * n_rows; ++i) {
+                w[i % n_rows * n_tps + i / n_rows] = of_tokens[i];
+            }
+        }
         for (int64_t h = 0; h < n_head; ++h) {
             std::copy(w.begin(), w.end(), dst + (s * n_head + h) * n_tps * n_rows);
         }
@@ -205,6 +169,21 @@ graph_sums & attention_graph::sums_of(const llm_graph_context & graph) {
     auto & res  = *sums;
     graph.res->add_input(std::move(sums));
     return res;
+}
+
+// Of one token of each stream they are copied to one place for all layers. Not in the largest graph, which is reserved between batches.
+void attention_graph::add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache) {
+    graph.cb(t, "attn_sums", il);
+    sums.layers.push_back({ il_cache, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
+    if (logits.in_batch() && sums.weights[1]->ne[0] == 1) {
+        on_device.reserve(ggml_nelements(t));
+        sums.version              = on_device.version();
+        sums.layers.back().packed = true;
+        t                         = ggml_cpy(graph.ctx0, t, on_device.place(graph.ctx0, il_cache, ggml_nelements(t)));
+    } else {
+        ggml_set_output(t);
+    }
+    ggml_build_forward_expand(graph.gf, t);
 }
 
 ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llama_kv_cache_context & mctx, ggml_tensor * q, ggml_tensor * k,
@@ -231,125 +210,44 @@ ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llam
         ggml_tensor * b = parts.bias.tensor(il_cache);
         bias = ggml_view_4d(ctx, b, k->ne[2], 1, b->ne[1], n_stream, b->nb[1], b->nb[1], b->nb[2], b->nb[2] * mctx.get_slot_info().s0);
     }
-    const attention_inputs in = { graph, il, il_cache, q, k, v, q_perm, k_perm, v_perm, kq_b, kq_mask, sinks, bias, kq_scale };
+    const attention_inputs in = { graph, il, q, k, v, q_perm, k_perm, v_perm, kq_b, kq_mask, sinks, bias, kq_scale };
 
-    ggml_tensor * res;
-    if (own_op && sums.wanted && !kq_b) {
-        res = build_with_op(in, sums);
-    } else if (!kq_b && (masks_heads || !bias)) {
-        res = build_fused(in, sums);
+    const attention_way way = ways[il_cache];
+    ggml_tensor *       res;
+    if (way == attention_way::own_op && sums.wanted && !kq_b) {
+        res = build_with_op(in, il_cache, sums);
     } else {
-        res = build_plain(in, sums);
+        ggml_tensor * w   = sums.wanted ? weights_of(graph, sums, q_perm, true) : nullptr;
+        ggml_tensor * sum = nullptr;
+        res               = attention_of_ops(in, way, w, sum);
+        if (sum) {
+            add_sums(graph, sums, sum, il, il_cache);
+        }
     }
     ggml_build_forward_expand(graph.gf, res);
     return res;
 }
 
 // q: permuted, as for ggml_flash_attn_ext
-ggml_tensor * attention_graph::weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q) const {
-    if (!sums.weights) {
-        sums.weights = ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_F32, n_sums(graph.ubatch), q->ne[1], q->ne[2], q->ne[3]);
-        ggml_set_input(sums.weights);
-        ggml_set_name(sums.weights, "attn_sum_weights");
+ggml_tensor * attention_graph::weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q, bool by_sum) const {
+    ggml_tensor *& res = sums.weights[by_sum];
+    if (!res) {
+        const int64_t n = n_sums(graph.ubatch);
+        res             = ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_F32, by_sum ? q->ne[1] : n, by_sum ? n : q->ne[1], q->ne[2], q->ne[3]);
+        ggml_set_input(res);
+        ggml_set_name(res, by_sum ? "attn_sum_weights_by_sum" : "attn_sum_weights");
     }
-    return sums.weights;
+    return res;
 }
 
-static void add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache) {
-    graph.cb(t, "attn_sums", il);
-    ggml_set_output(t);
-    sums.layers.push_back({ il_cache, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
-    ggml_build_forward_expand(graph.gf, t);
-}
+ggml_tensor * attention_graph::build_with_op(const attention_inputs & in, int32_t il_cache, graph_sums & sums) {
+    ggml_tensor * w = weights_of(in.graph, sums, in.q_perm, false);
 
-ggml_tensor * attention_graph::build_with_op(const attention_inputs & in, graph_sums & sums) {
-    ggml_tensor * w = weights_of(in.graph, sums, in.q_perm);
-
-    sums.layers.push_back({ in.il_cache, in.k_perm->ne[1], w->ne[0], w->ne[2], w->ne[3] });
+    sums.layers.push_back({ il_cache, in.k_perm->ne[1], w->ne[0], w->ne[2], w->ne[3] });
     auto & op   = sums.layers.back().op;
     op.scale    = in.kq_scale;
-    op.soft_cap = in.graph.hparams.attn_soft_cap ? in.graph.hparams.f_attn_logit_softcapping : 0.0f;
+    op.soft_cap = soft_cap_of(in.graph);
     return attention_op(in.graph.ctx0, in.q_perm, in.k_perm, in.v_perm, in.kq_mask, w, in.bias, in.sinks, op);
-}
-
-// Logits as the fused op has them. A soft cap bounds them after they are scaled, and then nothing is left to scale.
-ggml_tensor * attention_graph::scaled(const attention_inputs & in, ggml_tensor * kq) {
-    const auto & hparams = in.graph.hparams;
-    if (!hparams.attn_soft_cap) {
-        return kq;
-    }
-    const float cap = hparams.f_attn_logit_softcapping;
-    kq              = ggml_tanh(in.graph.ctx0, ggml_scale(in.graph.ctx0, kq, in.kq_scale / cap));
-    return ggml_scale(in.graph.ctx0, kq, cap);
-}
-
-float attention_graph::softmax_scale(const attention_inputs & in) {
-    return in.graph.hparams.attn_soft_cap ? 1.0f : in.kq_scale;
-}
-
-// sinks are a part of the denominator
-ggml_tensor * attention_graph::softmax(const attention_inputs & in, ggml_tensor * kq, ggml_tensor * mask) {
-    kq = ggml_soft_max_ext(in.graph.ctx0, kq, mask, softmax_scale(in), in.graph.hparams.f_max_alibi_bias);
-    ggml_soft_max_add_sinks(kq, in.sinks);
-    return kq;
-}
-
-// the bias is a part of the mask, and the attention that is summed is computed beside the fused op
-ggml_tensor * attention_graph::build_fused(const attention_inputs & in, graph_sums & sums) const {
-    const auto &   graph = in.graph;
-    ggml_context * ctx   = graph.ctx0;
-    ggml_tensor *  mask  = in.kq_mask;
-    if (in.bias) {
-        const int64_t n_head = in.q_perm->ne[2];
-        const int64_t n_gqa  = n_head / in.bias->ne[2];
-        mask                 = ggml_repeat_4d(ctx, mask, mask->ne[0], mask->ne[1], n_head, mask->ne[3]);
-        // the query heads of a KV head are neighbors, so they can share its bias as if they were more tokens
-        mask                 = ggml_reshape_4d(ctx, mask, mask->ne[0], mask->ne[1] * n_gqa, in.bias->ne[2], mask->ne[3]);
-        mask                 = ggml_add(ctx, mask, in.bias);
-        mask                 = ggml_reshape_4d(ctx, mask, mask->ne[0], in.kq_mask->ne[1], n_head, mask->ne[3]);
-        graph.cb(mask, "kq_mask_bias", in.il);
-    }
-    if (sums.wanted) {
-        ggml_tensor * k  = in.k_perm->type == GGML_TYPE_F32 ? ggml_cast(ctx, in.k_perm, GGML_TYPE_F16) : in.k_perm;
-        ggml_tensor * kq = ggml_mul_mat(ctx, k, in.q_perm);
-        ggml_prec_set_acc(kq, GGML_PREC_F32);
-        kq = softmax(in, scaled(in, kq), mask);
-        graph.cb(kq, "attn_beside", in.il);
-        add_sums(graph, sums, ggml_out_prod(ctx, kq, weights_of(graph, sums, kq)), in.il, in.il_cache);
-    }
-    return graph.build_attn_mha(in.q, in.k, in.v, nullptr, mask, in.sinks, nullptr, 0, in.kq_scale, in.il);
-}
-
-// without the fused op, which takes no bias here
-ggml_tensor * attention_graph::build_plain(const attention_inputs & in, graph_sums & sums) const {
-    const auto &   graph = in.graph;
-    ggml_context * ctx   = graph.ctx0;
-    ggml_tensor *  kq    = ggml_mul_mat(ctx, in.k_perm, in.q_perm);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    kq = scaled(in, kq);
-    if (in.kq_b) {
-        kq = ggml_add(ctx, kq, in.kq_b);
-    }
-    if (in.bias) {  // the softmax scales what it is given
-        const float   scale = softmax_scale(in);
-        ggml_tensor * b     = scale == 1.0f ? in.bias : ggml_scale(ctx, ggml_cont(ctx, in.bias), 1.0f / scale);
-        const int64_t n_gqa = kq->ne[2] / b->ne[2];
-        ggml_tensor * cur   = ggml_reshape_4d(ctx, kq, kq->ne[0], kq->ne[1] * n_gqa, b->ne[2], kq->ne[3]);
-        kq                  = ggml_reshape_4d(ctx, ggml_add(ctx, cur, b), kq->ne[0], kq->ne[1], kq->ne[2], kq->ne[3]);
-        graph.cb(kq, "kq_plus_bias", in.il);
-    }
-    kq = softmax(in, kq, in.kq_mask);
-    if (sums.wanted) {
-        add_sums(graph, sums, ggml_out_prod(ctx, kq, weights_of(graph, sums, kq)), in.il, in.il_cache);
-    }
-    ggml_tensor * v   = ggml_is_quantized(in.v_perm->type) ? ggml_cast(ctx, in.v_perm, GGML_TYPE_F32) : in.v_perm;
-    ggml_tensor * kqv = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, v)), kq);
-    ggml_tensor * cur = ggml_permute(ctx, kqv, 0, 2, 1, 3);
-    cur               = ggml_cont_2d(ctx, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
-    if (!graph.cparams.offload_kqv) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
-    }
-    return cur;
 }
 
 //
@@ -406,7 +304,9 @@ void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & u
     std::vector<float>  data;
     const float *       sums = layer.op.sums;
     const ggml_tensor * t    = layer.tensor;
-    if (t && ggml_backend_buffer_is_host(t->buffer)) {
+    if (layer.packed) {
+        sums = on_device.of(layer.il);
+    } else if (t && ggml_backend_buffer_is_host(t->buffer)) {
         sums = (const float *) t->data;
     } else if (t) {
         data.resize(layer.n());
@@ -458,7 +358,11 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
             used[s].push_back(parts.kv.is_free(strm, i) ? 0.0f : 1.0f);
         }
     }
-    const auto n_queries = begin_queries(ubatch, placed);
+    const auto   n_queries = begin_queries(ubatch, placed);
+    const auto & layers    = it->second->layers;
+    if (std::any_of(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; })) {
+        on_device.fetch();
+    }
     for (const auto & layer : it->second->layers) {
         add_layer(layer, ubatch, placed, used, n_queries);
     }

@@ -3,7 +3,9 @@
 // What an elastic cache adds to the graph of a layer's attention: the column sums that the importance is made of, and the bias of
 // merged cells. And what comes of the sums when the graph has been computed.
 
+#include "runtime/attention_ops.h"
 #include "runtime/cache_parts.h"
+#include "runtime/device_sums.h"
 #include "runtime/prompt_logits.h"
 
 #include "llama-graph.h"
@@ -28,18 +30,21 @@ class attention_graph {
     void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx);
 
     // sums of each ubatch: over all queries, decayed, and single queries of the window
-    uint32_t n_sums(const llama_ubatch & ubatch) const;
-    bool     wants_sums(const llama_ubatch & ubatch) const;
-    bool     has_bias() const { return parts.bias.any(); }
-    bool     has_own_op() const { return own_op; }
-    // dst f32 [n_sums, n_tokens / n_stream, n_head, n_stream]: the weight of each query in each sum
-    void     set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream) const;
+    uint32_t                           n_sums(const llama_ubatch & ubatch) const;
+    bool                               wants_sums(const llama_ubatch & ubatch) const;
+    bool                               has_bias() const { return parts.bias.any(); }
+    // how the attention of each layer of the cache is computed
+    const std::vector<attention_way> & layer_ways() const { return ways; }
+    // dst f32 [n_sums, n_tokens / n_stream, n_head, n_stream]: the weight of each query in each sum; by_sum: the first two swapped
+    void set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream, bool by_sum) const;
 
   private:
     cache_parts &         parts;
     const prompt_logits & logits;
-    const bool            own_op;       // one op computes attention and sums: all of K and V lie in host memory
-    const bool            masks_heads;  // the fused op takes a mask per head
+
+    std::vector<attention_way> ways;    // [n_layer]
+    bool                       own_op;  // in all layers
+    device_sums                on_device;
 
     // where our op writes the sums of all layers, of the graph that is computed: memory of what it attends to, not of the context
     std::unique_ptr<float[]> buffer;
@@ -51,19 +56,13 @@ class attention_graph {
 
     friend class graph_sums;
 
-    struct attention_inputs;
     struct layer_sums;
 
     graph_sums &  sums_of(const llm_graph_context & graph);
-    ggml_tensor * weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q) const;
+    ggml_tensor * weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q, bool by_sum) const;
 
-    static ggml_tensor * scaled(const attention_inputs & in, ggml_tensor * kq);
-    static float         softmax_scale(const attention_inputs & in);
-    static ggml_tensor * softmax(const attention_inputs & in, ggml_tensor * kq, ggml_tensor * mask);
-
-    ggml_tensor * build_with_op(const attention_inputs & in, graph_sums & sums);
-    ggml_tensor * build_fused(const attention_inputs & in, graph_sums & sums) const;
-    ggml_tensor * build_plain(const attention_inputs & in, graph_sums & sums) const;
+    void          add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache);
+    ggml_tensor * build_with_op(const attention_inputs & in, int32_t il_cache, graph_sums & sums);
 
     bool is_scored(const llama_ubatch & ubatch, int64_t i) const { return parts.seqs.is_scored(ubatch.seq_id[i][0]); }
     bool any_scored(const llama_ubatch & ubatch) const;

@@ -114,6 +114,10 @@ int32_t elastic_compress(llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] { return need(ctx, seq_id).room().compress(seq_id); });
 }
 
+int32_t elastic_compress_prefix(llama_context * ctx, llama_seq_id seq_id, double budget) {
+    return guarded([&] { return need(ctx, seq_id).room().compress_prefix(seq_id, elastic::budget::from_value(budget)); });
+}
+
 int32_t elastic_equalize_layers(llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&] { return need(ctx, seq_id).room().equalize_layers(seq_id); });
 }

@@ -117,7 +117,7 @@ void checkpoints::before_change(llama_seq_id seq_id) {
         parts.kv.synchronize();
         for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
             kv_layer layer = parts.kv.layer(il, parts.kv.stream(seq_id));
-            layer.load();
+            layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
             ck.k.push_back(read_bytes(layer.k, ck.rows_of_layer(il)));
             ck.v.push_back(read_bytes(layer.v, ck.rows_of_layer(il)));
         }
@@ -211,7 +211,7 @@ std::vector<uint8_t> checkpoints::find_unchanged(llama_seq_id seq_id, const chec
     }
     for (int32_t il = 0; il < parts.kv.shape.n_layer && !cells.empty(); ++il) {
         kv_layer layer = parts.kv.layer(il, strm);
-        layer.load();
+        layer.load(parts.kv.n_used(strm));
         const auto        rows = ck.rows_of_layer(il);
         std::set<int32_t> held;  // by the layer, now
         for (const auto & [row, i] : cells) {
@@ -281,10 +281,10 @@ void checkpoints::put_back(llama_seq_id seq_id, checkpoint & ck, const std::vect
     parts.memory.wrote(strm, *std::max_element(ck.rows.begin(), ck.rows.end()) + 1);
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         kv_layer layer = parts.kv.layer(il, strm);
-        layer.load();
+        layer.load(parts.kv.n_used(strm));
         write_bytes(layer.k, ck.rows_of_layer(il), ck.k[il]);
         write_bytes(layer.v, ck.rows_of_layer(il), ck.v[il]);
-        layer.store();
+        layer.store(parts.kv.n_used(strm));
     }
 }
 

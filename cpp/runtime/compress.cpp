@@ -62,7 +62,7 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
 
     auto & stats = parts.stats;
     stats.n_compressions++;
-    stats.n_cells_before = in.n_per_layer;
+    stats.n_cells_before = in.n_own + in.n_shared;
     stats.n_cells_after  = parts.n_per_layer(seq_id);
     stats.n_bytes_before = n_bytes;
     stats.n_bytes_after  = parts.kv_bytes(seq_id);
@@ -75,15 +75,19 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
     return parts.kv.n_cells(seq_id);
 }
 
-// cells that another sequence uses too stay as they are, where they are
+own_cells compressor::own(llama_seq_id seq_id) const {
+    own_cells res;
+    res.rows            = parts.kv.own_rows(seq_id);
+    res.cells_per_layer = parts.bias.cells_per_layer(parts.kv.stream(seq_id), res.rows);
+    res.n_own           = average(res.cells_per_layer);
+    res.n_shared        = parts.n_per_layer(seq_id) - res.n_own;
+    return res;
+}
+
 compressor::inputs compressor::gather(llama_seq_id seq_id) const {
-    inputs in;
-    in.strm            = parts.kv.stream(seq_id);
-    in.rows            = parts.kv.own_rows(seq_id);
-    in.cells_per_layer = parts.bias.cells_per_layer(in.strm, in.rows);
-    in.n_per_layer     = parts.n_per_layer(seq_id);
-    in.n_shared        = in.n_per_layer - average(in.cells_per_layer);
-    in.described       = describe(seq_id, in);
+    inputs in{ own(seq_id) };
+    in.strm      = parts.kv.stream(seq_id);
+    in.described = describe(seq_id, in);
     return in;
 }
 
@@ -150,15 +154,14 @@ cells compressor::describe(llama_seq_id seq_id, const inputs & in) const {
 
 // of the sequence's own; 0: all, nothing has to be dropped
 int32_t compressor::cells_to_keep(llama_seq_id seq_id, const compression & what, const inputs & in) const {
-    const auto &  cfg   = parts.cfg;
-    const int32_t n_own = average(in.cells_per_layer);
-    const bool    even  = what.equalize || cfg.max_cells > 0;  // slots are short
+    const auto & cfg  = parts.cfg;
+    const bool   even = what.equalize || cfg.max_cells > 0;  // slots are short
 
     // with nothing of its own to drop, the sequence keeps the answer that has begun, or the least that a plan can have
     const int32_t n_answer = std::max(1, std::min(parts.n_generated(seq_id), per_head_recent));
-    const int32_t n_least  = std::min(n_own, in.n_shared > 0 ? n_answer : cfg.n_sink + 1);
+    const int32_t n_least  = std::min(in.n_own, in.n_shared > 0 ? n_answer : cfg.n_sink + 1);
     const int32_t n_keep   = std::max(n_least, what.n_target - in.n_shared);
-    if (!parts.active || n_keep >= (even ? (int32_t) in.rows.size() : n_own)) {
+    if (!parts.active || n_keep >= (even ? (int32_t) in.rows.size() : in.n_own)) {
         return 0;
     }
     return what.answer_next ? std::max(n_least, n_keep - cells_for_answer(cfg.pol, in.described, n_keep)) : n_keep;
@@ -205,7 +208,7 @@ void compressor::merge(const plan & p, inputs & in, const std::vector<int32_t> &
         merge_layer(p, parts.cfg.pol.combine, il, in.layers[il].k, in.layers[il].v, in.rows, dst, in.state, after);
     });
     for (auto & layer : in.layers) {
-        layer.store();
+        layer.store(dst.back() + 1);
     }
 }
 

@@ -14,12 +14,22 @@ struct compression {
     bool    equalize = false;  // all layers hold as many
 };
 
+// the cells of a sequence that no other one uses; others stay as they are, where they are
+struct own_cells {
+    std::vector<int32_t> rows;             // in logical order
+    std::vector<int32_t> cells_per_layer;  // of them
+    int32_t              n_own;            // on average over the layers
+    int32_t              n_shared;         // cells of other sequences too, on average over the layers
+};
+
 class compressor {
   public:
     compressor(cache_parts & parts, checkpoints & kept) : parts(parts), kept(kept) {}
 
     // returns the cells that the sequence holds after. throws elastic::error, and then the cache is as it was
     int32_t run(llama_seq_id seq_id, const compression & what);
+
+    own_cells own(llama_seq_id seq_id) const;
 
     const plan & last_plan() const { return plan_last; }
 
@@ -29,12 +39,8 @@ class compressor {
     plan          plan_last;
 
     // what a plan is made of
-    struct inputs {
+    struct inputs : own_cells {
         uint32_t              strm;
-        std::vector<int32_t>  rows;             // the sequence's own, in logical order
-        std::vector<int32_t>  cells_per_layer;  // of them
-        int32_t               n_per_layer;      // cells per layer on average, shared ones included
-        int32_t               n_shared;         // of those
         cells                 described;
         std::vector<kv_layer> layers;
         cell_state            state;

@@ -103,6 +103,11 @@ LLAMA_API void elastic_set_prefill(struct llama_context * ctx, bool value);
 //   returns the cells it takes after (elastic_n_cells), or a negative code as above
 LLAMA_API int32_t elastic_compress(struct llama_context * ctx, llama_seq_id seq_id);
 
+// Compresses a prompt that other prompts are going to begin with, such as that of an image before its question is known, by a budget of
+// its own (as elastic_params.budget). Its state can be saved then (llama_state_seq_get_data).
+//   returns the cells it takes after, or a negative code as above
+LLAMA_API int32_t elastic_compress_prefix(struct llama_context * ctx, llama_seq_id seq_id, double budget);
+
 // Gives all layers of a sequence as many cells, on average as many as before; with layer_share it takes fewer slots then.
 //   returns the cells it takes after, or a negative code as above
 LLAMA_API int32_t elastic_equalize_layers(struct llama_context * ctx, llama_seq_id seq_id);
@@ -128,7 +133,8 @@ LLAMA_API void    elastic_end_probe(struct llama_context * ctx);
 LLAMA_API int32_t elastic_n_to_drop(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // Cells the sequence takes of the context now: with layer_share as many as the layer that holds most. Cells per layer, on
-// average, rounded up. Tokens it has seen (decoded since it was last empty)
+// average, rounded up. Tokens it has seen (decoded since it was last empty); 0 where nothing is ever dropped (budget 1, policy "full"):
+// such a cache takes no part in decoding, so it counts none
 LLAMA_API int32_t elastic_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int32_t elastic_n_per_layer(const struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int64_t elastic_n_tokens(const struct llama_context * ctx, llama_seq_id seq_id);

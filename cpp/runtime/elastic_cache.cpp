@@ -13,12 +13,14 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
     : ctx(ctx), state(ctx, cfg, (int32_t) ctx.n_threads_batch(), (int32_t) ctx.n_ubatch()), taken(state), logits(ctx), graph(state, logits),
       rooms(state, taken, logits), window(state.kv.parts) {
     check_layers(cfg, state.kv.shape.n_layer);
-    const int32_t n_lacks = state.kv.parts.n_window_lacks((int32_t) ctx.n_ubatch());
+    const int32_t n_ubatch = (int32_t) ctx.n_ubatch();
+    const int32_t n_lacks  = state.kv.parts.n_window_lacks(n_ubatch);
     if (cfg.max_cells > 0 && n_lacks > 0) {
         throw error("[elastic_attach] max_cells: got " + std::to_string(cfg.max_cells) + " in a context of " +
-                    std::to_string(state.kv.shape.kv_size) +
-                    " cells, in which the model's sliding window and one ubatch find no place; expected n_ctx >= " +
-                    std::to_string(state.kv.shape.kv_size + n_lacks));
+                    std::to_string(state.kv.shape.kv_size) + " cells, where the model's sliding window and a ubatch of " +
+                    std::to_string(n_ubatch) + " tokens find no place; expected at least " +
+                    std::to_string(state.kv.shape.kv_size + n_lacks) + " cells, or ubatches of at most " +
+                    std::to_string(n_ubatch - n_lacks) + " tokens");
     }
     state.kv.set_policy(this);
 }

@@ -63,12 +63,12 @@ class elastic_cache : public llama_elastic_i {
     // the logits after the sequence's last token, which is the last one of a prompt, are those of the context again; false: not known
     bool      restore_logits(llama_seq_id seq_id);
 
-    bool          empty() const { return state.kv.empty(); }
-    bool          has_bias() const { return state.bias.any(); }
-    elastic_stats stats() const;
-    void          reset_stats();
-    bool          has_own_op() const { return graph.has_own_op(); }
-    int64_t       cell_bytes() const { return state.kv.shape.cell_bytes + state.bias.bytes_per_cell(); }
+    bool                               empty() const { return state.kv.empty(); }
+    bool                               has_bias() const { return state.bias.any(); }
+    elastic_stats                      stats() const;
+    void                               reset_stats();
+    const std::vector<attention_way> & layer_ways() const { return graph.layer_ways(); }
+    int64_t                            cell_bytes() const { return state.kv.shape.cell_bytes + state.bias.bytes_per_cell(); }
 
   private:
     llama_context & ctx;

@@ -57,17 +57,21 @@ void cell_evictor::evict_per_head(llama_seq_id seq_id, const choice & from) {
     const auto    newest = std::find_if(candidates.rbegin(), candidates.rend(), [&](int32_t row) { return held_by_all(from.strm, row); });
     const int32_t freed  = newest == candidates.rend() ? candidates.back() : *newest;
     const int64_t n_queries = std::max<int64_t>(1, parts.seqs.get(seq_id).n_tokens);
+    std::vector<std::vector<int32_t>> lost(parts.kv.shape.n_layer);
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         if (parts.bias.is_masked(from.strm, freed, il)) {
             mask_one(from.strm, il, candidates);
         } else {
-            evict_in_layer(from.strm, il, freed, candidates, n_queries);
+            lost[il] = lost_in_layer(from.strm, il, candidates, n_queries);
         }
     }
+    move_row(from.strm, freed, lost);
     free_row(seq_id, from.strm, freed);
 }
 
-void cell_evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, const std::vector<int32_t> & candidates, int64_t n_queries) {
+// of each head the row of the lowest score
+std::vector<int32_t> cell_evictor::lost_in_layer(uint32_t strm, int32_t il, const std::vector<int32_t> & candidates,
+                                                 int64_t n_queries) const {
     const auto [lo, hi]     = std::minmax_element(candidates.begin(), candidates.end());
     const int32_t      base = *lo;
     std::vector<float> others(*hi - base + 1, HUGE_VALF);
@@ -82,7 +86,7 @@ void cell_evictor::evict_in_layer(uint32_t strm, int32_t il, int32_t freed, cons
         const auto    scores  = eviction_scores(others, sum, decayed, decay, n_queries);
         lost.push_back(first_lowest(scores, candidates, base));
     }
-    move_row(strm, il, freed, lost);
+    return lost;
 }
 
 // Where the row that is freed is masked in a layer, one more is masked there: the one of least importance in all its heads.
@@ -104,15 +108,14 @@ void cell_evictor::mask_one(uint32_t strm, int32_t il, const std::vector<int32_t
     }
 }
 
-// row `from` of one layer, head by head to the rows of `to`
-void cell_evictor::move_row(uint32_t strm, int32_t il, int32_t from, const std::vector<int32_t> & to) {
-    if (std::all_of(to.begin(), to.end(), [&](int32_t row) { return row == from; })) {
-        return;
-    }
-    parts.kv.layer(il, strm).move_heads(from, to);
-    for (int32_t ih = 0; ih < parts.kv.shape.n_head_kv; ++ih) {
-        if (to[ih] != from) {
-            parts.move_head(strm, from, to[ih], il, ih);
+// row `from` of each layer, head by head to the rows of `to`
+void cell_evictor::move_row(uint32_t strm, int32_t from, const std::vector<std::vector<int32_t>> & to) {
+    moves.run(strm, from, to);
+    for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
+        for (int32_t ih = 0; ih < (int32_t) to[il].size(); ++ih) {
+            if (to[il][ih] != from) {
+                parts.move_head(strm, from, to[il][ih], il, ih);
+            }
         }
     }
 }

@@ -47,7 +47,7 @@ kv_values read_kv(const cache_parts & parts, llama_seq_id seq_id, int32_t il) {
         throw error("[Session.read_kv] layer: got " + std::to_string(il) + ", expected 0 <= layer < " + std::to_string(shape.n_layer));
     }
     kv_layer layer = parts.kv.layer(il, parts.kv.stream(seq_id));
-    layer.load();
+    layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
 
     const auto rows = parts.kv.rows(seq_id);
     return { (int32_t) rows.size(), shape.n_head_kv,          shape.n_embd_head_k,

@@ -266,7 +266,7 @@ std::vector<kv_layer> kv_view::layers(uint32_t strm) const {
     std::vector<kv_layer> res;
     for (int32_t il = 0; il < shape.n_layer; ++il) {
         res.push_back(layer(il, strm));
-        res.back().load();
+        res.back().load(n_used(strm));
     }
     return res;
 }
@@ -294,7 +294,7 @@ kv_layer::kv_layer(ggml_tensor * t_k, ggml_tensor * t_v, const kv_shape & shape,
     : k(rows_of(t_k, shape.n_head_kv, shape.n_embd_head_k, shape.kv_size)),
       v(rows_of(t_v, shape.n_head_kv, shape.n_embd_head_v, shape.kv_size)), t_k(t_k), t_v(t_v), strm(strm) {}
 
-static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf) {
+static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t n_rows) {
     if (rows.data) {
         return;
     }
@@ -302,29 +302,31 @@ static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vecto
         rows.data = (uint8_t *) t->data + strm * t->nb[2];
         return;
     }
-    buf.resize(t->nb[2]);
+    buf.resize(std::min((int64_t) n_rows, rows.n_rows) * t->nb[1]);
     ggml_backend_tensor_get(t, buf.data(), strm * t->nb[2], buf.size());
     rows.data = buf.data();
 }
 
-void kv_layer::load() {
-    load_rows(t_k, strm, k, buf_k);
-    load_rows(t_v, strm, v, buf_v);
+void kv_layer::load(int32_t n_rows) {
+    load_rows(t_k, strm, k, buf_k, n_rows);
+    load_rows(t_v, strm, v, buf_v, n_rows);
 }
 
-void kv_layer::store() {
-    if (!buf_k.empty()) {
-        ggml_backend_tensor_set(t_k, buf_k.data(), strm * t_k->nb[2], buf_k.size());
+static void store_rows(ggml_tensor * t, uint32_t strm, const std::vector<uint8_t> & buf, int32_t n_rows) {
+    if (!buf.empty()) {
+        ggml_backend_tensor_set(t, buf.data(), strm * t->nb[2], std::min(buf.size(), n_rows * t->nb[1]));
     }
-    if (!buf_v.empty()) {
-        ggml_backend_tensor_set(t_v, buf_v.data(), strm * t_v->nb[2], buf_v.size());
-    }
+}
+
+void kv_layer::store(int32_t n_rows) {
+    store_rows(t_k, strm, buf_k, n_rows);
+    store_rows(t_v, strm, buf_v, n_rows);
 }
 
 static void move(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t from,
                  const std::vector<int32_t> & to) {
     if (ggml_backend_buffer_is_host(t->buffer)) {
-        load_rows(t, strm, rows, buf);
+        load_rows(t, strm, rows, buf, rows.n_rows);
         for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {
             if (to[ih] != from) {
                 copy_head(rows, from, to[ih], ih);

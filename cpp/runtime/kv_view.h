@@ -68,8 +68,8 @@ class kv_layer {
   public:
     kv_layer(ggml_tensor * t_k, ggml_tensor * t_v, const kv_shape & shape, uint32_t strm);
 
-    void load();
-    void store();
+    void load(int32_t n_rows);   // the first ones
+    void store(int32_t n_rows);  // of those loaded
 
     // row `from`, head by head, to the rows of `to`; from and to a device no more than that
     void move_heads(int32_t from, const std::vector<int32_t> & to);
@@ -162,7 +162,7 @@ class kv_view {
     ggml_tensor *         k(int32_t il) const;  // by cache layer
     ggml_tensor *         v(int32_t il) const;
     kv_layer              layer(int32_t il, uint32_t strm) const { return { k(il), v(il), shape, strm }; }
-    std::vector<kv_layer> layers(uint32_t strm) const;  // loaded
+    std::vector<kv_layer> layers(uint32_t strm) const;  // the rows in use, loaded
     bool                  on_host() const;              // all of K and V
 
   private:

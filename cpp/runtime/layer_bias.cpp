@@ -173,9 +173,14 @@ std::vector<int32_t> layer_bias::cells_per_layer(uint32_t strm, const std::vecto
     return res;
 }
 
+// to a device all heads of a layer at once
 void layer_bias::upload(uint32_t strm, int32_t cell_min, int32_t cell_max) {
     for (int32_t il = 0; il < n_layer; ++il) {
         ggml_tensor * t = tensors[il];
+        if (!ggml_backend_buffer_is_host(t->buffer)) {
+            ggml_backend_tensor_set(t, maps[strm].row(index(il, 0)), strm * t->nb[2], t->nb[2]);
+            continue;
+        }
         for (int32_t ih = 0; ih < n_head_kv; ++ih) {
             const float * row = maps[strm].row(index(il, ih)) + cell_min;
             ggml_backend_tensor_set(t, row, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),

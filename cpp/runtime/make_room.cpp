@@ -38,6 +38,19 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
     return n;
 }
 
+int32_t room_maker::compress_prefix(llama_seq_id seq_id, const budget & keep) {
+    logits.collect();
+    int32_t n_target = std::max(parts.cfg.min_cells, keep.cells_for(parts.seqs.get(seq_id).n_tokens));
+    if (parts.cfg.max_cells > 0) {
+        n_target = std::min(n_target, parts.cfg.max_cells);
+    }
+    const int32_t n = compress_.run(seq_id, { n_target, true });
+    if (parts.memory.is_enabled()) {
+        trim_heap();
+    }
+    return n;
+}
+
 int32_t room_maker::equalize_layers(llama_seq_id seq_id) {
     const bool    pending = parts.seqs.get(seq_id).pending;
     const int32_t n       = compress_.run(seq_id, { parts.n_per_layer(seq_id), false, true });
@@ -77,9 +90,8 @@ int32_t room_maker::n_to_drop(llama_seq_id seq_id) const {
     if (!parts.active || !st.pending || parts.n_generated(seq_id) > 0) {
         return 0;
     }
-    const int32_t n_own    = average(parts.bias.cells_per_layer(parts.kv.stream(seq_id), parts.kv.own_rows(seq_id)));
-    const int32_t n_shared = parts.n_per_layer(seq_id) - n_own;
-    return std::max(0, n_own - std::max(1, parts.target_cells(st.n_tokens) - n_shared));
+    const own_cells own = compress_.own(seq_id);
+    return std::max(0, own.n_own - std::max(1, parts.target_cells(st.n_tokens) - own.n_shared));
 }
 
 //

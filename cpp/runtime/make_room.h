@@ -25,6 +25,8 @@ class room_maker {
 
     // compresses the prompt, if that has not been done
     int32_t compress(llama_seq_id seq_id);
+    // compresses what is there now by a budget of its own, for a prompt that others go on from: nothing is taken back to here
+    int32_t compress_prefix(llama_seq_id seq_id, const budget & keep);
     // gives all layers as many cells, on average as many as before, so that the sequence takes no more rows than those
     int32_t equalize_layers(llama_seq_id seq_id);
     // where n_new tokens find no free cells: compresses what an answer holds beyond the budget, and equalizes, as far as needed

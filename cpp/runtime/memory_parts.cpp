@@ -37,6 +37,9 @@ void check_model(const llama_model & model) {
     if (!hparams.causal_attn || model.arch == LLM_ARCH_LLAMA_EMBED) {
         refuse("the model's attention is not causal (an embedding model), so it reads each text as a whole and uses no KV cache");
     }
+    if (model.arch == LLM_ARCH_GROK) {
+        refuse("llama.cpp runs the model without flash attention only, and then V is stored transposed");
+    }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         refuse("the model tells distances by ALiBi, a bias by position, which a cell that stands for several tokens does not have");
     }

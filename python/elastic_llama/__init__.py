@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .config import ElasticConfig, scorer
     from .conversation import Conversation
     from .llama import ElasticLlama
+    from .memory import ImageMemory
     from .stats import ElasticStats, TurnStats
 
 use_our_libraries()
@@ -44,6 +45,7 @@ _LAZY = {
     "ElasticConfig": "config",
     "ElasticLlama": "llama",
     "ElasticStats": "stats",
+    "ImageMemory": "memory",
     "TurnStats": "stats",
     "scorer": "config",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "ElasticLlama",
     "ElasticStats",
     "ImageError",
+    "ImageMemory",
     "LibraryConflictError",
     "ModelFileError",
     "ModelNotFoundError",

@@ -84,10 +84,15 @@ _SWITCHES = (
 )
 
 
-def with_budget(elastic: ElasticConfig | None, budget: float | int | None) -> ElasticConfig | None:
+def with_budget(
+    elastic: ElasticConfig | str | None, budget: float | int | None
+) -> ElasticConfig | None:
+    """What is asked for, "auto" as what it means."""
+    if isinstance(elastic, str) and elastic == "auto":
+        elastic = ElasticConfig()
     if elastic is not None and not isinstance(elastic, ElasticConfig):
         raise ConfigError(
-            error_message("config", "elastic", repr(elastic), "an ElasticConfig or None")
+            error_message("config", "elastic", repr(elastic), 'an ElasticConfig, None or "auto"')
         )
     if budget is None:
         return elastic
@@ -123,6 +128,8 @@ def check_arguments(
         n_ctx = whole("n_ctx", n_ctx, 0)
     kwargs = {name: _checked(name, value) for name, value in kwargs.items()}
     kwargs = with_flash(elastic, kwargs)
+    if elastic is not None and not elastic.is_off and kwargs.get("swa_full") is None:
+        kwargs["swa_full"] = False
     _check_together(elastic, kwargs)
     return n_ctx, kwargs
 
@@ -354,11 +361,11 @@ def check_memory(
         _refuse_cells(ctx, f"{path} was loaded with vocab_only", "load it without to decode tokens")
         return
     what = f"{path} has no KV cache: it makes embeddings, or whole texts at once"
+    is_on = elastic is not None and not elastic.is_off
     if not kwargs.get("embedding"):
-        raise UnsupportedModelError(
-            error_message("load", what, do="pass embedding=True and kv_budget=1")
-        )
-    if elastic is not None and not elastic.is_off:
+        do = "pass embedding=True" + (" and kv_budget=1" if is_on else "")
+        raise UnsupportedModelError(error_message("load", what, do=do))
+    if is_on:
         raise UnsupportedModelError(error_message("load", what, do=OFF))
     _refuse_cells(ctx, what, "use embed or create_embedding")
 

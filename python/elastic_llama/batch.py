@@ -1,9 +1,21 @@
-"""Rows of a `llama_batch`."""
+"""Rows of a `llama_batch`, and how many numbers a position of an embedding has."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 from typing import Any
+
+import llama_cpp
+
+_MROPE = (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
+
+
+def n_position_planes(model: Any) -> int:
+    """Numbers that say where an embedding is: time, row, column and one more with M-RoPE, else 1.
+
+    A batch of n embeddings has as many times n positions, plane by plane. Tokens have one each.
+    """
+    return 4 if int(llama_cpp.llama_model_rope_type(model)) in _MROPE else 1
 
 
 def fill_batch(batch: Any, rows: list[tuple[int, int, int]], wanted: Container[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import itertools
 import os
 import re
@@ -11,47 +11,28 @@ from typing import Any
 
 from llama_cpp import llama_chat_format as formats
 from llama_cpp import mtmd_cpp
+from PIL import Image
 
 from .errors import ConfigError
 from .errors import message as error_message
 from .images import load_image, to_png
 from .llama import ElasticLlama
 from .messages import clean_text, read_messages
+from .pieces import pixel_key
 from .prompt_reader import EncodedImages, Mtmd, PromptReader
+from .templates import PLAIN_CHATML, VICUNA, ChatTemplate, template_for
+from .vision import ImageTokens
 
-# What the embedded model was trained with: no system prompt, the image before the question.
-PLAIN_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-# LLaVA-1.5 files carry no template; this is the Vicuna form they were trained with.
-VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions. "
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}\nASSISTANT: "
-    "{% else %}\nUSER: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% elif message['content'] %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}\nASSISTANT: {% endif %}"
-)
+__all__ = [
+    "PLAIN_CHATML",
+    "VICUNA",
+    "ElasticChatHandler",
+    "make_chat_handler",
+    "template_for",
+    "without_marker",
+]
 
 _PLACE = f"image-{secrets.token_hex(16)}"  # of an image in a prompt; nobody can have written it
-
-
-def template_for(template: str | None) -> str:
-    """The Jinja template that renders messages with images for a model.
-
-    Templates that cannot loop over the parts of a message are replaced: ChatML by its form without
-    a default system prompt, a missing one by Vicuna's.
-    """
-    if not template:
-        return VICUNA
-    if "image" in template or "part" in template or "content in" in template:
-        return template
-    return PLAIN_CHATML if "<|im_start|>" in template else VICUNA
 
 
 def without_marker(text: str, marker: str) -> str:
@@ -67,42 +48,48 @@ class ElasticChatHandler(formats.MTMDChatHandler):
     With an `ElasticLlama`, only what its cache lacks of a prompt is encoded and decoded.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, image_tokens: ImageTokens | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._mtmd_cpp = Mtmd()
+        self._mtmd_cpp = Mtmd(image_tokens)
+        self._template = ChatTemplate(None)
         self._encoded = EncodedImages()
         self._counter = itertools.count()
+
+    def _init_mtmd_context(self, llama_model: Any) -> None:
+        try:
+            super()._init_mtmd_context(llama_model)
+        except ValueError:
+            self._mtmd_cpp._image_tokens.check_refusal()
+            raise
 
     def __call__(self, *, llama: Any, messages: Any, **kwargs: Any) -> Any:
         messages = read_messages(messages)
         if isinstance(llama, ElasticLlama):
-            llama = PromptReader(llama, self._encoded)
+            same = llama.mmproj_path == self.clip_model_path
+            llama = PromptReader(llama, self._encoded, "" if same else self.clip_model_path)
         return super().__call__(llama=llama, messages=messages, **kwargs)
 
     def _create_bitmap_from_bytes(self, image_bytes: bytes) -> Any:
-        """With an id of what is in it, the tower that reads it, and a number of its own."""
+        """With an id of its pixels, as `Conversation` has it, and a number of its own."""
         bitmap = super()._create_bitmap_from_bytes(image_bytes)
-        content = hashlib.sha256(os.fsencode(self.clip_model_path) + b"\0" + image_bytes)
+        with Image.open(io.BytesIO(image_bytes)) as image:  # of `load_image`
+            content = pixel_key(image)
         number = next(self._counter)
-        mtmd_cpp.mtmd_bitmap_set_id(bitmap, f"{content.hexdigest()}/{number}".encode())
+        mtmd_cpp.mtmd_bitmap_set_id(bitmap, f"{content}/{number}".encode())
         return bitmap
 
     def _get_chat_template(self, llama_model: Any) -> str:
-        return template_for(llama_model.metadata.get("tokenizer.chat_template"))
+        self._template = ChatTemplate.of(llama_model)
+        return self._template.source
 
     def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
-        """Images before the text of a message, as the models were trained.
+        """Messages in the form that the template takes.
 
-        They leave `_PLACE` in the text. Text cannot say that, but it can say `media_marker`, in
+        Images leave `_PLACE` in the text. Text cannot say that, but it can say `media_marker`, in
         any role, in a tool, or across two parts.
         """
-        out = []
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, list):
-                content = sorted(content, key=lambda part: part.get("type") != "image_url")
-            out.append({**message, "content": content})
-        return super()._get_template_messages(out, _PLACE)
+        content = self._template.content
+        return [{**m, "content": content(m.get("content"), _PLACE)} for m in messages]
 
     def _postprocess_template_text(
         self, text: str, image_urls: list[Any], media_marker: str
@@ -133,7 +120,11 @@ class ElasticChatHandler(formats.MTMDChatHandler):
 
 
 def make_chat_handler(
-    mmproj_path: str | os.PathLike[str], verbose: bool = False
+    mmproj_path: str | os.PathLike[str],
+    verbose: bool = False,
+    image_tokens: ImageTokens | None = None,
 ) -> ElasticChatHandler:
     """Chat handler for a vision tower; the model's own template is read at the first call."""
-    return ElasticChatHandler(clip_model_path=os.fspath(mmproj_path), verbose=verbose)
+    return ElasticChatHandler(
+        clip_model_path=os.fspath(mmproj_path), verbose=verbose, image_tokens=image_tokens
+    )

@@ -156,7 +156,7 @@ class ElasticConfig:
 
     def __post_init__(self) -> None:
         self._take_scorer()
-        object.__setattr__(self, "budget", _budget(self.budget))
+        object.__setattr__(self, "budget", budget_value("budget", self.budget))
         leasts = {"n_sink": 0, "offset": 0, "min_cells": 1, "n_threads": 0}
         for name, least in leasts.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
@@ -288,16 +288,22 @@ def _init_renamed(self: ElasticConfig, *args: Any, **kwargs: Any) -> None:
 ElasticConfig.__init__ = _init_renamed  # type: ignore[method-assign]
 
 
-def _budget(value: object) -> float | int:
+def budget_value(name: str, value: object) -> float | int:
+    """A fraction in (0, 1], or a whole number of cells above 1.
+
+    Raises
+    ------
+    ConfigError
+    """
     expected = "a fraction in (0, 1] to keep, or a whole number of cells above 1"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConfigError(message("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", name, repr(value), expected))
     budget = float(value)
     if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
         hint = f"did you mean {budget / 100:g} ?" if 1 < budget < 100 else ""
-        raise ConfigError(message("config", "budget", repr(value), expected, hint))
+        raise ConfigError(message("config", name, repr(value), expected, hint))
     if budget > 2**31 - 1:
-        raise ConfigError(message("config", "budget", repr(value), expected))
+        raise ConfigError(message("config", name, repr(value), expected))
     return int(budget) if budget > 1 else budget
 
 

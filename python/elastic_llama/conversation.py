@@ -7,29 +7,27 @@ turn decodes only what is new, at its true positions, over the cells that the el
 from __future__ import annotations
 
 import codecs
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import llama_cpp
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from .chat import template_for, without_marker
+from .chat import without_marker
 from .errors import ConfigError, ContextOverflowError, StateError
 from .errors import message as error_message
 from .images import as_images, load_image
 from .kv_types import stock_bytes
 from .llama import ElasticLlama
 from .messages import clean_text
-from .pieces import ImagePiece, Piece, TextPiece
-from .prompt_reader import EncodedImages, n_positions
+from .pieces import ImagePiece, Piece, TextPiece, pixel_key
+from .prompt_reader import EncodedImages
 from .stats import TurnStats
+from .templates import ChatTemplate
 from .vision import MARKER, Chunk, Vision
 
 __all__ = ["Conversation"]
@@ -67,12 +65,12 @@ class Conversation:
 
     def __init__(self, llm: ElasticLlama, system: str | None = None) -> None:
         self.llm = llm
-        self.vision = Vision(llm.mmproj_path, llm) if llm.mmproj_path else None
+        path = llm.mmproj_path
+        self.vision = Vision(path, llm, llm.image_tokens) if path else None
         self.stats = TurnStats()  # of the last turn
         self._system = system
         self._encoded = EncodedImages()
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = env.from_string(template_for(llm.metadata.get("tokenizer.chat_template")))
+        self._template = ChatTemplate.of(llm)
         self.clear()
 
     def clear(self) -> None:
@@ -149,6 +147,33 @@ class Conversation:
         message, loaded = self._question(question, images)
         self._read(message, lambda: self._extended(message, loaded))
 
+    def remember(self, images: Any) -> bool:
+        """Have the image memory of `llm` hold what a conversation about these images begins with.
+
+        The next turn of this conversation reads again what it needs.
+
+        Returns
+        -------
+        bool
+            Whether that was new.
+
+        Raises
+        ------
+        ImageError, ConfigError, ContextOverflowError
+        """
+        return self.llm.remember(self.first_prompt("", images))
+
+    def first_prompt(self, question: str, images: Any = ()) -> list[Piece]:
+        """The prompt of a conversation that begins with this question, whatever was said here.
+
+        Raises
+        ------
+        ImageError, ConfigError
+        """
+        message, loaded = self._question(question, images)
+        before = [_message("system", self._system)] if self._system else []
+        return self._cut_up(self._render([*before, message], len(loaded)), loaded)
+
     def _question(self, question: str, images: Any) -> tuple[dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in as_images(images)]
         if loaded and self.vision is None:
@@ -166,13 +191,27 @@ class Conversation:
     def _extended(self, message: dict[str, Any], images: list[Image.Image]) -> _Extended:
         """Text and pieces of the conversation with one more question, and the images in it."""
         self.llm._check_open("ask")
-        prompt = self._render([*self._messages, message], generation=True)
         images = [*self._images, *images]
+        prompt = self._render([*self._messages, message], len(images))
         if self._pieces and prompt.startswith(self._text):
             n_old = sum(m["n_images"] for m in self._messages)
-            new = self._cut_up(prompt[len(self._text) :], images[n_old:], first=False)
+            new = self._cut_up(prompt[len(self._text) :], images[n_old:], n_old)
             return prompt, [*self._pieces, *new], images
-        return prompt, self._cut_up(prompt, images, first=True), images
+        return prompt, self._cut_up(prompt, images), images
+
+    def _render(self, messages: list[dict[str, Any]], n_images: int) -> str:
+        prompt = str(self._template.render(messages, MARKER))
+        if prompt.count(MARKER) != n_images:
+            raise ConfigError(
+                error_message(
+                    "chat template",
+                    "images in what the model's template makes of the conversation",
+                    prompt.count(MARKER),
+                    str(n_images),
+                    "use a model whose template takes images",
+                )
+            )
+        return prompt
 
     def _read(self, message: dict[str, Any], extended: Callable[[], _Extended]) -> None:
         """Decode what the cache lacks of the conversation with one more question.
@@ -233,29 +272,18 @@ class Conversation:
             self._pieces.append(TextPiece(tuple(turn.tokens)))
             self._text += turn.answer
 
-    def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
-        def refuse(reason: str) -> None:
-            raise ConfigError(error_message("chat template", reason))
+    def _cut_up(
+        self, prompt: str, images: list[Image.Image], n_old: int | None = None
+    ) -> list[Piece]:
+        """The pieces of a text in which `MARKER` stands for each image in turn.
 
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=generation,
-                raise_exception=refuse,
-                bos_token="",
-                eos_token="",
-            )
-        except jinja2.TemplateError as e:
-            raise ConfigError(
-                error_message("chat template", "the model's template failed", str(e))
-            ) from e
-
-    def _cut_up(self, prompt: str, images: list[Image.Image], first: bool) -> list[Piece]:
-        """The pieces of a text in which `MARKER` stands for each image in turn."""
+        `n_old` images come before a text that goes on; None: it is the beginning.
+        """
+        first = n_old is None
         if self.vision is None:
             return [TextPiece(tuple(self.llm.tokenize(prompt.encode(), first, special=True)))]
         pieces: list[Piece] = []
-        keys = [_key(image) for image in images]
+        keys = [pixel_key(image) for image in images]
         n_image = part = -1  # image, and which of its chunks
         with self.vision.chunks(prompt, images, add_special=first) as chunks:
             for chunk in chunks:
@@ -264,23 +292,31 @@ class Conversation:
                     continue
                 same = chunk.bitmap_id is not None and chunk.bitmap_id == str(n_image)
                 n_image, part = (n_image, part + 1) if same else (n_image + 1, 0)
-                n = n_positions(chunk.native)
-                pieces.append(self._image_piece(images[n_image], keys[n_image], part, n))
+                self.vision.check_batch(chunk)
+                number = (n_old or 0) + n_image if chunk.knows_its_number else 0
+                pieces.append(
+                    self._image_piece(images[n_image], keys[n_image], part, chunk, number)
+                )
         return pieces
 
-    def _image_piece(self, image: Image.Image, key: str, part: int, n: int) -> ImagePiece:
-        key = f"{key}-{part}"
+    def _image_piece(
+        self, image: Image.Image, key: str, part: int, like: Chunk, number: int
+    ) -> ImagePiece:
+        """The chunk of an image that is `like` this one, and is made anew when it is needed."""
+        counted = [*[None] * number, image]
+        key, n_cells = f"{key}-{part}", like.n_tokens
 
         def decode(n_past: int) -> int:
             assert self.vision is not None
-            with self.vision.chunks(MARKER, [image], add_special=False) as chunks:
-                chunk = [c for c in chunks if c.is_image][part]
+            prompt = MARKER * len(counted)
+            with self.vision.chunks(prompt, counted, add_special=False) as chunks:
+                chunk = [c for c in chunks if c.is_image][number + part]
                 embeddings = self._encoded.get(key, lambda: self._encode(chunk))
                 n_past = self.vision.decode(chunk, embeddings, n_past)
-            self.stats.n_image += n
+            self.stats.n_image += n_cells
             return n_past
 
-        return ImagePiece(key, n, decode)
+        return ImagePiece(key, like.n_positions, decode, n_cells, part, like.grid)
 
     def _encode(self, chunk: Chunk) -> np.ndarray:
         assert self.vision is not None
@@ -330,7 +366,7 @@ class Conversation:
         """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
         if session is None:
-            n_cells, n_bytes = self.llm.n_tokens, stock_bytes(self.llm._ctx.ctx)
+            n_cells, n_bytes = self.llm._room.n_used(), stock_bytes(self.llm._ctx.ctx)
         else:
             n_cells, n_bytes = session.n_per_layer(0), session.kv_bytes(0)
         stats.cells_prompt = stats.cells_kept = n_cells
@@ -358,7 +394,3 @@ def _message(role: str, content: str, n_images: int = 0) -> dict[str, Any]:
     """A message in whose text the marker of an image stands for none but its own images."""
     said = without_marker(clean_text(content), MARKER)
     return {"role": role, "content": MARKER * n_images + said, "n_images": n_images}
-
-
-def _key(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

@@ -28,21 +28,27 @@ from ._checks import (
 )
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
-from .config import ElasticConfig
+from .config import ElasticConfig, budget_value, whole
 from .errors import (
-    ContextOverflowError,
+    ConfigError,
     ElasticError,
     StateError,
     message,
 )
+from .fallback import AUTO, attach_if_possible
+from .memory.reader import PrefixReader
+from .memory.store import MemoryOption, as_memory
 from .messages import clean, text_messages
 from .native_log import route
 from .native_log import take as take_log
-from .pieces import ImagePiece, Piece, piece_ids
+from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
+from .positions import ImageSpans
 from .probe import probe
 from .rewind import Rewinder
+from .room import Room
 from .session import Resolved, attach, lazy_buffers, resolve
 from .stats import ElasticStats
+from .vision import ImageTokens
 
 __all__ = ["ElasticLlama"]
 
@@ -62,16 +68,33 @@ class ElasticLlama(llama_cpp.Llama):
         GGUF of the language model. None: the embedded model, and its vision tower.
     mmproj_path : path, optional
         GGUF of the vision tower and projector; makes a chat handler that reads images.
-    elastic : ElasticConfig or None
-        None leaves llama.cpp's cache as it is, and so does one that keeps every cell.
+    elastic : ElasticConfig, None or "auto"
+        None leaves llama.cpp's cache as it is, and so does one that keeps every cell. "auto" is
+        `ElasticConfig()`, or None with a warning in the log where the model does not take it.
     kv_budget : float or int, optional
         Short for `elastic` with this budget.
     chat_handler : optional
         As in llama-cpp-python; used instead of the one for `mmproj_path`.
+    n_seq_max : int
+        Sequences of the context, which share its cells: `ask` answers one question less than that
+        at once. 1 to 256.
+    image_min_tokens, image_max_tokens : int, optional
+        Fewest and most embeddings of an image, for towers that take images of any size; those of
+        the tower by default.
+    memory : bool, path or ImageMemory, optional
+        Keep the K/V of the images that a prompt begins with, compressed before the question is
+        known: True: in RAM; a path: in that folder too, for other processes. A later question
+        behind the same prompt starts from there, in `Conversation` and `create_chat_completion`.
+        Off by default.
+    memory_budget : float or int
+        What is kept of them, as `ElasticConfig.budget`. `kv_budget` holds once the question is
+        known.
     **kwargs
         All other arguments of `llama_cpp.Llama`. `n_ctx`, in cells, is 2048 by default here, or
         what `elastic.kv_cells` takes; `verbose` is False. `flash_attn` is on while the elastic
-        cache is, whatever is passed: its V lies in rows.
+        cache is, whatever is passed: its V lies in rows. `swa_full` is False while it is on: layers
+        with a sliding window then hold its cells and not `n_ctx`, and a prompt that agrees with
+        the cache only before the window is read again from its start.
 
     Raises
     ------
@@ -80,8 +103,8 @@ class ElasticLlama(llama_cpp.Llama):
     ConfigError
         A budget of more cells than the context has, or parameters that llama.cpp refuses.
     UnsupportedModelError
-        The model's memory is not a plain KV cache, and the elastic cache is on; or there is none,
-        and `embedding` is not set.
+        The model does not take an elastic cache that was asked for; or there is no KV cache, and
+        `embedding` is not set.
     """
 
     # of llama_cpp.Llama, which says nothing of their types
@@ -89,15 +112,21 @@ class ElasticLlama(llama_cpp.Llama):
     input_ids: np.ndarray
     scores: np.ndarray
     _seed: int
+    image_tokens: ImageTokens
 
     def __init__(
         self,
         model_path: str | os.PathLike[str] | None = None,
         *,
         mmproj_path: str | os.PathLike[str] | None = None,
-        elastic: ElasticConfig | None = ElasticConfig(),  # noqa: B008 (immutable)
+        elastic: ElasticConfig | str | None = AUTO,
         kv_budget: float | int | None = None,
         chat_handler: Any = None,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
+        memory: MemoryOption = None,
+        memory_budget: float | int = 0.5,
+        n_seq_max: int = 1,
         n_ctx: int | None = None,
         verbose: bool = False,
         **kwargs: Any,
@@ -109,9 +138,18 @@ class ElasticLlama(llama_cpp.Llama):
         self._closed = False
         self._probe_ms = 0.0
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
+        self._spans = ImageSpans()
         self._rewind = Rewinder(self)
+        self._room = Room(self)
         self._guard = Guard()
         self._scorer_guard = Guard()
+        self.image_tokens = ImageTokens(image_min_tokens, image_max_tokens)
+        is_auto = elastic == AUTO and kv_budget is None
+        self.memory = as_memory(memory)
+        self.memory_budget = budget_value("memory_budget", memory_budget)
+        self._image_reader: PrefixReader | None = None
+        self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
+        self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -122,6 +160,16 @@ class ElasticLlama(llama_cpp.Llama):
             model_path = embedded_model()
             if mmproj_path is None and chat_handler is None:
                 mmproj_path = embedded_mmproj()
+        if self.image_tokens != ImageTokens() and mmproj_path is None:
+            raise ConfigError(
+                message(
+                    "config",
+                    "image_min_tokens, image_max_tokens",
+                    "no vision tower",
+                    "mmproj_path",
+                    "name it, or leave them out",
+                )
+            )
         model = gguf_check.check_model(model_path)
         if lora_path is not None:
             check_lora(os.fspath(lora_path), model)
@@ -130,9 +178,11 @@ class ElasticLlama(llama_cpp.Llama):
             if chat_handler is None:
                 from .chat import make_chat_handler
 
-                chat_handler = make_chat_handler(mmproj_path, verbose=verbose)
+                chat_handler = make_chat_handler(
+                    mmproj_path, verbose=verbose, image_tokens=self.image_tokens
+                )
         self.mmproj_path = None if mmproj_path is None else os.fspath(mmproj_path)
-        self.elastic = elastic
+        self.elastic: ElasticConfig | None = elastic
         route(verbose)
         try:
             with lazy_buffers(elastic):
@@ -155,13 +205,31 @@ class ElasticLlama(llama_cpp.Llama):
         try:
             if lora_path is not None:
                 add_lora(self, os.fspath(lora_path), self.lora_scale)
-            check_memory(elastic, self._ctx, self.model_path, kwargs)
-            if elastic is not None and not elastic.is_off and self._ctx.memory is not None:
+            check_memory(None if is_auto else elastic, self._ctx, self.model_path, kwargs)
+            if self._ctx.memory is None:
+                self.elastic = None if is_auto else elastic
+            elif elastic is not None and not elastic.is_off:
                 elastic.check_cells(self.n_ctx())
-                self._attach(elastic)
+                if is_auto:
+                    attach_if_possible(self, elastic)
+                else:
+                    self._attach(elastic)
+            if self.memory is not None:
+                self._image_reader = PrefixReader(self, self.memory, self.memory_budget)
         except ElasticError:
             self.close()
             raise
+
+    @property
+    def context_params(self) -> Any:
+        """`llama_context_params` of the context."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._n_seq_max > 1:
+            params.n_seq_max, params.kv_unified = self._n_seq_max, True
+        self._context_params = params
 
     def _attach(self, elastic: ElasticConfig) -> None:
         self._session = attach(self, self._ctx.ctx, elastic)
@@ -196,7 +264,7 @@ class ElasticLlama(llama_cpp.Llama):
     def stats(self) -> ElasticStats:
         """Figures since the model was loaded; all zero while the elastic cache is off."""
         if self._session is None:
-            return ElasticStats(cells=self.n_tokens, tokens=self.n_tokens)
+            return ElasticStats(cells=self._room.n_used(), tokens=self._room.n_seen())
         s = self._session.stats()
         return ElasticStats(
             **{
@@ -216,7 +284,7 @@ class ElasticLlama(llama_cpp.Llama):
             probe_ms=self._probe_ms,
             checkpoint_bytes=s["checkpoint_bytes"],
             cells=self._session.n_per_layer(0),
-            tokens=self.n_tokens,
+            tokens=self._room.n_seen(),
         )
 
     @contextmanager
@@ -239,12 +307,6 @@ class ElasticLlama(llama_cpp.Llama):
         if self._session is not None:
             self._session.set_prefill(value)
 
-    def _cells_used(self) -> int:
-        """Cells held once those behind `n_tokens` are gone, which `eval` removes."""
-        if self._session is None or self.n_tokens == 0:
-            return int(self.n_tokens)
-        return min(int(self.n_tokens), int(self._session.n_cells(0)))
-
     def _probe(self, token: int) -> None:
         """Before the prompt is compressed, see what an answer that begins with `token` looks at."""
         if self._session is None or self.elastic is None:
@@ -253,7 +315,8 @@ class ElasticLlama(llama_cpp.Llama):
         n_steps = -1
         try:
             with self._scorer_guard.watch():
-                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token})
+                position = {0: self._rewind.end()}
+                n_steps = probe(self._ctx.ctx, self._session, self.elastic, {0: token}, position)
         finally:
             if n_steps != 0:
                 self._requires_eval = True  # the logits are not the prompt's any more
@@ -269,33 +332,19 @@ class ElasticLlama(llama_cpp.Llama):
         with self._scorer_guard.watch():
             self._session.compress(0)
 
-    def check_room(self, n_new: int) -> None:
-        """Raise `ContextOverflowError` unless `n_new` more tokens fit."""
-        used = self._cells_used()
-        if used + n_new > self.n_ctx() and self._session is not None:
-            with self._scorer_guard.watch():
-                self._session.make_room(n_new)
-            used = self._cells_used()
-        if not self._is_capped and used + n_new > self.n_ctx():
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "the context is too small",
-                    f"{n_new} tokens on top of {used} cells",
-                    f"at most n_ctx = {self.n_ctx()} together",
-                    "raise n_ctx or shorten the prompt",
-                )
-            )
-        if self.n_tokens + n_new > len(self.input_ids):
-            raise ContextOverflowError(
-                message(
-                    "prompt",
-                    "past the positions of the model",
-                    self.n_tokens + n_new,
-                    f"at most {len(self.input_ids)}",
-                    "start over",
-                )
-            )
+    def check_room(self, n_new: int, n_positions: int | None = None) -> None:
+        """Raise `ContextOverflowError` unless `n_new` more cells fit.
+
+        The cache is compressed for them where that is enough.
+
+        Parameters
+        ----------
+        n_new : int
+            Tokens of text and embeddings of images: each takes a cell.
+        n_positions : int, optional
+            Positions that they take; as many by default. With M-RoPE an image takes fewer.
+        """
+        self._room.check(n_new, n_positions)
 
     # -- llama_cpp.Llama
 
@@ -316,6 +365,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("reset")
         self._n_calls += 1
         super().reset()
+        self._spans = ImageSpans()
         self.input_ids[:] = _placeholders(len(self.input_ids))
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -367,6 +417,7 @@ class ElasticLlama(llama_cpp.Llama):
         """Decode tokens at `n_tokens`, where the cache ends."""
         take_log()
         self._grow_scores(self.n_tokens + len(tokens))
+        self._spans.cut(self.n_tokens)
         try:
             self._set_prefill(in_prompt)
             with self._scorer_guard.watch():
@@ -396,7 +447,8 @@ class ElasticLlama(llama_cpp.Llama):
         Returns
         -------
         int
-            Positions that had to be decoded. `generate([], reset=False)` answers the prompt.
+            Tokens of text and embeddings of images that had to be decoded.
+            `generate([], reset=False)` answers the prompt.
 
         Raises
         ------
@@ -406,8 +458,19 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("prefill")
         self._n_calls += 1
         ids = piece_ids(pieces)
+        n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
+        self._room.check_fit(n_new + 1, 0)  # before anything is cut
         n_kept = self._rewind.keep_prefix(ids)
-        self.check_room(len(ids) - n_kept + 1)  # and an answer
+        n_read = 0
+        if self._image_reader is not None:
+            n_kept, n_read = self._image_reader.read(pieces, ids, n_kept)
+        n_new = n_cells_from(pieces, n_kept)
+        self.check_room(n_new + 1, len(ids) - n_kept + 1)  # and an answer
+        self._decode_pieces(pieces, ids, n_kept)
+        return n_new + n_read
+
+    def _decode_pieces(self, pieces: Sequence[Piece], ids: np.ndarray, n_kept: int) -> None:
+        """Decode what comes behind the first `n_kept` positions."""
         first = 0
         with self.prompt_phase():
             for piece in pieces:
@@ -417,7 +480,77 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
-        return len(ids) - n_kept
+
+    def remember(self, pieces: Sequence[Piece]) -> bool:
+        """Have the image memory hold the images that a prompt begins with.
+
+        Returns
+        -------
+        bool
+            Whether they were new to it. The cache holds them then, and nothing else.
+
+        Raises
+        ------
+        ConfigError
+            There is no memory, or no image.
+        ContextOverflowError
+            They do not fit; nothing is decoded.
+        """
+        self._check_open("remember")
+        self._n_calls += 1
+        if self._image_reader is None:
+            raise ConfigError(message("remember", "memory", None, "one", "pass memory=True"))
+        return self._image_reader.remember(pieces)
+
+    def ask(
+        self, image: Any, questions: Sequence[str], *, max_tokens: int = 256, system: str = ""
+    ) -> list[str]:
+        """Greedy answers to questions about the same image, or images, decoded side by side.
+
+        What the cache holds of the images is shared: they are encoded, decoded and compressed
+        (`memory_budget`) once, or come from the image memory. Questions and answers are not
+        compressed. As many are decoded at once as `n_seq_max` and the cells of the context allow.
+
+        Parameters
+        ----------
+        image : image or list of images
+            What `elastic_llama.images.load_image` takes.
+        questions : sequence of str
+        max_tokens : int
+            Of each answer, at most, >= 1.
+        system : str
+            System prompt.
+
+        Returns
+        -------
+        list of str
+            In the order of the questions.
+
+        Raises
+        ------
+        ImageError, ConfigError
+            Nothing is decoded.
+        ContextOverflowError
+            The image and a question do not fit.
+        """
+        self._check_open("ask")
+        max_tokens = whole("max_tokens", max_tokens, 1)
+        if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
+            raise ConfigError(message("ask", "questions", repr(questions)[:80], "a list of texts"))
+        from .ask import SharedImage
+        from .conversation import Conversation
+        from .images import as_images, load_image
+
+        images = [load_image(one) for one in as_images(image)]
+        if self._asking is None:
+            self._asking = Conversation(self)
+        self._asking._system = system or None
+        prompts = [self._asking.first_prompt(question, images) for question in questions]
+        if not prompts:
+            return []
+        self._n_calls += 1
+        reader = self._image_reader or PrefixReader(self, None, self.memory_budget)
+        return SharedImage(self, prompts).answers(reader, max_tokens)
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
@@ -430,7 +563,11 @@ class ElasticLlama(llama_cpp.Llama):
                 raise
             why = reason(take_log())
             raise StateError(f"{e}: {why}" if why else str(e)) from e
-        self.input_ids[self.n_tokens : n_past] = ids[: n_past - self.n_tokens]
+        n_positions = n_past - self.n_tokens
+        self.input_ids[self.n_tokens : n_past] = ids[:n_positions]
+        self._spans.cut(int(self.n_tokens))
+        if piece.grid is not None:
+            self._spans.put(int(self.n_tokens), n_positions, piece.n_cells)
         self.n_tokens = n_past
         self._requires_eval = False
 
@@ -448,7 +585,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._check_open("generate")
         tokens = [int(token) for token in tokens]
         reset = args[6] if len(args) > 6 else kwargs.get("reset", True)
-        if reset and self._session is not None and self.n_tokens > 0:
+        if reset and self.n_tokens > 0 and (self._session is not None or self._rewind.n_window):
             self._rewind.keep_prefix(np.asarray(tokens, np.intc))
         self._enter(_Phase.FIRST)
         stream = super().generate(tokens, *args, **kwargs)
@@ -550,7 +687,7 @@ class ElasticLlama(llama_cpp.Llama):
     def save_state(self) -> Any:
         """As in llama-cpp-python; scores are saved only where they are kept (`logits_all`)."""
         self._check_open("save_state")
-        return llama_cpp.LlamaState(
+        state = llama_cpp.LlamaState(
             scores=self._scores.copy() if self._logits_all else self.scores[:1].copy(),
             input_ids=self.input_ids[: self.n_tokens].copy(),
             n_tokens=self.n_tokens,
@@ -558,6 +695,8 @@ class ElasticLlama(llama_cpp.Llama):
             llama_state_size=len(data),
             seed=self._seed,
         )
+        state.image_spans = self._spans.copy()
+        return state
 
     def load_state(self, state: Any) -> None:
         """As in llama-cpp-python; everything is as before if it fails.
@@ -595,6 +734,7 @@ class ElasticLlama(llama_cpp.Llama):
             self._grow_scores(n)
             self.scores[: min(n, len(state.scores))] = state.scores[:n]
         self.n_tokens = n
+        self._spans = ImageSpans(getattr(state, "image_spans", None))
         self._seed = state.seed
         self._requires_eval = True
 
@@ -602,11 +742,22 @@ class ElasticLlama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         if self.mmproj_path is not None:
             state.update(chat_handler=None, mmproj_path=self.mmproj_path)  # it holds native memory
-        return {**state, "elastic": self.elastic}
+        state.update(
+            image_min_tokens=self.image_tokens.least,
+            image_max_tokens=self.image_tokens.most,
+            memory=self.memory,
+            memory_budget=self.memory_budget,
+            n_seq_max=self._n_seq_max,
+            elastic=self.elastic,
+        )
+        return state
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
         self._closed = True
+        asking, self._asking = getattr(self, "_asking", None), None
+        if asking is not None:
+            asking.close()
         session, self._session = getattr(self, "_session", None), None
         if session is not None:
             session.forget()

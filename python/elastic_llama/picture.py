@@ -152,18 +152,21 @@ def _draw_panel(
     page.text(x, y + 0.2, f"{panel.name}: {len(share)} cells", weight="bold")
     page.text(x, y + 0.4, panel.note or f"{rows} × {columns} patches", fontsize=9, color=_FAINT)
     x_map, y = x + side + _GAP, y + _CAPTION
+    width, height = (side * n / max(rows, columns) for n in (columns, rows))
     page.text(x_map, y - _CAPTION + 0.2, f"kept: {share.mean():.2f} on average", weight="bold")
     spread = f"{share.min():.2f} to {share.max():.2f}, {np.count_nonzero(share == 0)} kept nowhere"
     page.text(x_map, y - _CAPTION + 0.4, spread, fontsize=9, color=_FAINT)
 
     if panel.image is not None:
-        plain = page.axes(x, y, side, side)
-        plain.imshow(panel.image, interpolation="lanczos")
+        shape = (width, height) if rows > 1 else (side, side)
+        plain = page.axes(x, y, *shape)
+        aspect = "auto" if rows > 1 else "equal"
+        plain.imshow(panel.image, interpolation="lanczos", aspect=aspect)
         _frame(plain, ticks=False)
     if rows == 1:
         heat = page.axes(x_map, y, side, _STRIP)
     else:
-        heat = page.axes(x_map, y, side, side)
+        heat = page.axes(x_map, y, width, height)
     heat.set_label(panel.name)
     grid = share.reshape(rows, columns)
     extent = (0, columns, rows, 0)

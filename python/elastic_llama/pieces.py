@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-__all__ = ["ImagePiece", "Piece", "TextPiece", "common_prefix", "image_start", "piece_ids"]
+__all__ = [
+    "ImagePiece",
+    "Piece",
+    "TextPiece",
+    "common_prefix",
+    "image_start",
+    "n_cells_from",
+    "piece_ids",
+    "pixel_key",
+]
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,11 @@ class TextPiece:
     tokens: tuple[int, ...]
 
     def __len__(self) -> int:
+        """Positions that it takes."""
+        return len(self.tokens)
+
+    @property
+    def n_cells(self) -> int:
         return len(self.tokens)
 
 
@@ -30,22 +45,40 @@ class ImagePiece:
     ----------
     key : str
         Tells its content apart from every other one's, such as a hash of the pixels.
-    n_tokens : int
-        Positions that it takes.
+    n_positions : int
+        Positions that it takes: fewer than its embeddings with M-RoPE.
     decode : callable
         ``decode(n_past) -> int`` puts it into the cache at position `n_past` and returns the next
         position. Called only if the cache does not hold it already.
+    n_embeddings : int, optional
+        Cells that it takes; as many as positions by default.
+    part : int
+        Which of the chunks of its image it is: tiles and an overview are one each.
+    grid : (int, int), optional
+        Rows and columns of its embeddings where all of them are at its first position (M-RoPE).
     """
 
     key: str
-    n_tokens: int
+    n_positions: int
     decode: Callable[[int], int]
+    n_embeddings: int | None = None
+    part: int = 0
+    grid: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return self.n_tokens
+        return self.n_positions
+
+    @property
+    def n_cells(self) -> int:
+        return self.n_positions if self.n_embeddings is None else self.n_embeddings
 
 
 Piece = Any  # TextPiece or ImagePiece
+
+
+def pixel_key(image: Image.Image) -> str:
+    """The key of an RGB image: a hash of its size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def image_ids(key: str, n: int) -> np.ndarray:
@@ -64,6 +97,17 @@ def piece_ids(pieces: Sequence[Piece]) -> np.ndarray:
         for p in pieces
     ]
     return np.concatenate(parts) if parts else np.empty(0, np.intc)
+
+
+def n_cells_from(pieces: Sequence[Piece], n: int) -> int:
+    """Cells that a prompt takes from position `n` on, which is within no image."""
+    first = n_cells = 0
+    for piece in pieces:
+        last = first + len(piece)
+        if last > n:
+            n_cells += piece.n_cells if first >= n else last - n
+        first = last
+    return n_cells
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

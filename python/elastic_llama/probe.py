@@ -33,11 +33,18 @@ class _Answer:
     n_left: int
 
 
-def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int]) -> int:
+def probe(
+    ctx: Any,
+    session: Any,
+    config: ElasticConfig,
+    first: Mapping[int, int],
+    positions: Mapping[int, int] | None = None,
+) -> int:
     """Decode likely answers, one token of each in a batch, and take them back.
 
     Nothing is decoded for a sequence with image cells, whose answer looks from one patch to
-    another, so that its beginning says little of the rest; nor where nothing is dropped. If
+    another, so that its beginning says little of the rest; nor where nothing is dropped, nor with
+    a memory that cannot take back what was decoded (recurrent layers). If
     anything was decoded, the logits of the context are not the prompt's any more.
 
     Parameters
@@ -47,6 +54,9 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
         Its elastic cache, attached as `config` says.
     first : mapping of int to int
         Sequences whose prompts are about to be compressed, and the first token of each answer.
+    positions : mapping of int to int, optional
+        Where that token goes in each; by default behind the last cell, which is not behind an
+        image with M-RoPE.
 
     Returns
     -------
@@ -63,7 +73,12 @@ def probe(ctx: Any, session: Any, config: ElasticConfig, first: Mapping[int, int
     _check(ctx, first, n_vocab)
     memory = llama_cpp.llama_get_memory(ctx)
     answers = [
-        _Answer(seq_id, token, llama_cpp.llama_memory_seq_pos_max(memory, seq_id) + 1, n)
+        _Answer(
+            seq_id,
+            token,
+            (positions or {}).get(seq_id, llama_cpp.llama_memory_seq_pos_max(memory, seq_id) + 1),
+            n,
+        )
         for seq_id, token in first.items()
         if (n := n_probe_tokens(ctx, session, config, seq_id, len(first))) > 0
         and not llama_cpp.llama_vocab_is_eog(vocab, token)
@@ -100,7 +115,7 @@ def n_probe_tokens(
 ) -> int:
     """Tokens of its answer that are decoded for a sequence, one of `n_seqs` at once."""
     n_gone = int(session.n_to_drop(seq_id))
-    if config.probe == 0 or n_gone == 0 or not _looks(config):
+    if config.probe == 0 or n_gone == 0 or not _looks(config) or not session.can_probe():
         return 0
     n = config.probe
     if n is None:
@@ -109,7 +124,7 @@ def n_probe_tokens(
         return 0
     if (session.cells(seq_id)["kind"] == _IMAGE).any():
         return 0
-    n = min(n, _n_free(ctx, session, seq_id) // n_seqs)
+    n = min(n, int(session.n_free(seq_id)) // n_seqs)
     if config.kv_cells is not None:  # beyond these the prompt would be compressed on the way
         n_most = config.kv_cells + int(llama_cpp.llama_n_ubatch(ctx))
         n = min(n, n_most - int(session.n_cells(seq_id)))
@@ -125,20 +140,6 @@ def _looks(config: ElasticConfig) -> bool:
     """Whether the policy goes by attention at all."""
     needs = policy_row(config.policy)["needs"]
     return bool(needs["sum"] or needs["n_window"] or needs["decay"])
-
-
-def _n_free(ctx: Any, session: Any, seq_id: int) -> int:
-    """Cells of the context that a sequence could still take."""
-    n_cells = int(llama_cpp.llama_n_ctx_seq(ctx))
-    if n_cells < int(llama_cpp.llama_n_ctx(ctx)):  # a stream of cells for each sequence
-        return n_cells - int(session.n_cells(seq_id))
-    memory = llama_cpp.llama_get_memory(ctx)
-    used = [
-        session.cells(i)["index"]
-        for i in range(llama_cpp.llama_n_seq_max(ctx))
-        if llama_cpp.llama_memory_seq_pos_max(memory, i) >= 0
-    ]
-    return n_cells - len(np.unique(np.concatenate(used)))
 
 
 def _check(ctx: Any, first: Mapping[int, int], n_vocab: int) -> None:

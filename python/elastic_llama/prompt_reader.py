@@ -17,40 +17,40 @@ import numpy as np
 from llama_cpp import mtmd_cpp
 
 from .pieces import ImagePiece, Piece, TextPiece, piece_ids
-from .vision import Vision
+from .vision import ImageTokens, Vision
 
 if TYPE_CHECKING:
     from .llama import ElasticLlama
 
-_N_ENCODED = 8  # images whose embeddings are kept, about 1 to 10 MiB each
+_MAX_BYTES = 128 << 20  # of embeddings: an image has about 1 to 50 MiB, in one tile or many
 
 
 class EncodedImages:
-    """Embeddings of the images that were asked for last, f32 [n_tokens, n_embd] each."""
+    """Embeddings of the images and tiles that were asked for last, f32 [n_tokens, n_embd] each.
 
-    def __init__(self) -> None:
+    The last one, and those before it as far as `max_bytes` takes.
+    """
+
+    def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self._known: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._max_bytes = max_bytes
 
     def get(self, key: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
         """Those of an image with this content; `encode` is called if they are not known."""
         if key not in self._known:
             self._known[key] = encode()
         self._known.move_to_end(key)
-        while len(self._known) > _N_ENCODED:
-            self._known.popitem(last=False)
+        n_bytes = sum(embeddings.nbytes for embeddings in self._known.values())
+        while n_bytes > self._max_bytes and len(self._known) > 1:
+            n_bytes -= self._known.popitem(last=False)[1].nbytes
         return self._known[key]
-
-
-def n_positions(native: Any) -> int:
-    """Positions that a chunk takes: fewer than its tokens with M-RoPE."""
-    return int(mtmd_cpp.mtmd_input_chunk_get_n_pos(native))
 
 
 class Pieces:
     """The pieces of a prompt, noted in place of being decoded."""
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
-        self._llm, self._known = llm, known
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str) -> None:
+        self._llm, self._known, self._tower_key = llm, known, tower
         self._bitmap: bytes | None = None  # whose chunk came last
         self._part = 0  # which of its chunks that was
         self.all: list[Piece] = []
@@ -64,12 +64,16 @@ class Pieces:
         is_next = bitmap is not None and bitmap == self._bitmap
         self._bitmap, self._part = bitmap, self._part + 1 if is_next else 0
         content = secrets.token_hex() if bitmap is None else bitmap.decode().partition("/")[0]
-        key, n = f"{content}-{self._part}", n_positions(native)
-        self.all.append(ImagePiece(key, n, self._decoder(key, ctx, native)))
+        tower = _Tower(ctx, self._llm)
+        chunk = tower._chunk(native)
+        tower.check_batch(chunk)
+        key, n = f"{self._tower_key}{content}-{self._part}", chunk.n_positions
+        decode = self._decoder(key, tower, native)
+        self.all.append(ImagePiece(key, n, decode, chunk.n_tokens, self._part, chunk.grid))
         return n
 
-    def _decoder(self, key: str, ctx: Any, native: Any) -> Callable[[int], int]:
-        tower, own, known = _Tower(ctx, self._llm), _OwnChunk(native), self._known
+    def _decoder(self, key: str, tower: Vision, native: Any) -> Callable[[int], int]:
+        own, known = _OwnChunk(native), self._known
 
         def decode(n_past: int) -> int:
             chunk = tower._chunk(own.native)
@@ -82,12 +86,13 @@ class PromptReader:
     """Stands for an `ElasticLlama` while a chat handler goes through the chunks of a prompt.
 
     The handler resets it, has each chunk decoded, asks for the ids of all of them, and for a
-    completion. What the cache lacks is decoded when the ids are asked for.
+    completion. What the cache lacks is decoded when the ids are asked for. `tower` names the vision
+    tower, if it is not the one of `llm`.
     """
 
-    def __init__(self, llm: ElasticLlama, known: EncodedImages) -> None:
+    def __init__(self, llm: ElasticLlama, known: EncodedImages, tower: str = "") -> None:
         self._llm = llm
-        self._pieces = Pieces(llm, known)
+        self._pieces = Pieces(llm, known, tower)
         self._ctx = SimpleNamespace(ctx=self._pieces, kv_cache_clear=lambda: None)
         self.n_tokens = 0
 
@@ -107,9 +112,19 @@ class PromptReader:
         self._llm.prefill(self._pieces.all)
         return piece_ids(self._pieces.all)
 
-    def create_completion(self, *, stream: bool = False, **kwargs: Any) -> Any:
-        out = self._llm.create_completion(stream=stream, **kwargs)
-        return self._streamed(out) if stream else out
+    def create_completion(
+        self, *, stream: bool = False, max_tokens: int | None = None, **kwargs: Any
+    ) -> Any:
+        llm, n_room = self._llm, self._llm._room.for_answer()
+        if n_room is not None:
+            max_tokens = min(max_tokens, n_room) if max_tokens and max_tokens > 0 else n_room
+        out = llm.create_completion(stream=stream, max_tokens=max_tokens, **kwargs)
+        if stream:
+            return self._streamed(out)
+        n_more = sum(piece.n_cells - len(piece) for piece in self._pieces.all)
+        for name in ("prompt_tokens", "total_tokens"):  # which it takes for positions
+            out["usage"][name] += n_more
+        return out
 
     def _streamed(self, chunks: Iterator[Any]) -> Iterator[Any]:
         self._llm.prefill(self._pieces.all)  # another call may have come before the first piece
@@ -118,6 +133,12 @@ class PromptReader:
 
 class Mtmd:
     """libmtmd, where the chunks of a `PromptReader` are noted and those of a model decoded."""
+
+    def __init__(self, image_tokens: ImageTokens | None = None) -> None:
+        self._image_tokens = image_tokens or ImageTokens()
+
+    def mtmd_context_params_default(self) -> Any:
+        return self._image_tokens.applied(mtmd_cpp.mtmd_context_params_default())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(mtmd_cpp, name)

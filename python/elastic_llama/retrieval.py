@@ -52,9 +52,8 @@ def measured_scores(llm: ElasticLlama) -> list[float]:
             kept = json.loads(file.read_text(encoding="utf-8"))
             scores = [float(x) for x in kept["scores"]]
             _core.layer_shares(scores)  # refuses what no measure gives
-            n_layer = llama_cpp.llama_model_n_layer(llm._model.model)
             same = kept["version"] == VERSION and kept["model"] == path
-            if same and len(scores) == n_layer:
+            if same and len(scores) == _n_layer(llm):
                 return scores
     log.info("measuring which layers look words up; once for this model file")
     address = ctypes.cast(llm._model.model, ctypes.c_void_p).value or 0
@@ -65,6 +64,15 @@ def measured_scores(llm: ElasticLlama) -> list[float]:
         except OSError:
             _measured[file] = scores
     return scores
+
+
+def _n_layer(llm: ElasticLlama) -> int:
+    """Layers of the part of the memory that is compressed; of the model where that is not known."""
+    address = ctypes.cast(llm._ctx.ctx, ctypes.c_void_p).value or 0
+    try:
+        return int(_core.memory(address)["n_layer"])
+    except NotImplementedError:
+        return int(llama_cpp.llama_model_n_layer(llm._model.model))
 
 
 def _cache_file(path: str) -> Path | None:

@@ -26,16 +26,37 @@ class Rewinder:
 
     def end(self) -> int:
         """Position after the last one in the cache."""
-        memory = self.llm._ctx.memory
-        if memory is None:
+        if self.llm._ctx.memory is None:
             return int(self.llm.n_tokens)
-        return int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1
+        n = self.llm._spans.end(self._behind_cells())
+        # which knows images that another handler decoded
+        return n if self.llm.session is None else max(n, int(self.llm.session.next_pos(0)))
+
+    def _behind_cells(self) -> int:
+        """Position after the last cell's, which may still be within an image (M-RoPE)."""
+        if self.llm._ctx.memory is None:
+            return int(self.llm.n_tokens)
+        return int(llama_cpp.llama_memory_seq_pos_max(self.llm._ctx.memory, 0)) + 1
 
     def can_cut(self, n: int) -> int:
         """The largest position <= `n` from which on everything can be removed exactly."""
         n = min(n, self.end())
         session = self.llm.session
-        return n if session is None else int(session.can_cut(n))
+        if n >= self._behind_cells():
+            return n
+        return (n if self._has_window(n) else 0) if session is None else int(session.can_cut(n))
+
+    @property
+    def n_window(self) -> int:
+        """Tokens that a sliding window of the model sees; 0: it has none."""
+        return int(llama_cpp.llama_model_n_swa(self.llm.model))
+
+    def _has_window(self, n: int) -> bool:
+        """Whether the cells that position `n` sees in a sliding window are there still."""
+        memory = self.llm._ctx.memory
+        if memory is None:
+            return True
+        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0)) <= max(0, n - self.n_window)
 
     def cut(self, n: int) -> int:
         """Remove everything from `can_cut(n)` on; returns that position, which is `n_tokens` then.
@@ -43,11 +64,17 @@ class Rewinder:
         A memory that cannot be cut there (recurrent models) is cleared.
         """
         n = self.can_cut(n)
-        if not self.llm._ctx.kv_cache_seq_rm(-1, n, -1):
+        if not self.llm._ctx.kv_cache_seq_rm(0, n, -1):
             n = 0
-            self.llm._ctx.kv_cache_seq_rm(-1, 0, -1)
+            if not self.llm._ctx.kv_cache_seq_rm(0, 0, -1):
+                self.llm._ctx.kv_cache_clear()
         self.llm.n_tokens = n
+        self.llm._spans.cut(n)
         return n
+
+    def common_prefix(self, ids: np.ndarray) -> int:
+        """Positions at the beginning of the prompt `ids` that the cache holds or once held."""
+        return common_prefix(self.llm.input_ids[: min(int(self.llm.n_tokens), self.end())], ids)
 
     def keep_prefix(self, ids: np.ndarray) -> int:
         """Keep the longest possible prefix of the prompt `ids` that the cache holds.
@@ -62,7 +89,7 @@ class Rewinder:
         """
         llm = self.llm
         held = min(int(llm.n_tokens), self.end())
-        n = common_prefix(llm.input_ids[:held], ids)
+        n = self.common_prefix(ids)
         if n == len(ids) == held == llm.n_tokens and not llm._requires_eval:
             return n  # nothing came after it, and its logits are there
         n = self._cut_between_images(ids, n)
@@ -96,12 +123,12 @@ class Rewinder:
         llm = self.llm
         n = int(llm.n_tokens)
         missing = llm.input_ids[self.can_cut(n) : n].copy()
-        if (missing < 0).any():
+        if (missing < 0).any() or llm._spans.is_inside(n):
             raise StateError(
                 message(
                     "eval",
-                    f"the cache cannot be cut at position {n}, since it was compressed behind it, "
-                    "and an image would have to be read again",
+                    f"the cache cannot be cut at position {n}, and an image would have to be read "
+                    "again",
                     do="ask with create_chat_completion or Conversation, which have the image",
                 )
             )

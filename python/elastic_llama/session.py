@@ -37,8 +37,9 @@ class Resolved:
         Cells of each layer in relation to the others'; empty: all as many.
     frees_layers : bool
         Whether the memory of cells that are masked in single layers goes back to the system.
-    own_op : bool
-        Whether attention that is scored or biased is one op of ours; else it is llama.cpp's.
+    attention : tuple of str
+        How attention that is scored or biased is computed, of each layer of the cache: "own op"
+        (on the CPU), "fused op, a mask per head", "fused op, a head as a stream", "plain ops".
     """
 
     policy: str
@@ -52,7 +53,7 @@ class Resolved:
     checkpoints: int
     layer_share: tuple[float, ...]
     frees_layers: bool
-    own_op: bool
+    attention: tuple[str, ...]
 
 
 def attach(llm: ElasticLlama, ctx: Any, elastic: ElasticConfig) -> Any:
@@ -117,7 +118,7 @@ def resolve(session: Any, elastic: ElasticConfig) -> Resolved:
         checkpoints=elastic.checkpoints,
         layer_share=tuple(session.layer_share()),
         frees_layers=session.frees_rows(),
-        own_op=session.has_own_op(),
+        attention=tuple(session.attention()),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,9 @@ from PIL import Image, ImageOps
 from .config import policy_row
 from .errors import ConfigError, StateError, message
 from .gguf_check import Header, read_header
+from .grids import Grid, grid_of, tile_boxes
 from .images import ImageSource, as_images, load_image
+from .pieces import ImagePiece
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -30,18 +31,18 @@ _PAD_COLOR = (122, 116, 104)
 
 @dataclass(frozen=True)
 class Panel:
-    """One image and its cells.
+    """One image, or a tile of one, and its cells.
 
     Attributes
     ----------
     name : str
-        "image 1", "image 2", ...; "images" for several that cannot be told apart.
+        "image 1", "image 2, tile 1 of 4", "image 2, overview", ...
     cells : int array [n]
         Logical indices before the compression, in the order of the patches.
     shape : (int, int)
-        Rows and columns of patches; (1, n) where the cells are no square.
+        Rows and columns of patches; (1, n) where they are not known.
     image : PIL image or None
-        As the vision tower saw it; None for several images.
+        What the vision tower saw; None where that part of the image is not known.
     note : str
         What the picture cannot show exactly, or "".
     """
@@ -157,7 +158,8 @@ def look(
 
     chat.clear()
     chat.prefill(question, loaded)
-    ids, plan, n_after = _compress(llm)
+    ids, chunks = _cells(chat)
+    plan, n_after = _compress(llm)
     n_cells = len(ids)
     rows = f"the {n_layer} layers × {n_head} KV heads"
     if layer is not None:
@@ -165,7 +167,7 @@ def look(
     return Kept(
         share=kept_share(plan, n_cells, layer),
         pieces=_pieces(llm, ids),
-        panels=_panels(llm.mmproj_path, ids < 0, loaded),
+        panels=_panels(llm.mmproj_path, chunks, loaded),
         n_after=n_after,
         title=_title(llm, n_cells, n_after),
         subtitle=f"share of {rows} that keep a cell; {_fate(llm, plan)}",
@@ -182,17 +184,51 @@ def _shape(llm: ElasticLlama) -> tuple[int, int]:
     return int(n_layer), int(n_head)
 
 
-def _compress(llm: ElasticLlama) -> tuple[np.ndarray, Any, int]:
-    """Ids of the prompt's cells, the plan, None where nothing was compressed, and cells after."""
+@dataclass(frozen=True)
+class _Chunk:
+    """An image, or a tile of one, and the cells that are there of it."""
+
+    piece: ImagePiece
+    cells: np.ndarray
+
+
+def _cells(chat: Conversation) -> tuple[np.ndarray, list[_Chunk]]:
+    """Token of each cell of the prompt, < 0 in images, and the cells of each image chunk."""
+    pos, tokens, owners = [], [], []
+    start = 0
+    for i, piece in enumerate(chat._pieces):
+        is_image = isinstance(piece, ImagePiece)
+        n = piece.n_cells
+        is_at_one = isinstance(piece, ImagePiece) and piece.grid is not None  # M-RoPE
+        spread = np.zeros(n, np.int64) if is_at_one else np.arange(n)
+        pos.append(start + spread)
+        tokens.append(np.full(n, -1) if is_image else np.asarray(piece.tokens))
+        owners.append(np.full(n, i))
+        start += len(piece)
+    all_pos, all_tokens, owner = (np.concatenate(part) for part in (pos, tokens, owners))
+    session = chat.llm.session
+    here = all_pos if session is None else session.cells()["pos"]
+    if len(here) < len(all_pos):  # some were merged while the prompt was read
+        first = np.searchsorted(all_pos, here)
+        all_tokens, owner = all_tokens[first], owner[first]
+    chunks = [
+        _Chunk(piece, np.flatnonzero(owner == i))
+        for i, piece in enumerate(chat._pieces)
+        if isinstance(piece, ImagePiece)
+    ]
+    return all_tokens, [chunk for chunk in chunks if len(chunk.cells)]
+
+
+def _compress(llm: ElasticLlama) -> tuple[Any, int]:
+    """The plan, None where nothing was compressed, and cells after."""
     session = llm.session
     if session is None:  # every cell stays
-        return llm.input_ids[: llm.n_tokens], None, llm.n_tokens
-    ids = llm.input_ids[session.cells()["pos"]]
+        return None, llm._room.n_used()
     n_done = session.stats()["compressions"]
     session.compress()
     # where nothing was compressed, the last plan is that of an earlier prompt
     plan = session.last_plan() if session.stats()["compressions"] > n_done else None
-    return ids, plan, int(session.n_per_layer())
+    return plan, int(session.n_per_layer())
 
 
 def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:
@@ -235,68 +271,63 @@ def visible(piece: bytes) -> str:
 
 
 def _panels(
-    mmproj_path: str | None, is_image: np.ndarray, images: Sequence[Image.Image]
+    mmproj_path: str | None, chunks: list[_Chunk], images: list[Image.Image]
 ) -> list[Panel]:
-    if not images or mmproj_path is None:
+    if not chunks or mmproj_path is None:
         return []
     tower = read_header(mmproj_path, "mmproj")
-    side = _patches_per_side(tower)
-    groups = image_groups(is_image, len(images), side)
-    if len(groups) < len(images):
-        note = f"{len(images)} images that cannot be told apart: cells in order, as one strip"
-        return [Panel("images", groups[0], (1, len(groups[0])), None, note)]
-    return [
-        _panel(f"image {i + 1}", cells, image, tower, side)
-        for i, (cells, image) in enumerate(zip(groups, images))
-    ]
+    first = [i for i, chunk in enumerate(chunks) if chunk.piece.part == 0]
+    panels: list[Panel] = []
+    for k, (begin, end) in enumerate(zip(first, [*first[1:], len(chunks)])):
+        panels += _image_panels(f"image {k + 1}", chunks[begin:end], images[k], tower)
+    return panels
 
 
-def _panel(name: str, cells: np.ndarray, image: Image.Image, tower: Header, side: int) -> Panel:
-    shape = grid_shape(len(cells), side)
-    if shape[0] == 1:
-        note = "not a square of patches: cells in order, as one strip"
-        return Panel(name, cells, shape, image, note)
+def _image_panels(
+    name: str, chunks: list[_Chunk], image: Image.Image, tower: Header
+) -> Iterator[Panel]:
+    """One for each chunk of an image: it, or its tiles and an overview."""
+    boxes = tile_boxes(len(chunks), _kind(tower), image.size)
+    n_tile = 0
+    for chunk, box in zip(chunks, boxes):
+        part = None if box is None else image.crop(box)
+        is_tile = box != (0, 0, *image.size)
+        n_tile += is_tile
+        if len(chunks) == 1:
+            yield _panel(name, chunk, image, tower)
+        else:
+            what = f"tile {n_tile} of {len(chunks) - 1}" if is_tile else "overview"
+            yield _panel(f"{name}, {what}", chunk, part, tower)
+
+
+def _panel(name: str, chunk: _Chunk, image: Image.Image | None, tower: Header) -> Panel:
+    kind, n = _kind(tower), len(chunk.cells)
+    size = (1, 1) if image is None else image.size
+    grid = grid_of(n, kind, size, _patches_per_side(tower))
+    if chunk.piece.grid is not None:
+        grid = Grid(*chunk.piece.grid)
+    if grid is None or n != chunk.piece.n_cells:
+        return Panel(name, chunk.cells, (1, n), image, "cells in order, as one strip")
+    cells = chunk.cells[grid.patches()]
+    if image is not None and kind in _PADDED:
+        side = int(tower.meta.get("clip.vision.image_size", 0)) or max(image.size)
+        seen = ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR, color=_PAD_COLOR)
+        return Panel(name, cells, grid.shape, seen)
+    note = "" if image is None or _is_near(grid, size) else "image stretched over its patches"
+    return Panel(name, cells, grid.shape, image, note)
+
+
+def _is_near(grid: Grid, size: tuple[int, int]) -> bool:
+    """Whether patches are about as high as wide."""
+    return 0.8 < grid.columns * size[1] / (grid.rows * size[0]) < 1.25
+
+
+def _kind(tower: Header) -> str:
     meta = tower.meta
-    kind = meta.get("clip.vision.projector_type", meta.get("clip.projector_type", "mlp"))
-    size = int(meta.get("clip.vision.image_size", 0)) or max(image.size)
-    if kind in _PADDED:
-        seen = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=_PAD_COLOR)
-        return Panel(name, cells, shape, seen)
-    seen = image.resize((size, size))
-    return Panel(name, cells, shape, seen, "image stretched over its patches")
+    return str(meta.get("clip.vision.projector_type", meta.get("clip.projector_type", "mlp")))
 
 
 def _patches_per_side(tower: Header) -> int:
     """Of a tower for square images; 0 if unknown."""
     size, patch = (int(tower.meta.get(f"clip.vision.{k}_size", 0)) for k in ("image", "patch"))
     return size // patch if patch else 0
-
-
-def grid_shape(n: int, side: int = 0) -> tuple[int, int]:
-    """Rows and columns of an image's n cells: the tower's square or a pooled one, else (1, n).
-
-    A square that is no whole fraction of `side` (patches per side of the tower, 0 if unknown) is a
-    coincidence: several tiles in a row.
-    """
-    k = math.isqrt(n)
-    return (k, k) if n and k * k == n and side % k == 0 else (1, n)
-
-
-def image_groups(is_image: np.ndarray, n_images: int, side: int = 0) -> list[np.ndarray]:
-    """Cells of each image: `n_images` index arrays, or one of all if they cannot be told apart.
-
-    `is_image` is bool [n_cells]. Images side by side in a prompt make one run of cells; only a
-    tower that gives every image one square of patches says where the next one begins.
-    """
-    cells = np.flatnonzero(is_image)
-    runs = np.split(cells, np.flatnonzero(np.diff(cells) > 1) + 1)
-    if len(runs) == n_images:
-        return runs
-    n = len(cells) // n_images
-    if (
-        n * n_images == len(cells)
-        and grid_shape(n, side)[0] > 1
-        and not any(len(r) % n for r in runs)
-    ):
-        return np.split(cells, n_images)
-    return [cells]

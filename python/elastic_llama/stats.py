@@ -40,7 +40,7 @@ class ElasticStats(_Renamed):
     probe_ms: float = 0.0  # decoding what answers begin with, to compress by it (probe)
     checkpoint_bytes: int = 0  # held outside of the cache, to take answers back (checkpoints)
     cells: int = 0  # held now
-    tokens: int = 0  # seen by the sequence
+    tokens: int = 0  # seen by the sequence: of text, and embeddings of images
 
     def __str__(self) -> str:
         cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f}"

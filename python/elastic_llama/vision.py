@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import numbers
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,81 @@ from llama_cpp import mtmd_cpp
 from llama_cpp._utils import suppress_stdout_stderr
 from PIL import Image
 
-from .errors import ContextOverflowError, ImageError, ModelFileError, StateError, message
+from .errors import (
+    ConfigError,
+    ContextOverflowError,
+    ImageError,
+    ModelFileError,
+    StateError,
+    message,
+)
 
+_MOST_TOKENS = 32768  # libmtmd counts the pixels of these in 32 bits
+_COUNTED = 112  # pixels of a side of an image that is only counted
 MARKER = mtmd_cpp.mtmd_default_marker().decode()
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Bounds of the embeddings that an image becomes; None: those of the vision tower.
+
+    They say how large towers take an image that take any size (Qwen-VL, Pixtral, LFM2-VL, Gemma 4).
+
+    Raises
+    ------
+    ConfigError
+        A bound below 1, or the smaller one above the larger one.
+    """
+
+    least: int | None = None
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("image_min_tokens", self.least), ("image_max_tokens", self.most)):
+            is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if value is not None and not (is_number and 1 <= value <= _MOST_TOKENS):
+                expected = f"a whole number from 1 to {_MOST_TOKENS}"
+                raise ConfigError(message("vision", name, repr(value), expected))
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ConfigError(
+                message(
+                    "vision",
+                    "image_min_tokens",
+                    self.least,
+                    f"at most image_max_tokens = {self.most}",
+                )
+            )
+
+    def check_refusal(self) -> None:
+        """Raise `ConfigError` if a tower that libmtmd refuses may be so for these bounds."""
+        if self != ImageTokens():
+            raise ConfigError(
+                message(
+                    "vision",
+                    "image_min_tokens, image_max_tokens",
+                    f"{self.least}, {self.most}",
+                    "bounds that the vision tower takes; its own lie between them, or are replaced",
+                    "pass both, or neither",
+                )
+            )
+
+    def applied(self, params: Any) -> Any:
+        """`params`, a `mtmd_context_params`, with these bounds."""
+        params.image_min_tokens = -1 if self.least is None else int(self.least)
+        params.image_max_tokens = -1 if self.most is None else int(self.most)
+        return params
 
 
 @dataclass
 class Chunk:
-    """Part of a prompt: text tokens, or one image. `native` lives as long as its `chunks` scope."""
+    """Part of a prompt: text tokens, or one image or tile of one.
+
+    `native` lives as long as its `chunks` scope.
+    """
 
     tokens: list[int]
     native: Any
-    n_tokens: int
+    n_tokens: int  # which is cells
     bitmap_id: str | None = None  # which of the images it belongs to, a number from 0 on
 
     def __len__(self) -> int:
@@ -37,6 +101,31 @@ class Chunk:
     def is_image(self) -> bool:
         return self.native is not None
 
+    @property
+    def n_positions(self) -> int:
+        """Positions that it takes: fewer than its tokens with M-RoPE."""
+        if self.native is None:
+            return self.n_tokens
+        return int(mtmd_cpp.mtmd_input_chunk_get_n_pos(self.native))
+
+    @property
+    def knows_its_number(self) -> bool:
+        """Whether positions say which image of the prompt it is (HunyuanVL)."""
+        image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(self.native) if self.native else None
+        if image is None or self.n_tokens < 3:
+            return False
+        second = mtmd_cpp.mtmd_image_tokens_get_decoder_pos(image, 0, 1)
+        return (int(second.t), int(second.x)) == (1, 0)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns, where all embeddings are at one position (M-RoPE); else None."""
+        image = mtmd_cpp.mtmd_input_chunk_get_tokens_image(self.native) if self.native else None
+        if image is None:
+            return None
+        last = mtmd_cpp.mtmd_image_tokens_get_decoder_pos(image, 0, self.n_tokens - 1)
+        return (int(last.y) + 1, int(last.x) + 1) if last.t == 0 else None
+
 
 class Vision:
     """One mtmd context.
@@ -45,11 +134,19 @@ class Vision:
     ----------
     mmproj_path : path
     llm : llama_cpp.Llama
+    image_tokens : ImageTokens, optional
+        Fewest and most embeddings of an image, for towers that take images of any size.
     """
 
-    def __init__(self, mmproj_path: str | os.PathLike[str], llm: Any) -> None:
+    def __init__(
+        self,
+        mmproj_path: str | os.PathLike[str],
+        llm: Any,
+        image_tokens: ImageTokens | None = None,
+    ) -> None:
         self.llm = llm
-        params = mtmd_cpp.mtmd_context_params_default()
+        image_tokens = image_tokens or ImageTokens()
+        params = image_tokens.applied(mtmd_cpp.mtmd_context_params_default())
         params.n_threads = llm.n_threads_batch
         params.print_timings = False
         params.use_gpu = True
@@ -57,6 +154,7 @@ class Vision:
             path = os.fspath(mmproj_path).encode()
             self.ctx = mtmd_cpp.mtmd_init_from_file(path, llm.model, params)
         if self.ctx is None:
+            image_tokens.check_refusal()
             raise ModelFileError(
                 message(
                     "mmproj",
@@ -78,9 +176,12 @@ class Vision:
 
     @contextmanager
     def chunks(
-        self, prompt: str, images: list[Image.Image], add_special: bool
+        self, prompt: str, images: Sequence[Image.Image | None], add_special: bool
     ) -> Iterator[list[Chunk]]:
-        """The chunks of a prompt in which `MARKER` stands for each image in turn."""
+        """The chunks of a prompt in which `MARKER` stands for each image in turn.
+
+        None stands for an image that is only counted, and not encoded.
+        """
         bitmaps = [self._bitmap(image) for image in images]
         for i, bitmap in enumerate(bitmaps):
             mtmd_cpp.mtmd_bitmap_set_id(bitmap, str(i).encode())
@@ -109,6 +210,27 @@ class Vision:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
             for bitmap in bitmaps:
                 mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+    def check_batch(self, chunk: Chunk) -> None:
+        """Refuse an image whose embeddings see each other, but do not fit in one batch.
+
+        Raises
+        ------
+        ConfigError
+        """
+        n_most = min(self.llm.n_batch, int(llama_cpp.llama_n_ubatch(self.llm._ctx.ctx)))
+        if chunk.n_tokens <= n_most:
+            return
+        if mtmd_cpp.mtmd_decode_use_non_causal(self.ctx, chunk.native):
+            raise ConfigError(
+                message(
+                    "image",
+                    "embeddings of an image that this model reads at once",
+                    chunk.n_tokens,
+                    f"at most n_batch and n_ubatch, {n_most}",
+                    f"pass n_batch={chunk.n_tokens} and n_ubatch={chunk.n_tokens}, or more",
+                )
+            )
 
     def encode(self, chunk: Chunk) -> tuple[np.ndarray, float]:
         """Embeddings of an image f32 [n_tokens, n_embd], and the milliseconds they took."""
@@ -151,7 +273,9 @@ class Vision:
             raise StateError(message("image", "llama.cpp could not decode it", f"code {code}"))
         return int(n_past_new.value)
 
-    def _bitmap(self, image: Image.Image) -> Any:
+    def _bitmap(self, image: Image.Image | None) -> Any:
+        if image is None:
+            return mtmd_cpp.mtmd_bitmap_init(_COUNTED, _COUNTED, None)
         pixels = image.convert("RGB").tobytes()  # libmtmd reads three bytes a pixel
         buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
         return mtmd_cpp.mtmd_bitmap_init(image.width, image.height, buffer)

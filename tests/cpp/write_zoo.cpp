@@ -9,21 +9,25 @@
 
 #include "../src/llama-model.h"
 
+#include <map>
 #include <set>
 
 namespace {
 
 // what the recipe lacks for an architecture, or has in a form that it does not read
-void complete(llm_arch arch, gguf_context * meta, bool shared_kv) {
+void complete(llm_arch arch, gguf_context * meta, bool is_variant) {
     llama_model_saver ms(arch, meta);
     switch (arch) {
         case LLM_ARCH_GEMMA4:
             ms.add_kv(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, std::vector<uint32_t>({ 1, 1, 0, 1, 0 }));
-            ms.add_kv(LLM_KV_ATTENTION_SHARED_KV_LAYERS, uint32_t(shared_kv ? 2 : 0));
+            ms.add_kv(LLM_KV_ATTENTION_SHARED_KV_LAYERS, uint32_t(is_variant ? 2 : 0));
             ms.add_kv(LLM_KV_ATTENTION_KEY_LENGTH, uint32_t(64));
             ms.add_kv(LLM_KV_ATTENTION_VALUE_LENGTH, uint32_t(64));
             ms.add_kv(LLM_KV_ROPE_DIMENSION_COUNT, uint32_t(64));
             ms.add_kv(LLM_KV_ROPE_DIMENSION_COUNT_SWA, uint32_t(64));
+            break;
+        case LLM_ARCH_LFM2:  // as published: without a window
+            gguf_remove_key(meta, LLM_KV(arch)(LLM_KV_ATTENTION_SLIDING_WINDOW).c_str());
             break;
         case LLM_ARCH_GRANITE_SWITCH:
             ms.add_kv(LLM_KV_ADAPTER_COUNT, uint32_t(1));
@@ -80,14 +84,19 @@ void save(const llama_model & model, const gguf_context * meta, const std::strin
 }
 
 void write_one(const std::string & name, const std::string & dir) {
-    const bool     shared_kv = name == "gemma4-shared";
-    const llm_arch arch      = llm_arch_from_string(shared_kv ? "gemma4" : name);
+    static const std::map<std::string, std::string> variants = {
+        { "gemma4-shared", "gemma4" },
+        { "lfm2-full", "lfm2" },
+    };
+    const auto     variant = variants.find(name);
+    const bool     varies  = variant != variants.end();
+    const llm_arch arch    = llm_arch_from_string(varies ? variant->second : name);
     if (arch == LLM_ARCH_UNKNOWN) {
         throw std::runtime_error("no architecture " + name);
     }
     const bool       moe  = moe_mandatory(arch) || arch == LLM_ARCH_DEEPSEEK2OCR;
     gguf_context_ptr meta = get_gguf_ctx(arch, moe);
-    complete(arch, meta.get(), shared_kv);
+    complete(arch, meta.get(), varies);
 
     llama_model_params params = llama_model_default_params();
     params.progress_callback  = silent_model_load_progress;

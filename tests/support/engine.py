@@ -43,7 +43,8 @@ class Engine:
     path : str
         GGUF file of the language model.
     elastic : dict, optional
-        Keyword arguments of `_core.Session`; None leaves the context as llama.cpp made it.
+        Keyword arguments of `_core.Session`, with `auto_layers` off where they do not say, so that
+        nothing is measured. None leaves the context as llama.cpp made it.
     flash_attn : bool, optional
         None: on with an elastic cache, which has no other, else off.
     """
@@ -98,7 +99,8 @@ class Engine:
         """An elastic cache for the context, which must be empty, in place of the one it has."""
         from elastic_llama import _core
 
-        self.session = _core.Session(ctypes.cast(self.ctx, ctypes.c_void_p).value, **elastic)
+        address = ctypes.cast(self.ctx, ctypes.c_void_p).value
+        self.session = _core.Session(address, **{"auto_layers": False, **elastic})
 
     def close(self) -> None:
         if self.ctx:

@@ -6,6 +6,7 @@ hundredths of a second.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,25 +133,34 @@ def write_tiny_llama(path: str | Path, **shape: object) -> Path:
     return TinyLlama(**shape).write(path)
 
 
-def _add_tokenizer(writer: GGUFWriter) -> None:
-    """SentencePiece vocabulary of bytes, printable ASCII and a few merges: any text tokenizes."""
+def _add_tokenizer(writer: GGUFWriter, more: Sequence[str] = ()) -> None:
+    """SentencePiece vocabulary of bytes, printable ASCII and a few merges: any text tokenizes.
+
+    ``more`` are special tokens, such as image markers.
+    """
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     characters = [_SPACE] + [chr(c) for c in range(0x21, 0x7F)]
     pieces = characters + list(_MERGES)
     # Unused rows keep the vocabulary a round number.
-    spare = [f"<spare{i}>" for i in range(_N_VOCAB - len(special) - 256 - len(pieces))]
+    n_spare = _N_VOCAB - len(special) - 256 - len(pieces) - len(more)
+    if n_spare < 0:
+        raise ValueError(f"{len(more)} special tokens are {-n_spare} too many")
+    spare = [f"<spare{i}>" for i in range(n_spare)]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(special + [f"<0x{b:02X}>" for b in range(256)] + pieces + spare)
+    writer.add_token_list(
+        special + [f"<0x{b:02X}>" for b in range(256)] + pieces + spare + list(more)
+    )
     # SentencePiece joins the pair with the highest score first.
     scores = [-float(i) for i in range(len(pieces))]
-    writer.add_token_scores([0.0] * (len(special) + 256) + scores + [0.0] * len(spare))
+    writer.add_token_scores([0.0] * (len(special) + 256) + scores + [0.0] * (n_spare + len(more)))
     writer.add_token_types(
         [TokenType.UNKNOWN]
         + [TokenType.CONTROL] * (len(special) - 1)
         + [TokenType.BYTE] * 256
         + [TokenType.NORMAL] * len(pieces)
-        + [TokenType.UNUSED] * len(spare)
+        + [TokenType.UNUSED] * n_spare
+        + [TokenType.CONTROL] * len(more)
     )
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)

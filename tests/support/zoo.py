@@ -17,13 +17,16 @@ from scripts.build_stock import source
 ROOT = Path(__file__).resolve().parent.parent.parent
 WRITER = ROOT / "build-upstream" / "write_zoo"
 
-#: What the recipe leaves out and `write_zoo` completes; gemma4-shared shares K and V of layers.
+#: What the recipe leaves out and `write_zoo` completes; some as a variant: gemma4-shared
+#: shares K and V of layers, lfm2-full has no sliding window, as those that are published.
 ADDED = (
     *("apertus", "arwkv7", "bert", "bitnet", "chameleon", "deepseek2-ocr", "eurobert"),
     *("gemma-embedding", "gemma3n", "gemma4", "gemma4-shared", "graniteswitch", "jina-bert-v2"),
-    *("jina-bert-v3", "llama-embed", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"),
-    *("rwkv6", "rwkv6qwen2", "rwkv7", "step35", "t5", "t5encoder", "wavtokenizer-dec"),
+    *("jina-bert-v3", "lfm2-full", "llama-embed", "modern-bert", "neo-bert", "nomic-bert"),
+    *("nomic-bert-moe", "rwkv6", "rwkv6qwen2", "rwkv7", "step35", "t5", "t5encoder"),
+    *("wavtokenizer-dec",),
 )
+VARIANTS = {"gemma4-shared", "lfm2-full"}
 #: What no context of its own can be made of, and why.
 LEFT_OUT = {
     "clip": "a vision tower, not a language model",

@@ -18,6 +18,7 @@ __all__ = [
     "layer_shares",
     "lazy_buffers",
     "measure_layers",
+    "memory",
     "route_log",
     "take_log",
 ]
@@ -42,7 +43,7 @@ class Session:
         overdraft: typing.SupportsInt | typing.SupportsIndex = -1,
         checkpoints: typing.SupportsInt | typing.SupportsIndex = 2,
         layer_share: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
-        auto_layers: bool = False,
+        auto_layers: bool = True,
         record: bool = False,
         release_memory: bool = True,
         scorer: collections.abc.Callable | None = None,
@@ -64,13 +65,17 @@ class Session:
         Raises ValueError for a bad parameter, NotImplementedError for a memory that cannot be compressed,
         RuntimeError when the cache holds cells already.
         """
+    def attention(self) -> list[str]:
+        """
+        How attention that is scored or biased is computed in each layer of the cache: "own op" (on the CPU), "fused op, a mask per head", "fused op, a head as a stream" or "plain ops".
+        """
     def begin_probe(self) -> None:
         """
         What is decoded from now on is taken back by end_probe, as if it had never been decoded.
 
         What its tokens attended to stays part of the importance of the prompts that are there.
 
-        Raises ValueError while a probe is running.
+        Raises ValueError while a probe is running, and where there can be none (`can_probe`).
         """
     def bias(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -86,6 +91,10 @@ class Session:
         """
         The largest position <= p0 from which on everything can be removed exactly; 0: only the whole sequence.
         """
+    def can_probe(self) -> bool:
+        """
+        Whether what is decoded can be taken back; not with recurrent layers.
+        """
     def cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
         """
         Cells of a sequence in order of position: dict of int32 arrays index, pos, kind (0 text, 1 image, 2 generated).
@@ -99,6 +108,16 @@ class Session:
     def compress(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Compress the prompt of a sequence now; returns the number of cells it holds after.
+        """
+    def compress_prefix(
+        self,
+        budget: typing.SupportsFloat | typing.SupportsIndex,
+        seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Compress a prompt that others begin with, by a budget of its own; returns the number of cells it holds after.
+
+        No checkpoint is taken, so that a saved state has its K and V once.
         """
     def count(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -122,10 +141,6 @@ class Session:
     def frees_rows(self) -> bool:
         """
         Whether rows masked in single layers (layer_share) go back to the operating system.
-        """
-    def has_own_op(self) -> bool:
-        """
-        Whether attention that is scored or biased is one op of ours, on the CPU, where the model allows it.
         """
     def importance(
         self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0
@@ -157,9 +172,17 @@ class Session:
         """
         Free cells for `n_new` tokens, if it takes no more than compressing what is beyond the budget; returns n_cells.
         """
+    def memory(self) -> dict:
+        """
+        What the cache works on, and what is left alone: dict as of `memory(ctx)`.
+        """
     def n_cells(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Cells the sequence holds; with layer_share not every layer holds all of them.
+        """
+    def n_free(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Tokens that find a cell now, in the part of the memory that has fewest.
         """
     def n_per_layer(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
@@ -171,7 +194,11 @@ class Session:
         """
     def n_tokens(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
-        Tokens decoded since the sequence was last empty.
+        Tokens decoded since the sequence was last empty; 0 where nothing is ever dropped (budget 1, policy full).
+        """
+    def next_pos(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Position of the next token; behind an image with M-RoPE its height and width count.
         """
     def read_kv(
         self,
@@ -238,6 +265,17 @@ def measure_layers(
     Takes a context of its own, a prompt of 56 tokens and 32 steps. `model`: address of the llama_model.
 
     Raises NotImplementedError for a model whose memory cannot be compressed, ValueError or RuntimeError.
+    """
+
+def memory(ctx: typing.SupportsInt | typing.SupportsIndex) -> dict:
+    """
+    What an elastic cache of the llama_context at this address works on; none needs to be attached.
+
+    dict of kind ("plain", "sliding window", "hybrid", "hybrid, sliding window"), n_layer_model, n_layer (compressed),
+    cell_bytes (K and V of one cell of those layers), other_bytes (allocated by windows and recurrent states, which are left
+    alone), other_cells (of the windows, or states) and recurrent (no probes, no cuts, no checkpoints).
+
+    Raises NotImplementedError, with the reason, for a memory that cannot be compressed.
     """
 
 def route_log(level: typing.SupportsInt | typing.SupportsIndex) -> int:

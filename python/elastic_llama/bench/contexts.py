@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Container
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals
 
-from ..batch import fill_batch
+from .. import _core
+from ..batch import fill_batch, n_position_planes
 from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, message
 from ..kv_types import KV_TYPES
@@ -87,7 +87,9 @@ class Context:
         self.ctx = self._native.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
-        self._embd = llama_cpp.llama_batch_init(self.n_batch, self.n_embd, 1)
+        self._n_planes = n_position_planes(llm.model)
+        n_rows = self.n_batch * self._n_planes  # room for their positions
+        self._embd = llama_cpp.llama_batch_init(n_rows, self.n_embd, 1)
         if elastic is not None:
             self._attach(llm, elastic)
 
@@ -153,7 +155,8 @@ class Context:
         batch.n_tokens = len(rows)
         ctypes.memmove(batch.embd, np.ascontiguousarray(rows).ctypes.data, rows.nbytes)
         for i in range(len(rows)):
-            batch.pos[i] = pos + i
+            for plane in range(self._n_planes):  # one after another, as text is
+                batch.pos[plane * len(rows) + i] = pos + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = seq
             batch.logits[i] = False
@@ -174,9 +177,9 @@ class Ideal:
 
     def allowed(self) -> int:
         """Cells that the budget allows after as many tokens."""
-        budget = self.config.budget
-        n = budget if budget > 1 else math.ceil(budget * self.n_seen)
-        n = max(int(n), self.config.min_cells)
+        n = max(
+            _core.core.budget_cells(float(self.config.budget), self.n_seen), self.config.min_cells
+        )
         return min(n, self.config.kv_cells or n)
 
     def overdraft(self) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `elastic-llama describe | show | chat | eval | bench | demo | info`."""
+"""The command line: `elastic-llama COMMAND`, such as `describe`, `chat` or `eval`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,35 @@ import os
 import sys
 from typing import NoReturn
 
-from . import bench, chat, demo, describe, eval, info, show
+from . import (
+    bench,
+    caption,
+    chat,
+    demo,
+    describe,
+    eval,
+    info,
+    memory,
+    remember,
+    rpc_server,
+    serve,
+    show,
+)
 
-_COMMANDS = (describe, show, chat, eval, bench, demo, info)
+_COMMANDS = (
+    describe,
+    show,
+    chat,
+    caption,
+    remember,
+    memory,
+    eval,
+    bench,
+    demo,
+    info,
+    rpc_server,
+    serve,
+)
 
 
 class _Parser(argparse.ArgumentParser):

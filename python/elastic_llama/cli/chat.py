@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_elastic_options(parser)
     options.add_answer_options(parser)
+    options.add_memory_options(parser)
     options.add_sampling_options(parser)
     parser.set_defaults(run=run)
 

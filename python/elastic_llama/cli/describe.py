@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
     options.add_model_options(parser)
     options.add_elastic_options(parser)
     options.add_answer_options(parser)
+    options.add_memory_options(parser)
     options.add_sampling_options(parser)
     parser.set_defaults(run=run)
 
@@ -41,12 +42,15 @@ def answer_all(args: argparse.Namespace, images: list[Any], compare: bool) -> No
     for name, config in runs:
         if len(runs) > 1:
             print(f"--- {name}")
-        rows.append((name, answer(args, config, images, args.prompt)))
+        stats, is_on = answer(args, config, images, args.prompt)
+        rows.append((name if is_on or config.is_off else "off", stats))
     print_table(rows)
 
 
-def answer(args: argparse.Namespace, config: Any, images: list[Any], prompt: str) -> Any:
-    """Stream one answer to stdout and return the figures of the turn."""
+def answer(
+    args: argparse.Namespace, config: Any, images: list[Any], prompt: str
+) -> tuple[Any, bool]:
+    """Stream one answer to stdout; the figures of the turn, and whether an elastic cache was on."""
     from ..conversation import Conversation
 
     llm = options.load_llm(args, config)
@@ -57,7 +61,7 @@ def answer(args: argparse.Namespace, config: Any, images: list[Any], prompt: str
                 print(piece, end="", flush=True)
             print("\n")
             sys.stdout.flush()
-            return chat.stats
+            return chat.stats, llm.session is not None
         finally:
             chat.close()
     finally:

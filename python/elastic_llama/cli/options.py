@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..config import ElasticConfig
+from ..embedded import cache_dir
 from ..errors import ConfigError, message
 from ..kv_types import KV_TYPES, PLAIN_TYPES
 
@@ -19,6 +20,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hf-repo", metavar="REPO", help="Hugging Face repository to fetch from")
     group.add_argument("--hf-file", metavar="NAME", help="language model in --hf-repo")
     group.add_argument("--hf-mmproj", metavar="NAME", help="vision tower in --hf-repo")
+    for bound in ("min", "max"):
+        group.add_argument(
+            f"--image-{bound}-tokens",
+            type=int,
+            metavar="N",
+            help=f"{'fewest' if bound == 'min' else 'most'} tokens of an image, for vision towers "
+            "that take any size (the tower's)",
+        )
     group.add_argument(
         "-c",
         "--ctx-size",
@@ -29,6 +38,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=int, metavar="N")
     group.add_argument(
         "-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (0)"
+    )
+    group.add_argument(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="RPC servers whose machines take layers too, with -ngl (elastic-llama rpc-server)",
     )
     group.add_argument(
         "-fa",
@@ -79,6 +93,48 @@ def add_elastic_options(parser: argparse.ArgumentParser) -> None:
         help="fewer cells than this are left alone (64)",
     )
     add_layers_option(group)
+
+
+def add_memory_options(parser: argparse.ArgumentParser, always: bool = False) -> None:
+    """Where images are remembered; `always`: in a folder of the user's if none is named."""
+    group = parser.add_argument_group("image memory")
+    folder = str(cache_dir() / "images") if always else None
+    group.add_argument(
+        "--memory",
+        metavar="DIR",
+        default=folder,
+        help="keep the K/V of images in this folder: a later question about the same image starts "
+        f"from there ({folder or 'off'})",
+    )
+    group.add_argument(
+        "--memory-budget",
+        type=float,
+        default=0.5,
+        metavar="B",
+        help="what is kept of an image before its question is known, as --kv-budget (0.5)",
+    )
+    group.add_argument(
+        "--memory-size",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="beyond it the images that were not used for longest are forgotten (4)",
+    )
+
+
+def memory_bytes(gib: float) -> int:
+    """The argument of --memory-size in bytes."""
+    if not 0 < gib < 2**33:
+        raise ConfigError(message("options", "--memory-size", gib, "a size above 0"))
+    return int(gib * 2**30)
+
+
+def _memory(args: argparse.Namespace) -> Any:
+    if getattr(args, "memory", None) is None:
+        return None
+    from ..memory import ImageMemory
+
+    return ImageMemory(args.memory, max_bytes=memory_bytes(args.memory_size))
 
 
 def layer_option(value: str) -> str | tuple[float, ...]:
@@ -201,8 +257,10 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
         )
 
 
-def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
-    """The `ElasticLlama` that the options describe."""
+def load_llm(args: argparse.Namespace, elastic: ElasticConfig, n_seq_max: int = 1) -> Any:
+    """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
+    model does not take an elastic one and no option asks for it.
+    """
     model, mmproj = args.model, args.mmproj
     if args.hf_repo:
         from ..hub import fetch
@@ -227,6 +285,11 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
 
     if not args.verbose:
         silence()  # main() reports what went wrong
+    if args.rpc:
+        from ..rpc import add_rpc_server
+
+        for endpoint in args.rpc.split(","):
+            add_rpc_server(endpoint)
     flash = {"on": True, "off": False, "auto": None}[args.flash_attn]
     if not elastic.is_off:
         check_flash(args, "leave it out, or turn the cache off (--kv-budget 1)")
@@ -246,7 +309,12 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig) -> Any:
     return ElasticLlama(
         model,
         mmproj_path=mmproj,
-        elastic=elastic,
+        image_min_tokens=args.image_min_tokens,
+        image_max_tokens=args.image_max_tokens,
+        elastic="auto" if elastic == ElasticConfig() else elastic,  # nothing was asked for
+        memory=_memory(args),
+        n_seq_max=n_seq_max,
+        memory_budget=getattr(args, "memory_budget", 0.5),
         n_ctx=args.ctx_size,
         n_threads=args.threads,
         n_threads_batch=args.threads,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..stats import MIB, TurnStats
+
+T = TypeVar("T")
 
 
 def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = None) -> None:
@@ -40,6 +46,21 @@ def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = Non
             f"{s.tokens_per_second:.1f}",
         )
     (console or Console(width=None if _is_terminal() else 120, soft_wrap=False)).print(table)
+
+
+def progress(items: Iterable[T], what: str, n: int) -> Iterator[T]:
+    """The items, with a bar and the time that is left on the terminal's stderr."""
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+    )
+    with bar:
+        yield from bar.track(items, total=n)
 
 
 def _is_terminal() -> bool:

@@ -28,7 +28,7 @@ class Prompt:
     ----------
     state : bytes
         Of the sequence, with every score that a policy may look at.
-    n_tokens : int
+    n_positions : int
         Positions it takes. A proxy question is not among them, only what it looked at.
     logits : ndarray [n_vocab], f32
         After its last token.
@@ -41,7 +41,7 @@ class Prompt:
     """
 
     state: bytes
-    n_tokens: int
+    n_positions: int
     logits: np.ndarray
     tail: list[int]
     target: np.ndarray
@@ -96,7 +96,7 @@ class Prefiller:
 
     def _after_image(self, question: str) -> list[int]:
         message = {"role": "user", "content": MARKER + question}
-        rendered = self.chat._render([message], generation=True)
+        rendered = self.chat._template.render([message], MARKER)
         after = rendered.split(MARKER, 1)[1]
         return self.llm.tokenize(after.encode(), add_bos=False, special=True)
 

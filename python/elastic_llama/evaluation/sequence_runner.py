@@ -90,7 +90,7 @@ class SequenceRunner:
         return answers
 
     def _feed(self, i: int, prompt: Prompt) -> np.ndarray:
-        rows = [(t, prompt.n_tokens + k, i) for k, t in enumerate(prompt.tail)]
+        rows = [(t, prompt.n_positions + k, i) for k, t in enumerate(prompt.tail)]
         return self._decode(rows, {len(rows) - 1})[0]
 
     def _run(
@@ -115,14 +115,15 @@ class SequenceRunner:
                 answer.tokens.append(token)
                 if n == last[i]:
                     continue
-                start = prompts[i].n_tokens + len(prompts[i].tail)
-                rows.append((token, start + n, i))
+                behind = prompts[i].n_positions + len(prompts[i].tail)
+                rows.append((token, behind + n, i))
                 going.append(i)
             if not rows:
                 break
             # nothing has to be dropped but before an answer's first token
             first = {i: token for token, _, i in rows}
-            probe(self.streams.ctx, self.streams.session, self.config, first)
+            start = {i: position for _, position, i in rows}
+            probe(self.streams.ctx, self.streams.session, self.config, first, start)
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 answers[i].logits.append(logits)
                 held = self.streams.session.n_per_layer(i)

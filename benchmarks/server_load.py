@@ -1,0 +1,364 @@
+"""llama-server under load, and the memory that conversations about photos take in it.
+
+load:          400 requests of 8 `openai` clients to 4 slots, with and without images, streaming or
+               not, one in ten malformed, one in twenty hanging up, slots saved and restored in
+               between. Every well-formed one must be answered as alone (greedy), every malformed
+               one refused with a message, and the server must not grow.
+again:         time to the first token of a question about a photo, of the next turn, of the same
+               question again, and of another question in a new conversation; median of 5.
+conversations: 16 conversations about one photo each; resident bytes of K and V, with and without
+               the elastic cache.
+
+Usage: server_load.py WHAT [--requests N] [--seed N] [--out FILE] [-- SERVER OPTIONS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from elastic_llama.scenes.layout import make_scene
+from elastic_llama.scenes.render import render
+from openai import APIStatusError, OpenAI
+
+FACTS = (
+    "The red house stands by the sea. The blue boat has left the harbour at noon. "
+    "A green bird sits on the white gate. Four children play under the old tree. "
+)
+QUESTIONS = ("What is in row 3?", "What is in row 1, column 1?")
+TEXT_QUESTIONS = (
+    "What stands by the sea?",
+    "Where does the bird sit?",
+    "Who plays under the tree?",
+)
+
+
+class Server:
+    def __init__(self, options: list[str], folder: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.log = folder / f"server-{self.port}.log"
+        command = [sys.executable, "-m", "elastic_llama", "serve", "--port", str(self.port)]
+        command += ["-t", "1", "-tb", "1", "--slots", "--metrics", "--slot-save-path", str(folder)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+        while True:
+            if self.process.poll() is not None:
+                raise SystemExit("the server did not start:\n" + self.log.read_text()[-2000:])
+            with contextlib.suppress(OSError):
+                self.get("/health")
+                return
+            time.sleep(0.2)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=600) as answer:
+            return str(answer.read().decode())
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.loads(answer.read())
+
+    def client(self) -> OpenAI:
+        url = f"http://127.0.0.1:{self.port}/v1"
+        return OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
+
+    def resident(self) -> int:
+        """Bytes of the process that are its own."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+
+    def metric(self, name: str) -> float:
+        found = re.findall(rf"^llamacpp:{name} (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return float(found[0]) if found else 0.0
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def photo(index: int) -> str:
+    out = io.BytesIO()
+    render(make_scene("dev", index, 3)).save(out, "png")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def ask_about(url: str, question: str) -> list[dict[str, Any]]:
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+
+
+def prompts() -> list[list[dict[str, Any]]]:
+    """With and without images; every other one of a text has the same beginning as another."""
+    out = [ask_about(photo(i), QUESTIONS[j]) for i in range(4) for j in range(2)]
+    for n in (6, 9):
+        for question in TEXT_QUESTIONS:
+            out.append([{"role": "user", "content": FACTS * n + question}])
+    return out
+
+
+MALFORMED: list[dict[str, Any]] = [
+    {"messages": "hello"},
+    {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
+    {"messages": ask_about("data:image/png;base64,AAAA", "?")},
+    {"messages": ask_about("http://127.0.0.1/x.png", "?")},
+    {"messages": [{"role": "user", "content": "?"}], "temperature": "warm"},
+    {"messages": [{"role": "user", "content": "word " * 4000}]},
+]
+
+
+class Load:
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.rng = random.Random(seed)
+        self.prompts = prompts()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.wrong: list[str] = []
+        self.lock = threading.Lock()
+
+    def erase(self) -> None:
+        for slot in json.loads(self.server.get("/slots")):
+            self.server.post(f"/slots/{slot['id']}?action=erase", {})
+
+    def answers_alone(self) -> None:
+        self.alone = []
+        for messages in self.prompts:
+            self.erase()
+            self.alone.append(self.whole(self.server.client(), messages))
+        self.erase()
+
+    def whole(self, client: OpenAI, messages: list[Any], stream: bool = False) -> str:
+        out = client.chat.completions.create(
+            model="embedded", messages=messages, max_tokens=24, temperature=0, stream=stream
+        )
+        if stream:
+            return "".join(e.choices[0].delta.content or "" for e in out if e.choices)
+        return str(out.choices[0].message.content)
+
+    def hang_up(self, client: OpenAI, messages: list[Any], n_pieces: int) -> None:
+        out = client.chat.completions.create(
+            model="embedded", messages=messages, max_tokens=400, temperature=0, stream=True
+        )
+        for _ in zip(out, range(n_pieces)):
+            pass
+        out.close()
+
+    def one(self, client: OpenAI, kind: str, i: int, extra: int) -> None:
+        if kind == "malformed":
+            try:
+                client.post(
+                    "/chat/completions", body=MALFORMED[extra % len(MALFORMED)], cast_to=object
+                )
+                self.note(kind, f"malformed {extra % len(MALFORMED)} was answered")
+            except APIStatusError as e:
+                good = 400 <= e.status_code < 500 and bool(e.message)
+                self.note(kind, None if good else f"malformed: {e.status_code} {e.message}")
+        elif kind == "hang-up":
+            self.hang_up(client, self.prompts[i], extra % 6)
+            self.note(kind, None)
+        elif kind == "slots":
+            slot = extra % 4
+            for action in ("save", "restore"):
+                self.server.post(f"/slots/{slot}?action={action}", {"filename": f"{slot}.bin"})
+            self.note(kind, None)
+        else:
+            got = self.whole(client, self.prompts[i], kind == "stream")
+            same = got == self.alone[i]
+            self.note(kind, None if same else f"prompt {i}: {got!r} for {self.alone[i]!r}")
+
+    def note(self, kind: str, wrong: str | None) -> None:
+        with self.lock:
+            self.counts[kind] += 1
+            if wrong:
+                self.wrong.append(wrong)
+
+    def run(self, n: int, n_clients: int = 8) -> None:
+        kinds = self.rng.choices(
+            ["whole", "stream", "malformed", "hang-up", "slots"], [40, 41, 10, 5, 4], k=n
+        )
+        queue = [(k, self.rng.randrange(len(self.prompts)), self.rng.randrange(999)) for k in kinds]
+
+        def work() -> None:
+            client = self.server.client()
+            while True:
+                with self.lock:
+                    if not queue:
+                        return
+                    job = queue.pop()
+                try:
+                    self.one(client, *job)
+                except Exception as e:
+                    self.note(job[0], f"{job}: {type(e).__name__}: {e}")
+
+        threads = [threading.Thread(target=work) for _ in range(n_clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    server = Server(["--cache-ram", "64", *args.options], folder)
+    try:
+        run = Load(server, args.seed)
+        run.answers_alone()
+        run.run(args.requests // 2)
+        warm = server.resident()
+        run.counts.clear()
+        start = time.perf_counter()
+        run.run(args.requests)
+        seconds = time.perf_counter() - start
+        return {
+            "requests": dict(run.counts),
+            "wrong": run.wrong,
+            "seconds": round(seconds, 1),
+            "resident_warm": warm,
+            "resident_end": server.resident(),
+            "reused_tokens": server.metric("prompt_tokens_cached_total"),
+            "read_tokens": server.metric("prompt_tokens_total"),
+            "compressions": server.metric("kv_compressions_total"),
+            "alive": server.process.poll() is None,
+        }
+    finally:
+        server.stop()
+
+
+def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, str]:
+    """Seconds to the first token, and the answer."""
+    start = time.perf_counter()
+    seconds, text = 0.0, ""
+    for event in client.chat.completions.create(
+        model="embedded", messages=messages, max_tokens=16, temperature=0, stream=True
+    ):
+        piece = event.choices[0].delta.content if event.choices else None
+        if piece:
+            seconds = seconds or time.perf_counter() - start
+            text += piece
+    return seconds, text
+
+
+def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    server = Server(["-np", "1", "-c", "2048", *args.options], folder)
+    client = server.client()
+    times = collections.defaultdict(list)
+    for i in range(5):
+        asked = ask_about(photo(i), QUESTIONS[0])
+        seconds, answer = first_token(client, asked)
+        times["first"].append(seconds)
+        said = {"role": "assistant", "content": answer}
+        turn = [*asked, said, {"role": "user", "content": QUESTIONS[1]}]
+        times["next turn"].append(first_token(client, turn)[0])
+        times["same question"].append(first_token(client, asked)[0])
+        times["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[0])
+    server.stop()
+    out = {name: round(statistics.median(row), 3) for name, row in times.items()}
+    share = {f"{name}, share": round(out[name] / out["first"], 3) for name in list(out)[1:]}
+    return {**out, **share}
+
+
+def kv_resident(server: Server) -> tuple[int, int]:
+    """Bytes of the K/V buffer, and of these in memory."""
+    sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", server.log.read_text())
+    size = int(float(sizes[-1]) * (1 << 20))
+    smaps = Path(f"/proc/{server.process.pid}/smaps").read_text()
+    found = re.findall(r"^Size:\s+(\d+) kB.*?^Rss:\s+(\d+) kB", smaps, re.MULTILINE | re.DOTALL)
+    fitting = [
+        (int(s) * 1024, int(r) * 1024)
+        for s, r in found
+        if size <= int(s) * 1024 < 1.1 * size + (1 << 20)
+    ]
+    assert len(fitting) == 1, (size, fitting)
+    return size, fitting[0][1]
+
+
+def conversations(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    n, n_ctx = 16, 768
+    for name, options in (
+        ("llama.cpp", ["--kv-budget", "1"]),
+        ("0.2", ["--kv-budget", "0.2", "--no-kv-image-checkpoint"]),
+        ("0.2, image checkpoints", ["--kv-budget", "0.2"]),
+    ):
+        options = [
+            "-np",
+            str(n),
+            "-c",
+            str(n * n_ctx),
+            "-v",
+            "--cache-ram",
+            "0",
+            "-fa",
+            "on",
+            *options,
+        ]
+        server = Server([*options, *args.options], folder)
+        before = server.resident()
+        for i in range(n):
+            body = {"messages": ask_about(photo(i), QUESTIONS[0]), "max_tokens": 24, "id_slot": i}
+            server.post("/v1/chat/completions", {**body, "temperature": 0})
+        size, resident = kv_resident(server)
+        out[name] = {
+            "kv_buffer": size,
+            "kv_resident": resident,
+            "checkpoints": server.metric("kv_checkpoint_bytes"),
+            "tokens": server.metric("kv_tokens"),
+            "cells": server.metric("kv_cells"),
+            "process_before": before,
+            "process_after": server.resident(),
+        }
+        server.stop()
+        print(name, out[name], file=sys.stderr, flush=True)
+    own = out["llama.cpp"]["kv_resident"]
+    for row in out.values():
+        row["ratio"] = round((row["kv_resident"] + row["checkpoints"]) / own, 3)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("load", "again", "conversations"))
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("options", nargs="*", help="of llama-server, behind --")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"load": load, "again": again, "conversations": conversations}[args.what]
+        out = run(args, Path(folder))
+    text = json.dumps(out, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    if args.what == "again":
+        return 0 if all(out[name] <= 0.05 for name in out if name.endswith("share")) else 1
+    if args.what == "conversations":
+        return 0 if out["0.2"]["ratio"] <= 0.25 else 1
+    grown = out["resident_end"] / out["resident_warm"]
+    return 0 if not out["wrong"] and out["alive"] and grown <= 1.05 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+#include "runtime/device_sums.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+namespace elastic {
+
+void device_sums::reserve(int64_t n) {
+    if (n <= capacity) {
+        return;
+    }
+    capacity = std::max(n, 2 * capacity);
+    n_grown++;
+    blocks.clear();
+
+    std::map<ggml_backend_buffer_type_t, std::vector<int32_t>> layers_of;
+    for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
+        layers_of[ggml_backend_buffer_get_type(kv.k(il)->buffer)].push_back(il);
+    }
+    for (const auto & [buft, layers] : layers_of) {
+        ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
+        block            b      = {};
+        b.ctx.reset(ggml_init(params));
+        b.tensor = ggml_new_tensor_2d(b.ctx.get(), GGML_TYPE_F32, capacity, (int64_t) layers.size());
+        b.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(b.ctx.get(), buft));
+        if (!b.buf) {
+            throw std::runtime_error("[elastic] a device has no memory for the sums of the attention");
+        }
+        for (size_t i = 0; i < layers.size(); ++i) {
+            slots[layers[i]] = { blocks.size(), (int64_t) i };
+        }
+        blocks.push_back(std::move(b));
+    }
+}
+
+ggml_tensor * device_sums::place(ggml_context * ctx, int32_t il, int64_t n) const {
+    ggml_tensor * t = blocks[slots[il].block].tensor;
+    return ggml_view_1d(ctx, t, n, slots[il].index * t->nb[1]);
+}
+
+void device_sums::fetch() {
+    for (auto & b : blocks) {
+        b.data.resize(ggml_nelements(b.tensor));
+        ggml_backend_tensor_get(b.tensor, b.data.data(), 0, ggml_nbytes(b.tensor));
+    }
+}
+
+}  // namespace elastic

@@ -1,0 +1,143 @@
+"""A folder of images: each caption is that of the image alone; nothing is lost or said twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import elastic_llama as el
+import numpy as np
+import pytest
+from elastic_llama.caption import captions
+from elastic_llama.cli import main
+from elastic_llama.cli.caption import SOME_FAILED
+from PIL import Image
+
+N_GOOD, N_BAD = 9, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of random pixels, one in a folder below, and broken files among them."""
+    out = tmp_path_factory.mktemp("images")
+    (out / "below").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(N_GOOD):
+        pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(out / ("below" if i == 3 else "") / f"{i:02d}.png")
+    (out / "01-broken.png").write_text("no image")
+    (out / "05-cut.png").write_bytes((out / "04.png").read_bytes()[:200])
+    (out / "notes.txt").write_text("no image either")
+    return out
+
+
+def load(tiny_vlm, n_seq_max: int, **kwargs) -> el.ElasticLlama:
+    options = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "mmproj_path": tiny_vlm[1]}
+    elastic = el.ElasticConfig(budget=0.3, min_cells=4)
+    return el.ElasticLlama(
+        tiny_vlm[0], **{"elastic": elastic, **options, "n_seq_max": n_seq_max, **kwargs}
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_vlm, folder) -> dict[str, str]:
+    """What a conversation says of each image."""
+    with load(tiny_vlm, 1) as llm:
+        chat = el.Conversation(llm)
+        out = {}
+        for path in sorted(folder.rglob("0?.png")):
+            chat.clear()
+            out[str(path)] = "".join(chat.ask("the sea", path, max_tokens=20))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("n_seq_max", "options"),
+    [(1, {}), (2, {}), (5, {}), (5, {"n_ctx": 256}), (5, {"memory": True, "memory_budget": 1})],
+    ids=str,
+)
+def test_captions_are_those_of_images_alone(tiny_vlm, folder, alone, n_seq_max, options):
+    names = [*sorted(map(str, folder.rglob("*.png"))), "none.png"]
+    with load(tiny_vlm, n_seq_max, **options) as llm:
+        for _ in range(2):
+            found = list(captions(el.Conversation(llm), names, "the sea", 20))
+            assert sorted(c.name for c in found) == sorted(names)
+            bad = [c for c in found if c.error]
+            assert len(bad) == N_BAD + 1
+            assert all("got" in c.error and not c.text for c in bad)
+            if "memory" not in options:  # compressed twice there
+                assert {c.name: c.text for c in found if not c.error} == alone
+            assert llm.session is not None
+            assert [llm.session.n_cells(i) for i in range(1, n_seq_max)] == [0] * (n_seq_max - 1)
+
+
+def test_an_image_that_does_not_fit_is_an_error_of_its_own(tiny_vlm, folder):
+    names = sorted(map(str, folder.glob("0?.png")))[:2]
+    with load(tiny_vlm, 3, n_ctx=256) as llm:
+        long = list(captions(el.Conversation(llm), names, "the water " * 300, 20))
+        assert ["context is too small" in c.error for c in long] == [True, True]
+        assert not any(c.error for c in captions(el.Conversation(llm), names, "the sea", 20))
+
+
+def arguments(tiny_vlm, folder: Path, out: Path) -> list[str]:
+    model, mmproj = map(str, tiny_vlm)
+    options = ["-m", model, "--mmproj", mmproj, "-t", "1", "-n", "20", "-p", "the sea", "-np", "3"]
+    return ["caption", str(folder), "-o", str(out), *options]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_command(tiny_vlm, folder, tmp_path, capsys):
+    out = tmp_path / "captions.jsonl"
+    command = arguments(tiny_vlm, folder, out)
+    assert main(command) == SOME_FAILED
+    said = {line["file"]: line for line in lines(out)}
+    assert len(said) == len(lines(out)) == N_GOOD + N_BAD
+    assert {name for name in said if "error" in said[name]} == {"01-broken.png", "05-cut.png"}
+    assert said["below/03.png"]["tokens"] > 0
+    before = out.read_bytes()
+    assert main(command) == SOME_FAILED, "what failed before has still failed"
+    assert out.read_bytes() == before
+    capsys.readouterr()
+    # a line that was cut short is written again
+    out.write_bytes(before[:-10])
+    assert main(command) == SOME_FAILED
+    assert sorted(map(str, lines(out))) == sorted(map(str, said.values()))
+    assert main([*command, "-np", "0"]) == 1
+    out.write_text("no caption\n")
+    assert main(command) == 1
+    assert "no caption" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle(tiny_vlm, folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "elastic_llama", *arguments(tiny_vlm, folder, out)]
+    n_killed = 0
+    for n in (3,):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= n):
+            time.sleep(0.001)
+        n_killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == SOME_FAILED
+    names = [line["file"] for line in lines(out)]
+    assert len(names) == len(set(names)) == N_GOOD + N_BAD
+    assert n_killed > 0
+
+
+def test_one_process_at_a_time(tiny_vlm, folder, tmp_path, capsys):
+    from elastic_llama.cli.caption import CaptionFile
+
+    out = tmp_path / "captions.jsonl"
+    with CaptionFile(out):
+        assert main(arguments(tiny_vlm, folder, out)) == 1
+    assert "another process" in capsys.readouterr().err

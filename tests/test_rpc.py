@@ -1,0 +1,161 @@
+"""Keys and values on other machines: the answers of this one, and no command per layer or head."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from elastic_llama import lib_dir
+from elastic_llama.errors import ConfigError
+from elastic_llama.rpc import add_rpc_server, serve_rpc
+
+from tests.support.tiny_llama import write_tiny_llama
+
+POLICIES = (
+    "elastic",
+    "elastic-evict",
+    "elastic-paper",
+    "h2o",
+    "snapkv",
+    "local",
+    "random",
+    "knorm",
+)
+pytestmark = pytest.mark.skipif(
+    not any(lib_dir().glob("*ggml-rpc*")), reason="built with GGML_RPC=OFF"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[str]]:
+    ports = [free_port(), free_port()]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "elastic_llama", "rpc-server", "--port", str(p), "-t", "1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for p in ports
+    ]
+    for port in ports:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.1)
+    yield [f"127.0.0.1:{p}" for p in ports]
+    for p in processes:
+        p.kill()
+        p.wait()
+
+
+def case(policy: str | None = "elastic", **kw: Any) -> dict[str, Any]:
+    elastic = None if policy is None else {"policy": policy, "budget": 0.2, "min_cells": 8}
+    return {
+        "elastic": elastic,
+        "type": "f16",
+        "n_seq": 1,
+        "unified": True,
+        "image_in": 0,
+        "gpu_layers": 99,
+        **kw,
+    }
+
+
+def run(model: Path, endpoints: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.support.rpc_run",
+            str(model),
+            ",".join(endpoints),
+            json.dumps(cases),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rpc") / "model.gguf"
+    write_tiny_llama(path, n_layer=3)
+    return path
+
+
+def test_answers_are_those_of_the_host(servers: list[str], model: Path) -> None:
+    cases = [case(policy, type=t) for policy in POLICIES for t in ("f16", "q8_0")]
+    cases += [
+        case(policy, n_seq=3, unified=u) for policy in ("elastic", "h2o") for u in (True, False)
+    ]
+    for given, got in zip(cases, run(model, servers[:1], cases), strict=True):
+        assert got["nmse"] <= 1e-6, (given, got)
+        assert got["same_cells"], (given, got)
+
+
+def test_two_servers_and_the_host(servers: list[str], model: Path) -> None:
+    """Of four layers (the output counts as one), one or two stay here."""
+    cases = [case(p, gpu_layers=n) for p in ("elastic", "elastic-evict") for n in (2, 3, 4)]
+    results = run(model, servers, cases)
+    for given, got in zip(cases, results, strict=True):
+        assert got["nmse"] <= 1e-6, (given, got)
+        assert got["same_cells"], (given, got)
+    assert all(min(counts) > 0 for counts in results[-1]["commands"]), "both take part"
+
+
+@pytest.mark.parametrize("policy", ["elastic", "elastic-evict", "h2o", "snapkv", "local"])
+def test_commands_do_not_grow_with_layers_and_heads(
+    servers: list[str], tmp_path: Path, policy: str
+) -> None:
+    """Those of a token beyond stock's.
+
+    Not of the first two: a prompt is compressed once, and a checkpoint of it is copied once.
+    """
+    more = {}
+    for n_layer, n_head_kv in ((2, 2), (6, 4)):
+        path = tmp_path / f"{n_layer}.gguf"
+        write_tiny_llama(path, n_layer=n_layer, n_head_kv=n_head_kv)
+        stock, ours = run(path, servers[:1], [case(None), case(policy)])
+        counts = [np.sum(x["commands"], axis=1)[2:31] for x in (stock, ours)]
+        more[n_layer] = (counts[1] - counts[0]).max()
+    assert more[6] <= more[2] <= 8, more
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(ConfigError, match="no server answers"):
+        add_rpc_server(f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "host", "host:", "host:0", "host:x", ":50052", "host:70000"]
+)
+def test_endpoints_that_are_none(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="host:port"):
+        add_rpc_server(endpoint)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s, pytest.raises(ConfigError, match="listen"):
+        serve_rpc(port=s.getsockname()[1])
