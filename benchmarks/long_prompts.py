@@ -96,7 +96,7 @@ class Reader:
             self.llm.session.compress(i)
             cells = int(self.llm.session.n_per_layer(i))
             tokens = [*prompt.tail, *prompt.target[:-1]]
-            rows = [(int(t), prompt.n_tokens + k, i) for k, t in enumerate(tokens)]
+            rows = [(int(t), prompt.n_positions + k, i) for k, t in enumerate(tokens)]
             wanted = set(range(max(0, len(prompt.tail) - 1), len(rows)))
             out.append((self.runner._decode(rows, wanted), cells))
         return out
@@ -107,7 +107,7 @@ class Reader:
 
     def _like(self, text: Prompt, answer: str, tail: list[int]) -> Prompt:
         target = self._target(answer, N_ANSWER)
-        return Prompt(text.state, text.n_tokens, text.logits, tail, target, text.end)
+        return Prompt(text.state, text.n_positions, text.logits, tail, target, text.end)
 
     def _prompt(self, answer: str, n_most: int, tail: list[int]) -> Prompt:
         llm, ctx = self.llm, self.streams.ctx
@@ -124,7 +124,7 @@ class Reader:
         if not llama_state_seq_set_data(self.streams.ctx, buffer, len(buffer), seq_id):
             raise SystemExit("llama.cpp refused a saved prompt")
         if seq_id == 0:
-            self.llm.n_tokens = prompt.n_tokens
+            self.llm.n_tokens = prompt.n_positions
 
 
 class Run:
