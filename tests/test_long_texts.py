@@ -102,7 +102,7 @@ def test_a_text_under_several_policies(texts, windowed) -> None:
         rows = runs.Run(reader, cases, {}).rows(text)
         prompts = reader.prompts(text)
         forced = reader.forced(ElasticConfig.off(), prompts["asked after"])
-        n = prompts["continued"][0].n_tokens
+        n = prompts["continued"][0].n_positions
     finally:
         reader.close()
     assert len(rows) == 1 + 2 * len(text.questions)
