@@ -72,7 +72,8 @@ class Model:
         if item.kind == "raw":
             return len(self.tokens(item.text))
         self.chat.clear()
-        prompt, _, _ = self.chat._next_turn(f"{item.text}\n\n{item.question}", [])
+        message, images = self.chat._question(f"{item.text}\n\n{item.question}", [])
+        prompt, _, _ = self.chat._extended(message, images)
         return len(self.tokens(prompt, special=True))
 
     def answer(self, item: Item, max_tokens: int) -> str:

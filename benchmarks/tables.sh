@@ -1,6 +1,6 @@
 #!/bin/bash
 # The tables of docs/results.md, one command each: benchmarks/tables.sh images|images-layers|images-query-agnostic|pareto|text|
-#   text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
+#   text-second|text-budgets|long-second|long-embedded|text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
 # An interrupted table goes on where it stopped. Two processes, one core each. At the end the folder is made what is committed.
 set -e
 cd "$(dirname "$0")/.."
@@ -8,6 +8,8 @@ out=benchmarks/results/$1
 python=${PYTHON:-.venv/bin/python}
 rivals=random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic
 text="--data benchmarks/text_set/text.json --budgets 0.2"
+all="--data benchmarks/text_set/text.json --budgets 0.5,0.3,0.2,0.1"
+texts=random,local,h2o,snapkv,pyramidkv,knorm,expected-attention,elastic-paper,elastic-evict,elastic
 even="--layers even"
 case $1 in
 images)        args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 $even --metrics forced,exact" ;;
@@ -16,6 +18,12 @@ images-query-agnostic)
                args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
 pareto)        args="--limit 10 --policies elastic --budgets 0.5,0.3,0.2 --kv-type f16,q8_0,q4_0 --metrics forced,exact" ;;
 text)          args="$text --policies local,h2o,snapkv,elastic --metrics forced,exact" ;;
+text-budgets)  args="$all --policies $texts --metrics forced,exact" ;;
+text-second)   args="$all --policies $texts --metrics forced,exact -m $("$python" benchmarks/second_model.py)" ;;
+long-second)   "$python" benchmarks/long_prompts.py --model second --out "$out"
+               exec "$python" benchmarks/prune_results.py "$out" ;;
+long-embedded) "$python" benchmarks/long_prompts.py --model embedded --sizes 2000,4000 --out "$out"
+               exec "$python" benchmarks/prune_results.py "$out" ;;
 text-probe32)  args="$text --policies elastic --probe 32 $even --metrics forced,exact" ;;
 text-noprobe)  args="$text --policies elastic --probe 0 --metrics forced,exact" ;;
 text-noprobe-uniform) args="$text --policies elastic --probe 0 $even --metrics forced,exact" ;;

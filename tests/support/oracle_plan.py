@@ -60,7 +60,7 @@ def scores(
                     times = ASKED_AHEAD if kind[-1] == IMAGE else 1
                     asked = times * share_of(near, row)
                 else:
-                    near, next_ = pooled(row, KIND_POOL), carried(row)
+                    near, next_ = row, carried(row)
                     asked = (share_of(near[i], near) + share_of(next_[i], next_)) / 2
                 out[layer, head, i] = share_of(sums[i], sums) + asked
                 if rule == "expected_attention_damped" and kind[i] == IMAGE:
