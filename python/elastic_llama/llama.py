@@ -274,10 +274,11 @@ class ElasticLlama(llama_cpp.Llama):
                     "evictions",
                     "cells_before",
                     "cells_after",
-                    "bytes_before",
-                    "bytes_after",
                 )
             },
+            bytes_before=s["bytes_before"] + s["bytes_other"],
+            bytes_after=s["bytes_after"] + s["bytes_other"],
+            other_bytes=s["bytes_other"],
             score_ms=s["score_us"] / 1000,
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
