@@ -50,7 +50,8 @@ def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = Non
             f"{s.decode_ms:.0f}",
             f"{s.tokens_per_second:.1f}",
         )
-    console = console or Console(width=None if _is_terminal() else 120, soft_wrap=False)
+    width = None if _is_terminal() else 132 if mixed else 120
+    console = console or Console(width=width, soft_wrap=False)
     console.print(table)
     if mixed:
         console.print(
