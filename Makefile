@@ -12,7 +12,8 @@ export CMAKE_ARGS += -DLLAMA_BUILD=OFF
 WITH_TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 LIB_DIR     = $$($(PY) -c 'import elastic_llama; print(elastic_llama.lib_dir())')
 
-.PHONY: demo test test-fast test-matrix test-vulkan stock upstream server build lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test wheel-portable clean
+.PHONY: demo test test-fast test-matrix test-examples test-vulkan stock upstream server build
+.PHONY: lint format sanitize sanitize-runtime stubs check-stubs check-patches wheel-test wheel-portable clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/elastic-llama demo
@@ -23,6 +24,11 @@ test: $(VENV)/.installed server stock upstream
 # without what takes more than a few seconds, under two minutes
 test-fast: $(VENV)/.installed
 	$(PY) -m pytest -m "not slow and not matrix"
+
+# every example; the packages that they need stay in the environment
+test-examples: $(VENV)/.installed server
+	$(PY) -m pip install -q --no-build-isolation -e ".[examples]"
+	$(PY) -m pytest tests/test_examples.py "tests/test_server.py::test_examples"
 
 # every case of the matrix of cuts, a quarter of an hour
 test-matrix: $(VENV)/.installed

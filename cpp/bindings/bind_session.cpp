@@ -84,8 +84,8 @@ static py::dict stats_dict(const elastic_cache & cache) {
     const elastic_stats s = cache.stats();
     return py::dict("checkpoint_bytes"_a = s.n_bytes_checkpoints, "compressions"_a = s.n_compressions, "evictions"_a = s.n_evictions,
                     "cells_before"_a = s.n_cells_before, "cells_after"_a = s.n_cells_after, "bytes_before"_a = s.n_bytes_before,
-                    "bytes_after"_a = s.n_bytes_after, "bytes_released"_a = s.n_bytes_released, "score_us"_a = s.t_score_us,
-                    "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
+                    "bytes_after"_a = s.n_bytes_after, "bytes_other"_a = s.n_bytes_other, "bytes_released"_a = s.n_bytes_released,
+                    "score_us"_a = s.t_score_us, "plan_us"_a = s.t_plan_us, "merge_us"_a = s.t_merge_us);
 }
 
 static py::tuple read_layer(const session & self, llama_seq_id seq_id, int32_t il) {
@@ -146,6 +146,19 @@ static py::dict memory_of(uintptr_t address) {
     return memory_dict(kv_view(*ctx));
 }
 
+static py::tuple in_use(uintptr_t address, llama_seq_id seq_id) {
+    auto * ctx = reinterpret_cast<llama_context *>(address);
+    if (!ctx) {
+        throw error("[bytes_in_use] ctx must not be null");
+    }
+    const memory_parts parts(*ctx);
+    if (seq_id < 0 || seq_id >= (llama_seq_id) parts.n_seq_max()) {
+        throw error("[bytes_in_use] seq_id: got " + std::to_string(seq_id) + ", expected 0 <= seq_id < n_seq_max");
+    }
+    const bytes_in_use res = parts.in_use(seq_id);
+    return py::make_tuple(res.attention, res.other);
+}
+
 void bind_session(py::module_ & m) {
     const elastic_params d = elastic_default_params();
 
@@ -177,6 +190,13 @@ cell_bytes (K and V of one cell of those layers), other_bytes (allocated by wind
 alone), other_cells (of the windows, or states) and recurrent (no probes, no cuts, no checkpoints).
 
 Raises NotImplementedError, with the reason, for a memory that cannot be compressed.)pbdoc");
+    m.def("bytes_in_use", &in_use, py::arg("ctx"), py::arg("seq_id") = 0,
+          R"pbdoc(Bytes that a sequence of the llama_context at this address holds: (attention, other).
+
+attention: K and V of the part that an elastic cache compresses. other: of windows, with cells that they have passed and not
+used again, and of its recurrent state. No elastic cache needs to be attached.
+
+Raises NotImplementedError, with the reason, for a memory that cannot be compressed, ValueError for a sequence out of range.)pbdoc");
     m.def("layer_shares", &layer_shares, py::arg("scores"),
           "Cells that each layer is to hold by its score, mean 1; empty where all are alike. ValueError for scores < 0 or not finite.");
 
@@ -296,6 +316,10 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
         .def(
             "kv_bytes", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv_bytes(seq_id); },
             py::arg("seq_id") = 0, "Bytes of K, V and bias that the layers hold of the sequence.")
+        .def(
+            "other_bytes",
+            [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().kv.parts.in_use(seq_id).other; },
+            py::arg("seq_id") = 0, "Bytes that the sequence holds in windows and recurrent states, which are not compressed.")
         .def(
             "n_tokens", [](const session & self, llama_seq_id seq_id) { return self.cache(seq_id).parts().seqs.get(seq_id).n_tokens; },
             py::arg("seq_id") = 0,

@@ -66,6 +66,7 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
     stats.n_cells_after  = parts.n_per_layer(seq_id);
     stats.n_bytes_before = n_bytes;
     stats.n_bytes_after  = parts.kv_bytes(seq_id);
+    stats.n_bytes_other  = parts.kv.parts.in_use(seq_id).other;
     stats.t_plan_us += t_merge - t_plan;
     stats.t_merge_us += ggml_time_us() - t_merge;
 

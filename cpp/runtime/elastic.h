@@ -53,6 +53,8 @@ struct elastic_stats {
     int64_t t_plan_us;
     int64_t t_merge_us;
     int64_t n_bytes_checkpoints;  // that checkpoints take now
+    int64_t n_bytes_other;        // what the sequence of the last compressed prompt held then in windows and recurrent states,
+                                  // which are left alone; not in n_bytes_before and n_bytes_after
 };
 
 // The memory of a context. Where the model has sliding windows or recurrent layers, the elastic cache works on the layers that attend to

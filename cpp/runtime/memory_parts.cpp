@@ -151,14 +151,41 @@ int32_t memory_parts::n_window_lacks(int32_t n_ubatch) const {
     return std::max(0, (int32_t) hparams.n_swa * n_seqs + n_ubatch - (int32_t) window->get_size());
 }
 
-int64_t memory_parts::other_bytes() const {
+static int64_t allocated(const llama_memory_i * mem) {
     int64_t res = 0;
-    for (const llama_memory_i * mem : { (const llama_memory_i *) window, (const llama_memory_i *) recurrent }) {
-        for (const auto & [_, n] : mem ? mem->memory_breakdown() : std::map<ggml_backend_buffer_type_t, size_t>()) {
-            res += (int64_t) n;
-        }
+    for (const auto & [_, n] : mem ? mem->memory_breakdown() : std::map<ggml_backend_buffer_type_t, size_t>()) {
+        res += (int64_t) n;
     }
     return res;
+}
+
+int64_t memory_parts::other_bytes() const {
+    return allocated(window) + allocated(recurrent);
+}
+
+static int64_t used_by(const llama_kv_cache & kv, llama_seq_id seq_id) {
+    const auto & cells = kv.get_cells(seq_id);
+    int64_t      n     = 0;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        n += !cells.is_empty(i) && cells.seq_has(i, seq_id);
+    }
+    return n * (allocated(&kv) / ((int64_t) kv.get_size() * kv.get_n_stream()));
+}
+
+static int64_t used_by(const llama_memory_recurrent & mem, llama_seq_id seq_id) {
+    const auto n = std::count_if(mem.cells.begin(), mem.cells.end(), [&](const auto & cell) { return cell.has_seq_id(seq_id); });
+    return (int64_t) n * (allocated(&mem) / std::max<int64_t>(1, mem.size));
+}
+
+bytes_in_use memory_parts::in_use(llama_seq_id seq_id) const {
+    bytes_in_use res;
+    res.attention = used_by(*attention, seq_id);
+    res.other     = (window ? used_by(*window, seq_id) : 0) + (recurrent ? used_by(*recurrent, seq_id) : 0);
+    return res;
+}
+
+int32_t memory_parts::n_seq_max() const {
+    return (int32_t) attention->get_n_seq_max();
 }
 
 int32_t memory_parts::other_cells() const {

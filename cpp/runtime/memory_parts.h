@@ -23,6 +23,12 @@ struct unsupported : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// of the cells, or the state, that a sequence holds now; cells that a window has passed count until they are used again
+struct bytes_in_use {
+    int64_t attention = 0;  // K and V, no bias
+    int64_t other     = 0;
+};
+
 struct memory_parts {
     llama_kv_cache *         attention = nullptr;  // of the layers that attend to everything
     llama_kv_cache *         window    = nullptr;  // of those with a sliding window
@@ -46,6 +52,8 @@ struct memory_parts {
     int32_t n_window_lacks(int32_t n_ubatch) const;
 
     int64_t      other_bytes() const;  // allocated by the other parts
+    bytes_in_use in_use(llama_seq_id seq_id) const;
+    int32_t      n_seq_max() const;
     int32_t      other_cells() const;  // of the window part, or of the recurrent one where there is none
     const char * kind() const;
 

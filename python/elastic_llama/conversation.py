@@ -21,7 +21,7 @@ from .chat import without_marker
 from .errors import ConfigError, ContextOverflowError, StateError
 from .errors import message as error_message
 from .images import as_images, load_image
-from .kv_types import stock_bytes
+from .in_use import bytes_in_use, other_parts
 from .llama import ElasticLlama
 from .messages import clean_text
 from .pieces import ImagePiece, Piece, TextPiece, pixel_key
@@ -366,11 +366,14 @@ class Conversation:
         """Nothing is compressed yet."""
         stats, session = self.stats, self.llm.session
         if session is None:
-            n_cells, n_bytes = self.llm._room.n_used(), stock_bytes(self.llm._ctx.ctx)
+            n_cells = self.llm._room.n_used()
+            n_bytes, other = bytes_in_use(self.llm._ctx.ctx)
         else:
-            n_cells, n_bytes = session.n_per_layer(0), session.kv_bytes(0)
+            n_cells, other = session.n_per_layer(0), session.other_bytes(0)
+            n_bytes = session.kv_bytes(0) + other
         stats.cells_prompt = stats.cells_kept = n_cells
         stats.bytes_prompt = stats.bytes_kept = n_bytes
+        stats.other_bytes, stats.other_parts = other, other_parts(self.llm) if other else ""
 
     def _compress(self, token: int) -> None:
         """The prompt's compression, before `token`, the answer's first, is decoded."""
@@ -387,7 +390,9 @@ class Conversation:
         stats.compress_ms = 1000 * (time.perf_counter() - start)
         after = session.stats()
         if after["compressions"] > before["compressions"]:
-            stats.bytes_prompt, stats.bytes_kept = after["bytes_before"], after["bytes_after"]
+            other = stats.other_bytes = after["bytes_other"]
+            stats.bytes_prompt = after["bytes_before"] + other
+            stats.bytes_kept = after["bytes_after"] + other
 
 
 def _message(role: str, content: str, n_images: int = 0) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from .errors import (
 from .fallback import AUTO, attach_if_possible
 from .memory.reader import PrefixReader
 from .memory.store import MemoryOption, as_memory
-from .messages import clean, text_messages
+from .messages import clean, json_format, text_messages
 from .native_log import route
 from .native_log import take as take_log
 from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
@@ -274,10 +274,11 @@ class ElasticLlama(llama_cpp.Llama):
                     "evictions",
                     "cells_before",
                     "cells_after",
-                    "bytes_before",
-                    "bytes_after",
                 )
             },
+            bytes_before=s["bytes_before"] + s["bytes_other"],
+            bytes_after=s["bytes_after"] + s["bytes_other"],
+            other_bytes=s["bytes_other"],
             score_ms=s["score_us"] / 1000,
             plan_ms=s["plan_us"] / 1000,
             merge_ms=s["merge_us"] / 1000,
@@ -652,12 +653,13 @@ class ElasticLlama(llama_cpp.Llama):
         """As in llama-cpp-python; images are compressed with the rest of the prompt.
 
         With the handler that `mmproj_path` makes, what the cache holds of a prompt is neither
-        encoded nor decoded again: earlier turns, and images by their content.
+        encoded nor decoded again: earlier turns, and images by their content. `response_format`
+        may be OpenAI's for a JSON schema, too, which llama-cpp-python ignores.
 
         Raises
         ------
         ConfigError
-            The messages cannot be understood, or have images that the model cannot see.
+            The messages or the format cannot be understood, or the model cannot see images.
         ImageError, ContextOverflowError, ModelFileError
             Nothing is decoded.
         StateError
@@ -669,6 +671,8 @@ class ElasticLlama(llama_cpp.Llama):
             for name in ("functions", "function_call", "tools", "tool_choice"):
                 if name in kwargs:
                     kwargs[name] = clean(kwargs[name])
+        if "response_format" in kwargs:
+            kwargs["response_format"] = json_format(kwargs["response_format"])
         self._in_chat = True
         try:
             with translated_errors(self._n_ctx), self.prompt_phase():

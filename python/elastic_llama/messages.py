@@ -147,3 +147,26 @@ def text_messages(messages: Any) -> list[dict[str, Any]]:
             )
         message["content"] = "".join(part["text"] for part in content)
     return out
+
+
+def json_format(value: Any) -> Any:
+    """`response_format` as llama-cpp-python knows it; OpenAI's for a JSON schema has another form.
+
+    Raises
+    ------
+    ConfigError
+        Of that form, without a schema.
+
+    Examples
+    --------
+    >>> json_format({"type": "json_schema", "json_schema": {"name": "x", "schema": {}}})
+    {'type': 'json_object', 'schema': {}}
+    """
+    if not isinstance(value, Mapping) or value.get("type") != "json_schema":
+        return value
+    about = value.get("json_schema")
+    schema = about.get("schema") if isinstance(about, Mapping) else None
+    if not isinstance(schema, Mapping):
+        expected = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
+        raise ConfigError(error_message("chat", "response_format", repr(value), expected))
+    return {"type": "json_object", "schema": schema}

@@ -122,6 +122,7 @@ def draw(kept: Kept) -> Any:
     page = _Page(y_text + 0.35 + len(lines) * _LINE + _MARGIN)
     page.text(_MARGIN, 0.48, kept.title, fontsize=15, weight="bold")
     page.text(_MARGIN, 0.76, kept.subtitle, color=_FAINT)
+    page.text(_MARGIN, 0.94, kept.bytes_note, color=_FAINT)
     _draw_scale(page)
     for i, panel in enumerate(kept.panels):
         row, column = divmod(i, per_row)

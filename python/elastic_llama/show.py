@@ -15,7 +15,9 @@ from .errors import ConfigError, StateError, message
 from .gguf_check import Header, read_header
 from .grids import Grid, grid_of, tile_boxes
 from .images import ImageSource, as_images, load_image
+from .in_use import other_parts
 from .pieces import ImagePiece
+from .stats import mib
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -71,6 +73,8 @@ class Kept:
         Cells after the compression.
     title, subtitle : str
         What was done, and what a share is a share of.
+    bytes_note : str
+        Bytes of all parts of the memory, where windows or recurrent states are not compressed.
     """
 
     share: np.ndarray
@@ -79,6 +83,7 @@ class Kept:
     n_after: int
     title: str
     subtitle: str
+    bytes_note: str = ""
 
 
 def kept_share(
@@ -161,7 +166,8 @@ def look(
     ids, chunks = _cells(chat)
     plan, n_after = _compress(llm)
     n_cells = len(ids)
-    rows = f"the {n_layer} layers × {n_head} KV heads"
+    others = other_parts(llm)
+    rows = f"the {n_layer} {'compressed ' if others else ''}layers × {n_head} KV heads"
     if layer is not None:
         rows = f"the {n_head} KV heads of layer {layer}"
     return Kept(
@@ -170,6 +176,7 @@ def look(
         panels=_panels(llm.mmproj_path, chunks, loaded),
         n_after=n_after,
         title=_title(llm, n_cells, n_after),
+        bytes_note=_bytes_note(llm, others),
         subtitle=f"share of {rows} that keep a cell; {_fate(llm, plan)}",
     )
 
@@ -236,6 +243,16 @@ def _title(llm: ElasticLlama, n_before: int, n_after: int) -> str:
     unit = "" if llm.elastic.budget <= 1 else " cells"
     budget = f"{llm.elastic.budget:g}{unit}"
     return f"policy {llm.elastic.policy}, budget {budget}: {n_before} → {n_after} cells"
+
+
+def _bytes_note(llm: ElasticLlama, others: str) -> str:
+    stats = llm.stats
+    if not others or not stats.bytes_before:
+        return ""
+    return (
+        f"{mib(stats.bytes_before)} → {mib(stats.bytes_after)} of the whole memory, of which "
+        f"{mib(stats.other_bytes)} are not compressed: {others}"
+    )
 
 
 def _fate(llm: ElasticLlama, plan: Mapping[str, Any] | None) -> str:

@@ -25,7 +25,9 @@ class ElasticStats(_Renamed):
     """What the elastic cache did since the model was loaded or its figures were reset.
 
     `cells_before`, `cells_after` and the bytes are those of the last compressed prompt. Cells are
-    what a layer holds, on average over the layers (`ElasticConfig.layers`).
+    what a layer that is compressed holds, on average (`ElasticConfig.layers`). Bytes are those of
+    all parts of the memory; `other_bytes` of them are windows and recurrent states, which are not
+    compressed.
     """
 
     compressions: int = 0
@@ -34,6 +36,7 @@ class ElasticStats(_Renamed):
     cells_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    other_bytes: int = 0  # in bytes_before and in bytes_after
     score_ms: float = 0.0
     plan_ms: float = 0.0
     merge_ms: float = 0.0
@@ -46,16 +49,20 @@ class ElasticStats(_Renamed):
         cost = f"score {self.score_ms:.1f} + plan {self.plan_ms:.1f} + merge {self.merge_ms:.1f}"
         if self.probe_ms:
             cost += f" + probe {self.probe_ms:.1f}"
+        other = f", {mib(self.other_bytes)} of it not compressed" if self.other_bytes else ""
         return (
             f"{self.tokens} tokens in {self.cells} cells; last prompt {self.cells_before} -> "
-            f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}; "
-            f"{self.compressions} compressions, {self.evictions} evictions; {cost} ms"
+            f"{self.cells_after} cells, {mib(self.bytes_before)} -> {mib(self.bytes_after)}{other};"
+            f" {self.compressions} compressions, {self.evictions} evictions; {cost} ms"
         )
 
 
 @dataclass
 class TurnStats(_Renamed):
-    """One question and its answer. Times in milliseconds, sizes in bytes."""
+    """One question and its answer. Times in milliseconds, sizes in bytes.
+
+    Cells are those of the layers that are compressed, bytes those of all parts of the memory.
+    """
 
     n_text: int = 0  # prompt tokens of this turn
     n_image: int = 0  # image embeddings of this turn
@@ -63,6 +70,8 @@ class TurnStats(_Renamed):
     cells_kept: int = 0
     bytes_prompt: int = 0
     bytes_kept: int = 0
+    other_bytes: int = 0  # in both: of windows and recurrent states, which are not compressed
+    other_parts: str = ""  # what they are; "" where there are none
     encode_ms: float = 0.0  # vision tower and projector
     prefill_ms: float = 0.0  # llama_decode of text and image embeddings
     probe_ms: float = 0.0  # decoding what the answer begins with, to compress by it (probe)
@@ -78,7 +87,12 @@ class TurnStats(_Renamed):
 
     @property
     def pruned_share(self) -> float:
-        """Fraction of the prompt's cells that were dropped or merged."""
+        """Fraction of the prompt's cells that were dropped or merged.
+
+        Where a part of the memory is not compressed: fraction of the bytes of all parts.
+        """
+        if self.other_bytes:
+            return max(0.0, 1 - self.bytes_kept / self.bytes_prompt)
         return 1 - self.cells_kept / self.cells_prompt if self.cells_prompt else 0.0
 
 

@@ -12,6 +12,7 @@ from . import core
 __all__ = [
     "Session",
     "build_info",
+    "bytes_in_use",
     "core",
     "default_params",
     "frees_layers",
@@ -200,6 +201,10 @@ class Session:
         """
         Position of the next token; behind an image with M-RoPE its height and width count.
         """
+    def other_bytes(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+        """
+        Bytes that the sequence holds in windows and recurrent states, which are not compressed.
+        """
     def read_kv(
         self,
         seq_id: typing.SupportsInt | typing.SupportsIndex,
@@ -231,6 +236,19 @@ class Session:
 def build_info() -> dict:
     """
     What this build is made of: llama.cpp commit, patches, backends, CPU features.
+    """
+
+def bytes_in_use(
+    ctx: typing.SupportsInt | typing.SupportsIndex,
+    seq_id: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> tuple:
+    """
+    Bytes that a sequence of the llama_context at this address holds: (attention, other).
+
+    attention: K and V of the part that an elastic cache compresses. other: of windows, with cells that they have passed and not
+    used again, and of its recurrent state. No elastic cache needs to be attached.
+
+    Raises NotImplementedError, with the reason, for a memory that cannot be compressed, ValueError for a sequence out of range.
     """
 
 def default_params() -> dict:

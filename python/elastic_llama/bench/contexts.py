@@ -76,6 +76,7 @@ class Context:
         params.flash_attn_type = int(setting.flash_attn)
         params.type_k = params.type_v = KV_TYPES[setting.kv_type]
         params.no_perf = False
+        params.swa_full = False  # as ElasticLlama's; stock gains as much by it
         self.n_batch = params.n_batch
         try:
             with lazy_buffers(elastic):
@@ -115,6 +116,15 @@ class Context:
     def n_cells(self, seq: int = 0) -> int:
         """Cells of a sequence of the elastic cache."""
         return int(self.session.n_per_layer(seq))
+
+    def other_bytes(self, seq: int = 0) -> int:
+        """Bytes that a sequence holds in windows and recurrent states, which are not compressed."""
+        try:
+            return int(
+                _core.bytes_in_use(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0, seq)[1]
+            )
+        except NotImplementedError:
+            return 0
 
     def prefill(self, parts: list[list[int] | np.ndarray], seq: int) -> float:
         """Decode a prompt; returns the seconds it took."""

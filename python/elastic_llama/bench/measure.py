@@ -34,7 +34,9 @@ class Run:
     probe_s : float
         Probes of the answers before that compression, prompts of text only.
     kv_bytes : int
-        K, V and bias of the cells in use after the prompt.
+        K, V and bias of the cells in use after the prompt, and `other_bytes`.
+    other_bytes : int
+        Of them what is not compressed: windows and recurrent states.
     rss : dict
         What the context's own calls added to the resident set: up to and with the last prompt
         ("prompt"), with its compression ("compressed"), with the generation ("end").
@@ -53,6 +55,7 @@ class Run:
     merge_s: float = 0.0
     probe_s: float = 0.0
     kv_bytes: int = 0
+    other_bytes: int = 0
     bytes_freed: int = 0
     rss: dict[str, int] = field(default_factory=dict)
     graphs_reused: int = 0
@@ -99,6 +102,7 @@ class Contestant:
             run.prefill_s.append(sum(context.prefill(parts, seq) for seq in range(context.n_seqs)))
         self.pos = sum(len(part) for part in parts)
         run.cells_prompt = run.cells_kept = self.pos
+        run.other_bytes = sum(map(context.other_bytes, range(context.n_seqs)))
         if context.session is not None:
             self._compress(first_token)
 
@@ -158,7 +162,7 @@ class Contestant:
             cell_bytes = self.context.session.kv_bytes_per_cell()
         else:
             run.cells_end = self.pos
-        run.kv_bytes = cell_bytes * run.cells_kept * self.context.n_seqs
+        run.kv_bytes = cell_bytes * run.cells_kept * self.context.n_seqs + run.other_bytes
 
 
 def cell_bytes(llm: ElasticLlama, kv_type: str) -> int:

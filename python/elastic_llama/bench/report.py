@@ -99,11 +99,18 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 f"{own['ideal']:.3f}" if "ideal" in own else "",
                 f"{100 * own['cost']:+.1f} %" if "cost" in own else "",
                 f"{100 * own['probe']:+.1f} %" if own.get("probe") else "",
-                f"{row['kv_bytes'] / MIB:.1f}",
+                _kv_mib(row),
                 "" if freed is None else f"{freed:.1f} of {row['bytes_freed'] / MIB:.1f}",
             ]
         )
     return out
+
+
+def _kv_mib(row: dict[str, Any]) -> str:
+    """Of the whole memory, and what of it is not compressed."""
+    other = row.get("other_bytes", 0)  # rows of earlier versions have none
+    fixed = f" ({other / MIB:.1f} fixed)" if other else ""
+    return f"{row['kv_bytes'] / MIB:.1f}{fixed}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -111,6 +118,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     rows = [row for row in rows if row["kind"] != "encode"]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table(rows)]
+    if any(row.get("other_bytes") for row in rows):
+        lines.append("\nfixed: windows and recurrent states, which are not compressed")
     for row in encoded:
         seconds = spread(row["encode_s"], 3)
         lines.append(f"\nencoding an image into {row['cells']} cells: {seconds} s")

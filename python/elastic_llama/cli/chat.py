@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError, message
+from ..stats import mib
 from . import options
 
 _HELP = """/image FILE   show the next question this image; several are possible, "as this.png" too
@@ -111,4 +112,10 @@ def _turn(chat: Any, line: str, images: list[Any], args: argparse.Namespace) -> 
     except KeyboardInterrupt:
         print(" (stopped)")
     s = chat.stats
-    print(f"({s.cells_prompt} -> {s.cells_kept} cells, {s.tokens_per_second:.1f} tokens/s)")
+    cells = f"{s.cells_prompt} -> {s.cells_kept} cells"
+    if s.other_bytes:
+        cells += (
+            f"; {mib(s.bytes_prompt)} -> {mib(s.bytes_kept)}, of which {mib(s.other_bytes)} are "
+            f"not compressed: {s.other_parts}"
+        )
+    print(f"({cells}, {s.tokens_per_second:.1f} tokens/s)")

@@ -53,7 +53,7 @@ def answer(
     """Stream one answer to stdout; the figures of the turn, and whether an elastic cache was on."""
     from ..conversation import Conversation
 
-    llm = options.load_llm(args, config)
+    llm = options.load_llm(args, config, swa_full=False)  # else only the full cache would have it
     try:
         chat = Conversation(llm)
         try:

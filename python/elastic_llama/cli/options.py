@@ -257,7 +257,12 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
         )
 
 
-def load_llm(args: argparse.Namespace, elastic: ElasticConfig, n_seq_max: int = 1) -> Any:
+def load_llm(
+    args: argparse.Namespace,
+    elastic: ElasticConfig,
+    n_seq_max: int = 1,
+    swa_full: bool | None = None,
+) -> Any:
     """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
     model does not take an elastic one and no option asks for it.
     """
@@ -320,6 +325,7 @@ def load_llm(args: argparse.Namespace, elastic: ElasticConfig, n_seq_max: int = 
         n_threads_batch=args.threads,
         n_gpu_layers=args.gpu_layers,
         flash_attn=flash,
+        swa_full=swa_full,
         type_k=KV_TYPES[args.cache_type_k],
         type_v=KV_TYPES[args.cache_type_v],
         seed=args.seed % 2**32,  # llama.cpp's random seed is its largest

@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = None) -> None:
-    """One row per run: cells, KV memory, times, speed."""
+    """One row per run: cells, KV memory of all parts, times, speed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    mixed = any(s.other_bytes for _, s in rows)
     table.add_column("KV cache")
-    for name in (
+    names = [
         "prompt cells",
         "kept",
         "pruned",
@@ -29,7 +30,10 @@ def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = Non
         "compress ms",
         "decode ms",
         "tokens/s",
-    ):
+    ]
+    if mixed:
+        names.insert(names.index("kept MiB") + 1, "fixed MiB")
+    for name in names:
         table.add_column(name, justify="right")
     for name, s in rows:
         table.add_row(
@@ -39,13 +43,22 @@ def print_table(rows: list[tuple[str, TurnStats]], console: Console | None = Non
             f"{100 * s.pruned_share:.0f} %",
             f"{s.bytes_prompt / MIB:.2f}",
             f"{s.bytes_kept / MIB:.2f}",
+            *([f"{s.other_bytes / MIB:.2f}"] if mixed else []),
             f"{s.encode_ms:.0f}",
             f"{s.prefill_ms:.0f}",
             f"{s.compress_ms:.1f}",
             f"{s.decode_ms:.0f}",
             f"{s.tokens_per_second:.1f}",
         )
-    (console or Console(width=None if _is_terminal() else 120, soft_wrap=False)).print(table)
+    width = None if _is_terminal() else 132 if mixed else 120
+    console = console or Console(width=width, soft_wrap=False)
+    console.print(table)
+    if mixed:
+        console.print(
+            "MiB and pruned are those of the whole memory. Fixed, in both MiB, is what is never "
+            f"compressed: {rows[-1][1].other_parts}.",
+            highlight=False,
+        )
 
 
 def progress(items: Iterable[T], what: str, n: int) -> Iterator[T]:

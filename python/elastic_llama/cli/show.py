@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         draw(kept).savefig(args.output)
     except OSError as e:
         raise ConfigError(message("show", "output", args.output, "a file to write", str(e))) from e
-    print(f"{kept.title}\n{args.output}")
+    print("\n".join(filter(None, (kept.title, kept.bytes_note, args.output))))
 
 
 def check_output(path: Path) -> None:

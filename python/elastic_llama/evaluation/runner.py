@@ -205,7 +205,10 @@ class Runner:
                 own = self._answers(kv_type, config, items, prompts)
                 for i, (item, prompt) in enumerate(zip(items, prompts)):
                     figures = self._figures(item, prompt, reference[i], own[i])
-                    figures["bytes"] = own[i]["cells"][0] * self._cell_bytes(kv_type)
+                    other = own[i].get("other_bytes", 0)
+                    figures["bytes"] = own[i]["cells"][0] * self._cell_bytes(kv_type) + other
+                    if other:
+                        figures["other_bytes"] = other  # in bytes; not compressed
                     rows[i]["cases"][case.name] = figures
                 tick(1)
         return rows
@@ -231,6 +234,7 @@ class Runner:
         if "forced" in self.plan.metrics:
             for row, answer in zip(out, runner.forced(config, prompts)):
                 row["logp"], row["cells"] = log_softmax(answer.logits), answer.cells
+                row["other_bytes"] = answer.other_bytes
         asked = [
             i
             for i, item in enumerate(items)
@@ -242,6 +246,7 @@ class Runner:
             for i, answer in zip(asked, runner.greedy(config, chosen, limits)):
                 out[i]["said"] = self._text(answer)
                 out[i].setdefault("cells", answer.cells)
+                out[i].setdefault("other_bytes", answer.other_bytes)
         return out
 
     def _text(self, answer: Answer) -> str:

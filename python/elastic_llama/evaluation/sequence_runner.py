@@ -29,11 +29,14 @@ class Answer:
         The answer: the forced one, or greedy.
     cells : tuple of int
         Held after compression, and after the last token decoded; on average over the layers.
+    other_bytes : int
+        Held after the compression by windows and recurrent states, which are not compressed.
     """
 
     logits: list[np.ndarray]
     tokens: list[int]
     cells: tuple[int, int] = (0, 0)
+    other_bytes: int = 0
 
 
 class SequenceRunner:
@@ -127,6 +130,8 @@ class SequenceRunner:
             for i, logits in zip(going, self._decode(rows, set(range(len(rows))))):
                 answers[i].logits.append(logits)
                 held = self.streams.session.n_per_layer(i)
+                if not answers[i].cells[0]:
+                    answers[i].other_bytes = int(self.streams.session.other_bytes(i))
                 answers[i].cells = (answers[i].cells[0] or held - 1, held)
             active = going
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-FIGURES = ("kl", "agree", "exact", "rouge", "cells", "bytes")
+FIGURES = ("kl", "agree", "exact", "rouge", "cells", "bytes", "other_bytes")
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
