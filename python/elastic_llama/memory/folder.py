@@ -88,9 +88,13 @@ class MemoryFolder:
         except DamagedFileError as e:
             self._set_aside(path, opened, e)
             return None
-        with suppress(OSError):
-            os.utime(path)  # used last now
+        self.touch(key)
         return entry
+
+    def touch(self, key: str) -> None:
+        """What has this key was used last now, wherever it was read from."""
+        with suppress(OSError):
+            os.utime(self._file(key))
 
     def has(self, key: str) -> bool:
         """Whether there is a file of this key; `get` finds out whether it is whole."""
