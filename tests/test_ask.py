@@ -121,13 +121,22 @@ def test_cells_are_shared(load, monkeypatch):
 def test_bad_arguments(load):
     with load(n_ctx=256) as llm:
         assert llm.ask(IMAGE, []) == []
-        for bad in ("text", [3]):
-            with pytest.raises(el.ConfigError):
+        for bad in ("text", b"text", {"a": "b"}, [3], [None], None, 3):
+            with pytest.raises(el.ConfigError, match="questions"):
                 llm.ask(IMAGE, bad)
+        assert len(llm.ask(IMAGE, (q for q in ["the sea", "a sea"]), max_tokens=3)) == 2
+        for bad in (3, b"the sea"):
+            with pytest.raises(el.ConfigError, match="system"):
+                llm.ask(IMAGE, ["the sea"], system=bad)
+            with pytest.raises(el.ConfigError, match="system"):
+                el.Conversation(llm, bad)
+            with pytest.raises(el.ConfigError, match="question"):
+                el.Conversation(llm).ask(bad)
         with pytest.raises(el.ConfigError):
             llm.ask(IMAGE, ["the sea"], max_tokens=0)
-        with pytest.raises(el.ConfigError):
-            llm.ask([], ["the sea"])
+        for bad in ([], None):
+            with pytest.raises(el.ConfigError, match="images, got 0, expected one or more"):
+                llm.ask(bad, ["the sea"])
         with pytest.raises(el.ContextOverflowError):
             llm.ask(IMAGE, ["the sea", "the water " * 300])
         assert llm.ask(IMAGE, ["the sea"], max_tokens=3)

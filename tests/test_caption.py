@@ -115,6 +115,18 @@ def test_the_command(tiny_vlm, folder, tmp_path, capsys):
     assert "no caption" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["caption", "remember"])
+def test_a_model_without_a_tower_fails_as_a_whole(tiny_vlm, folder, tmp_path, capsys, command):
+    """No image is noted as failed, since a later run would leave it out."""
+    out = tmp_path / "captions.jsonl"
+    given = ["-o", str(out)] if command == "caption" else ["--memory", str(tmp_path / "memory")]
+    assert main([command, str(folder), *given, "-m", str(tiny_vlm[0]), "-t", "1"]) == 1
+    said = capsys.readouterr()
+    assert "no vision tower" in said.err
+    assert said.out == ""
+    assert command == "remember" or lines(out) == []
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle(tiny_vlm, folder, tmp_path):
     out = tmp_path / "captions.jsonl"

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import elastic_llama as el
+import numpy as np
 import pytest
 from elastic_llama.cli import main
 from elastic_llama.cli.remember import SOME_FAILED
-from elastic_llama.memory import MemoryFolder
+from elastic_llama.memory import Entry, ImageMemory, MemoryFolder
 from PIL import Image
 
 from tests.support import memory_faults
@@ -75,6 +76,25 @@ def test_parts_of_files_are_swept(tmp_path):
     assert list(folder.verify()) == []
     assert not old.exists()
     assert new.exists()
+
+
+def test_what_is_read_from_ram_counts_as_used_in_the_folder(tmp_path):
+    """Else the images that are asked about all the time would be the first to be pruned."""
+    memory = ImageMemory(tmp_path)
+    keys = ["0" * 64, "1" * 64]
+    for key in keys:
+        memory.put(Entry.of_state(key, np.arange(3), os.urandom(1000), {}))
+    for i, path in enumerate(memory.folder.files()):
+        os.utime(path, (i, i))
+    assert memory.get(keys[0]) is not None
+    assert [path.stem for path in memory.folder.files()] == keys[::-1]
+    memory.folder.prune(1500)
+    assert [path.stem for path in memory.folder.files()] == [keys[0]]
+    # another process deleted it, and here it is in RAM
+    assert memory.get(keys[1]) is not None
+    assert memory.has(keys[1])
+    assert ImageMemory(tmp_path).get(keys[1]) is not None
+    assert not memory.has("2" * 64)
 
 
 def test_commands(tiny_vlm, tmp_path, photo, capsys):

@@ -9,6 +9,7 @@ import ctypes
 import shutil
 from pathlib import Path
 
+import elastic_llama as el
 import llama_cpp
 import numpy as np
 import pytest
@@ -477,3 +478,11 @@ def test_refusals_name_the_reason(name: str, why: str) -> None:
             _core.memory(address)
         with pytest.raises(NotImplementedError, match=why):
             _core.Session(address, **KEPT)
+
+
+def test_an_encoder_is_not_left_out() -> None:
+    """llama.cpp would end the process."""
+    with el.ElasticLlama(model("t5"), n_threads=1, n_threads_batch=1) as llm:
+        for ask in (llm, llm.eval):
+            with pytest.raises(el.UnsupportedModelError, match="does not run.*llama_encode"):
+                ask([1, 2, 3])

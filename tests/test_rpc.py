@@ -149,7 +149,7 @@ def test_nobody_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "host", "host:", "host:0", "host:x", ":50052", "host:70000"]
+    "endpoint", ["", "host", "host:", "host:0", "host:x", ":50052", "host:70000", "host:²"]
 )
 def test_endpoints_that_are_none(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="host:port"):

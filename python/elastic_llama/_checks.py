@@ -8,7 +8,7 @@ import numbers
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -38,6 +38,7 @@ MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS
 MAX_TEXT = 127  # bytes of a key or a text of kv_overrides, with a zero behind them
 
 OFF = "pass kv_budget=1 (--kv-budget 1)"
+ENCODER = "use llama-cli, or llama_encode and llama_decode of llama_cpp's C interface"
 
 # name -> least, most and whether None stands for a default of llama-cpp-python's
 _WHOLE = {
@@ -356,6 +357,8 @@ def check_memory(
     UnsupportedModelError
     """
     if ctx.memory is not None:
+        if llama_cpp.llama_model_has_encoder(llama_cpp.llama_get_model(ctx.ctx)):
+            _refuse_tokens(ctx, path)
         return
     if kwargs.get("vocab_only"):
         _refuse_cells(ctx, f"{path} was loaded with vocab_only", "load it without to decode tokens")
@@ -371,10 +374,21 @@ def check_memory(
 
 
 def _refuse_cells(ctx: Any, what: str, do: str) -> None:
+    # llama-cpp-python asserts; comes before anything is decoded
+    ctx.kv_cache_seq_rm = _refusal(what, do)
+
+
+def _refuse_tokens(ctx: Any, path: str) -> None:
+    """llama.cpp ends the process where nothing was encoded, which llama-cpp-python never does."""
+    what = f"{path} has an encoder, which llama-cpp-python does not run before its decoder"
+    ctx.decode = _refusal(what, ENCODER)
+
+
+def _refusal(what: str, do: str) -> Callable[..., None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(error_message("decode", what, do=do))
 
-    ctx.kv_cache_seq_rm = refuse  # llama-cpp-python asserts; comes before anything is decoded
+    return refuse
 
 
 def load_error(path: str, error: ValueError | MemoryError) -> ElasticError:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ElasticError
+from .errors import ConfigError, ElasticError
 from .pieces import Piece, n_cells_from
 from .sequences import SequenceGroup, sequences
 
@@ -53,6 +53,11 @@ def captions(
     ----------
     images : iterable
         What `load_image` takes, read when they are needed.
+
+    Raises
+    ------
+    ConfigError
+        The model cannot be asked about images at all.
     """
     runner = _Captioner(chat, prompt, max_tokens)
     waiting = iter(images)
@@ -94,6 +99,8 @@ class _Captioner:
             if group.running and not self._fits(group):
                 return None
             self._read(group)
+        except ConfigError:
+            raise  # it is no image's fault
         except ElasticError as e:
             self.pieces = ()
             return Caption(name, error=" ".join(str(e).split()))

@@ -23,7 +23,7 @@ from .errors import message as error_message
 from .images import as_images, load_image
 from .in_use import bytes_in_use, other_parts
 from .llama import ElasticLlama
-from .messages import clean_text
+from .messages import as_text, clean_text
 from .pieces import ImagePiece, Piece, TextPiece, pixel_key
 from .prompt_reader import EncodedImages
 from .stats import TurnStats
@@ -68,7 +68,7 @@ class Conversation:
         path = llm.mmproj_path
         self.vision = Vision(path, llm, llm.image_tokens) if path else None
         self.stats = TurnStats()  # of the last turn
-        self._system = system
+        self._system = as_text("system", system)
         self._encoded = EncodedImages()
         self._template = ChatTemplate.of(llm)
         self.clear()
@@ -186,7 +186,7 @@ class Conversation:
                     "pass mmproj_path",
                 )
             )
-        return _message("user", question, len(loaded)), loaded
+        return _message("user", as_text("question", question), len(loaded)), loaded
 
     def _extended(self, message: dict[str, Any], images: list[Image.Image]) -> _Extended:
         """Text and pieces of the conversation with one more question, and the images in it."""

@@ -536,16 +536,18 @@ class ElasticLlama(llama_cpp.Llama):
         """
         self._check_open("ask")
         max_tokens = whole("max_tokens", max_tokens, 1)
-        if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
-            raise ConfigError(message("ask", "questions", repr(questions)[:80], "a list of texts"))
         from .ask import SharedImage
         from .conversation import Conversation
         from .images import as_images, load_image
+        from .messages import as_text, as_texts
 
+        questions, system = as_texts("questions", questions), as_text("system", system)
         images = [load_image(one) for one in as_images(image)]
+        if not images:
+            raise ConfigError(message("ask", "images", 0, "one or more"))
         if self._asking is None:
             self._asking = Conversation(self)
-        self._asking._system = system or None
+        self._asking._system = system
         prompts = [self._asking.first_prompt(question, images) for question in questions]
         if not prompts:
             return []

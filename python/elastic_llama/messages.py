@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,34 @@ _IMAGE_KEYS = ("image_url", "image", "source", "url", "data", "base64", "bytes",
 def clean_text(text: str) -> str:
     """Text that can be encoded: the halves of a character join, one alone becomes U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def as_text(name: str, value: object) -> str:
+    """A text as it was given; "" for None.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(error_message("ask", name, reprlib.repr(value), "a text"))
+    return value or ""
+
+
+def as_texts(name: str, values: object) -> list[str]:
+    """Texts as a list.
+
+    Raises
+    ------
+    ConfigError
+        They are something else, or one text.
+    """
+    is_several = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping))
+    texts = list(values) if is_several else [None]  # type: ignore[call-overload]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(error_message("ask", name, reprlib.repr(values), "a list of texts"))
+    return texts
 
 
 def clean(value: Any) -> Any:

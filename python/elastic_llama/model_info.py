@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp
 
 from . import _core
+from ._checks import ENCODER
 from .config import ElasticConfig
 from .errors import ConfigError, StateError, UnsupportedModelError, message
 from .fallback import why_not
@@ -212,6 +213,8 @@ def model_info(
 def _instead(llm: Any) -> str:
     if llm._ctx.memory is None:
         return "make embeddings with it: embedding=True"
+    if llama_cpp.llama_model_has_encoder(llm.model):
+        return ENCODER
     return f"{_INSTEAD}; -ctk q8_0 -ctv q8_0 -fa on halves its cache"
 
 

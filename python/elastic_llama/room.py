@@ -55,7 +55,7 @@ class Room:
                     "past the positions of the model",
                     end,
                     f"at most {len(llm.input_ids)}",
-                    "start over",
+                    "raise n_ctx or start over",
                 )
             )
         used = self.n_used()

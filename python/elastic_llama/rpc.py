@@ -98,7 +98,7 @@ def serve_rpc(host: str = "127.0.0.1", port: int = 50052, n_threads: int = 1) ->
 
 def _parse(endpoint: str) -> tuple[str, int]:
     host, _, port = str(endpoint).rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(message("rpc", "endpoint", endpoint, "host:port, the port in [1, 65535]"))
     return host, int(port)
 

@@ -190,7 +190,7 @@ def _what(args: argparse.Namespace) -> dict[str, Any]:
 
 def _shard(value: str) -> tuple[int, int]:
     parts = value.split("/")
-    if len(parts) == 2 and all(p.isdigit() for p in parts) and int(parts[0]) < int(parts[1]):
+    if len(parts) == 2 and all(p.isdecimal() for p in parts) and int(parts[0]) < int(parts[1]):
         return int(parts[0]), int(parts[1])
     raise ConfigError(message("eval", "--shard", value, "I/N with 0 <= I < N, such as 0/2"))
 

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
 
 def _size(value: str) -> tuple[int, int]:
     width, _, height = value.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{value!r}, expected a width and a height: 1024x768")
     return int(width), int(height)
 

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..conversation import Conversation
-    from ..errors import ElasticError
+    from ..errors import ConfigError, ElasticError
     from ..image_files import image_files
     from .report import progress
 
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
             for file in progress(files, "remember", len(files)):
                 try:
                     n_new += chat.remember(str(file))
+                except ConfigError:
+                    raise  # it is no image's fault
                 except ElasticError as e:
                     n_failed += 1
                     print(f"error: {file}: {' '.join(str(e).split())}", file=sys.stderr)

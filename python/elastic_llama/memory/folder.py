@@ -92,7 +92,7 @@ class MemoryFolder:
         return entry
 
     def touch(self, key: str) -> None:
-        """It is the entry that was used last."""
+        """What has this key was used last now, wherever it was read from."""
         with suppress(OSError):
             os.utime(self._file(key))
 

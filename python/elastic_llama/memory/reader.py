@@ -133,7 +133,7 @@ class PrefixReader:
             raise ConfigError(message("remember", "images", 0, "a prompt that begins with one"))
         assert self.memory is not None
         key = self.key(pieces[:k])
-        if self.memory.get(key) is not None:
+        if self.memory.has(key):
             return False
         ids = piece_ids(pieces[:k])
         self._compute(pieces[:k], ids)

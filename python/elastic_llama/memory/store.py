@@ -64,14 +64,20 @@ class ImageMemory:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
-        if entry is not None:
-            if self.folder is not None:
-                self.folder.touch(key)
-            return entry
-        entry = None if self.folder is None else self.folder.get(key)
-        if entry is not None:
-            self._keep(entry)
+        if self.folder is not None and entry is not None:
+            self.folder.touch(key)
+        elif self.folder is not None:
+            entry = self.folder.get(key)
+            if entry is not None:
+                self._keep(entry)
         return entry
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry, in the folder too; one that only RAM has is written again."""
+        entry = self.get(key)
+        if entry is not None and self.folder is not None and not self.folder.has(key):
+            self.folder.put(entry)
+        return entry is not None
 
     def state_of(self, entry: Entry) -> bytes:
         """What `llama_state_seq_set_data` takes; that of the entry used last is at hand."""
