@@ -29,8 +29,7 @@ static py::dict build_info() {
                     "archive_sha256"_a = ELASTIC_ARCHIVE_SHA256, "series_hash"_a = ELASTIC_SERIES_HASH,
                     "patches"_a = list_of(ELASTIC_PATCHES), "ggml_version"_a = ggml_version(), "compiler"_a = ELASTIC_COMPILER,
                     "build_type"_a = ELASTIC_BUILD_TYPE, "backends"_a = backends, "cpu_features"_a = llama_print_system_info(),
-                    "kernels"_a = kernel_level(),
-                    "amx"_a = bool(ELASTIC_AMX_ON), "sanitizers"_a = list_of(ELASTIC_SANITIZE_LIST));
+                    "kernels"_a = kernel_level(), "amx"_a = bool(ELASTIC_AMX_ON), "sanitizers"_a = list_of(ELASTIC_SANITIZE_LIST));
 }
 
 void bind_build_info(py::module_ & m) {

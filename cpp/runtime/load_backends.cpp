@@ -2,6 +2,7 @@
 // llama.cpp does not look by itself; so they are loaded with libllama, for every program that uses it.
 
 #include "ggml-backend.h"
+#include "ggml.h"
 
 #include <dlfcn.h>
 
@@ -15,9 +16,14 @@ struct load_backends {
         if (ggml_backend_reg_count() > 0 || !dladdr((const void *) &ggml_backend_load_all_from_path, &info)) {
             return;
         }
-        const std::string path  = info.dli_fname;
-        const size_t      slash = path.rfind('/');
+        const std::string path      = info.dli_fname;
+        const size_t      slash     = path.rfind('/');
+        ggml_log_callback known     = nullptr;
+        void *            user_data = nullptr;
+        ggml_log_get(&known, &user_data);
+        ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // it would tell of every library
         ggml_backend_load_all_from_path(slash == std::string::npos ? "." : path.substr(0, slash).c_str());
+        ggml_log_set(known, user_data);
     }
 };
 
