@@ -149,6 +149,7 @@ class ElasticLlama(llama_cpp.Llama):
         self.memory_budget = budget_value("memory_budget", memory_budget)
         self._image_reader: PrefixReader | None = None
         self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
+        self._group: Any = None  # what has the other sequences
         self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
@@ -716,6 +717,7 @@ class ElasticLlama(llama_cpp.Llama):
                 message("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
             )
         before = native_state(self._ctx.ctx)
+        self._group = None  # a state is one of all sequences
         take_log()
         if not set_native_state(self._ctx.ctx, state.llama_state):
             reasons = reason(take_log()) or "another model, context or policy"
@@ -756,7 +758,7 @@ class ElasticLlama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
-        self._closed = True
+        self._closed, self._group = True, None
         asking, self._asking = getattr(self, "_asking", None), None
         if asking is not None:
             asking.close()
