@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import elastic_llama as el
+import numpy as np
 import pytest
 from elastic_llama.memory.reader import leading_images
 from elastic_llama.sequences import SequenceGroup
@@ -80,8 +81,9 @@ def test_answers_are_those_of_single_questions(load, options, monkeypatch):
         first = "".join(chat.ask("the sea", IMAGE, max_tokens=12))
         assert llm.ask(IMAGE, QUESTIONS[:2], max_tokens=12) == expected[:2]
         chat.clear()
-        if llm.session is None:
-            assert "".join(chat.ask("the sea", IMAGE, max_tokens=12)) == first
+        assert "".join(chat.ask("the sea", IMAGE, max_tokens=12)) == first
+    with load(**options) as llm:
+        assert "".join(el.Conversation(llm).ask("the sea", IMAGE, max_tokens=12)) == first
 
 
 def test_with_a_memory(load, tmp_path, monkeypatch):
@@ -95,6 +97,20 @@ def test_with_a_memory(load, tmp_path, monkeypatch):
                 assert llm.ask(IMAGE, QUESTIONS, max_tokens=12) == expected
     with load(memory=tmp_path, memory_budget=0.4) as llm:
         assert llm.ask(IMAGE, QUESTIONS, max_tokens=12) == expected
+
+
+def test_an_answer_after_ask_is_as_if_nothing_had_been_asked(load):
+    """What the questions looked at does not count, when the image comes from the memory."""
+    found = []
+    for asked in ([], QUESTIONS):
+        with load(memory=True, n_seq_max=4, elastic=el.ElasticConfig(0.1, min_cells=4)) as llm:
+            chat = el.Conversation(llm)
+            chat.remember(IMAGE)
+            llm.ask(IMAGE, asked, max_tokens=12)
+            assert llm.memory is not None
+            assert chat.llm.prefill(chat.first_prompt("the sea", IMAGE)) > 0
+            found.append(llm.session.importance(0))
+    assert np.array_equal(*found)
 
 
 def test_cells_are_shared(load, monkeypatch):

@@ -83,6 +83,35 @@ def test_an_image_that_does_not_fit_is_an_error_of_its_own(tiny_vlm, folder):
         assert not any(c.error for c in captions(el.Conversation(llm), names, "the sea", 20))
 
 
+@pytest.mark.parametrize("other", ["captions", "ask", "load_state", "close"])
+def test_captions_that_another_call_ended(tiny_vlm, folder, alone, other):
+    """The later call has the right answers; the earlier one does not go on with its cells."""
+    names = sorted(map(str, folder.glob("0?.png")))
+    names = [name for name in names if "broken" not in name and "cut" not in name]
+    with load(tiny_vlm, 3) as llm:
+        chat = el.Conversation(llm)
+        state = llm.save_state()
+        first = captions(chat, names, "the sea", 20)
+        next(first)
+        if other == "captions":
+            later = captions(chat, names, "the sea", 20)
+            found = [next(later)]
+            with pytest.raises(el.StateError, match="another call used"):
+                next(first)
+            first.close()
+            found += later
+            assert {c.name: c.text for c in found} == {name: alone[name] for name in names}
+            return
+        if other == "ask":
+            assert len(llm.ask(names[0], ["the sea"] * 3, max_tokens=9)) == 3
+        elif other == "load_state":
+            llm.load_state(state)
+        else:
+            llm.close()
+        with pytest.raises(el.StateError):
+            next(first)
+
+
 def arguments(tiny_vlm, folder: Path, out: Path) -> list[str]:
     model, mmproj = map(str, tiny_vlm)
     options = ["-m", model, "--mmproj", mmproj, "-t", "1", "-n", "20", "-p", "the sea", "-np", "3"]

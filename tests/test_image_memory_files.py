@@ -122,3 +122,5 @@ def test_commands(tiny_vlm, tmp_path, photo, capsys):
     assert "2 files deleted" in capsys.readouterr().out
     assert main([*memory, "verify"]) == 0
     assert main([*remember, str(tmp_path / "none")]) == 1
+    assert main(["memory", "--memory", str(tmp_path / "none"), "list"]) == 1
+    assert not (tmp_path / "none").exists()

@@ -152,7 +152,10 @@ def test_the_build() -> None:
         (["--mmproj", "x.gguf"], "--mmproj without -m"),
         (["-m", "broken.gguf", "--kv-budget", "0"], "budget"),
         (["-m", "broken.gguf", "--image-size", "12"], "1024x768"),
-        (["-m", "broken.gguf", "-ub", "0"], "at least 1"),
+        (["-m", "broken.gguf", "--image-size", "²x3"], "1024x768"),
+        (["-m", "broken.gguf", "--image-size", "99999999x99999999"], "pixels"),
+        (["-m", "broken.gguf", "-ub", "0"], "from 1 to"),
+        (["-m", "broken.gguf", "-ub", "99999999999"], "from 1 to"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, args: list[str], says: str) -> None:

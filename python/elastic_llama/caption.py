@@ -58,11 +58,14 @@ def captions(
     ------
     ConfigError
         The model cannot be asked about images at all.
+    StateError
+        `ask`, other captions or `load_state` used the sequences before the last one was complete.
     """
     runner = _Captioner(chat, prompt, max_tokens)
     waiting = iter(images)
     with sequences(chat.llm) as group:
         while True:
+            group.check()
             while runner.can_begin(group):
                 name = runner.name if runner.pieces else next(waiting, None)
                 if name is None:

@@ -149,6 +149,8 @@ class ElasticLlama(llama_cpp.Llama):
         self.memory_budget = budget_value("memory_budget", memory_budget)
         self._image_reader: PrefixReader | None = None
         self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
+        self._group: Any = None  # what has the other sequences
+        self._is_of_ask = False  # sequence 0 is an image that `ask` compressed, and scored
         self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
@@ -458,6 +460,9 @@ class ElasticLlama(llama_cpp.Llama):
         """
         self._check_open("prefill")
         self._n_calls += 1
+        if self._is_of_ask:  # an answer does not depend on what was asked of the image before
+            self._rewind.cut(0)
+            self._is_of_ask = False
         ids = piece_ids(pieces)
         n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
         self._room.check_fit(n_new + 1, 0)  # before anything is cut
@@ -553,6 +558,7 @@ class ElasticLlama(llama_cpp.Llama):
             return []
         self._n_calls += 1
         reader = self._image_reader or PrefixReader(self, None, self.memory_budget)
+        self._is_of_ask = self._session is not None
         return SharedImage(self, prompts).answers(reader, max_tokens)
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
@@ -720,6 +726,7 @@ class ElasticLlama(llama_cpp.Llama):
                 message("load_state", "tokens", n, f"at most {len(self.input_ids)}", "raise n_ctx")
             )
         before = native_state(self._ctx.ctx)
+        self._group = None  # a state is one of all sequences
         take_log()
         if not set_native_state(self._ctx.ctx, state.llama_state):
             reasons = reason(take_log()) or "another model, context or policy"
@@ -760,7 +767,7 @@ class ElasticLlama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
-        self._closed = True
+        self._closed, self._group = True, None
         asking, self._asking = getattr(self, "_asking", None), None
         if asking is not None:
             asking.close()

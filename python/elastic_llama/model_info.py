@@ -13,9 +13,10 @@ import llama_cpp
 
 from . import _core
 from ._checks import ENCODER
-from .config import ElasticConfig
+from .config import ElasticConfig, whole
 from .errors import ConfigError, StateError, UnsupportedModelError, message
 from .fallback import why_not
+from .images import MAX_PIXELS
 from .session import attach, lazy_buffers
 
 __all__ = ["ImageCost", "ModelInfo", "Sizes", "model_info"]
@@ -176,9 +177,15 @@ def model_info(
     from .llama import ElasticLlama
 
     elastic = ElasticConfig(budget=budget)
-    if min(image_size) < 1:
+    whole("n_ubatch", n_ubatch, 1)
+    if min(image_size) < 1 or image_size[0] * image_size[1] > MAX_PIXELS:
         raise ConfigError(
-            message("info", "image size", image_size, "a width and a height of at least 1")
+            message(
+                "info",
+                "image size",
+                image_size,
+                f"a width and a height of at least 1, and at most {MAX_PIXELS} pixels",
+            )
         )
     types: dict[str, Any] = {"type_k": type_k, "type_v": type_v}
     llm = ElasticLlama(

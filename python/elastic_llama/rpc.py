@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import struct
 from pathlib import Path
 
 from ._libraries import lib_dir
 from .errors import ConfigError, UnsupportedModelError, message
 
 _REACH_SECONDS = 5.0
+_HELLO, _CAPS = 14, 24  # the first command, and bytes of what a client can do
 
 
 def add_rpc_server(endpoint: str) -> list[str]:
@@ -44,7 +46,7 @@ def add_rpc_server(endpoint: str) -> list[str]:
     host, port = _parse(endpoint)
     lib = _library()
     try:
-        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+        _greet(host, port)
     except OSError as e:
         raise ConfigError(
             message("rpc", f"no server answers ({e})", endpoint, "a running RPC server")
@@ -94,6 +96,22 @@ def serve_rpc(host: str = "127.0.0.1", port: int = 50052, n_threads: int = 1) ->
         ) from e
     devices = (ctypes.c_void_p * 1)(_ggml().ggml_backend_dev_by_type(0))  # the CPU
     lib.ggml_backend_rpc_start_server(f"{host}:{port}".encode(), None, n_threads, 1, devices)
+
+
+def _greet(host: str, port: int) -> None:
+    """Say hello as llama.cpp does, which waits for an answer without end, or ends the process.
+
+    Raises
+    ------
+    OSError
+        Nothing answers in time, or it is no RPC server.
+    """
+    with socket.create_connection((host, port), timeout=_REACH_SECONDS) as s:
+        s.sendall(struct.pack("<BQ", _HELLO, _CAPS) + bytes(_CAPS))
+        with s.makefile("rb") as answer:
+            head = answer.read(8)
+        if len(head) < 8 or struct.unpack("<Q", head)[0] != 4 + _CAPS:
+            raise OSError("it is no RPC server of this version")
 
 
 def _parse(endpoint: str) -> tuple[str, int]:

@@ -55,6 +55,18 @@ class SequenceGroup:
         self._free = list(range(n_sequences(llm) - 1, 0, -1)) or [0]
         self.running: list[Running] = []
 
+    def check(self) -> None:
+        """Raise `StateError` if another call has taken the sequences."""
+        self.llm._check_open("ask")
+        if self.llm._group is not self:
+            raise StateError(
+                message(
+                    "ask",
+                    "the answers cannot go on, since another call used their sequences meanwhile",
+                    do="read them to their end before the next call",
+                )
+            )
+
     @property
     def n_free(self) -> int:
         """Sequences that can be taken."""
@@ -62,6 +74,7 @@ class SequenceGroup:
 
     def take(self) -> int:
         """A sequence that has the cells of sequence 0; it shares them."""
+        self.check()
         seq_id = self._free.pop()
         if seq_id > 0:
             llama_cpp.llama_memory_seq_cp(self.llm._ctx.memory, 0, seq_id, -1, -1)
@@ -120,6 +133,7 @@ class SequenceGroup:
         return one.position if session is None else int(session.n_cells(one.seq_id))
 
     def free(self, seq_id: int) -> None:
+        self.check()
         if seq_id > 0:
             llama_cpp.llama_memory_seq_rm(self.llm._ctx.memory, seq_id, -1, -1)
         self._free.append(seq_id)
@@ -127,6 +141,7 @@ class SequenceGroup:
     def _decode(self, rows: list[tuple[int, int, int]], wanted: Sequence[int]) -> list[int]:
         """The likeliest token after each of the wanted rows."""
         llm = self.llm
+        self.check()
         llm._n_calls += 1
         llm._requires_eval = True  # the logits are not sequence 0's any more
         batch = llm._batch.batch
@@ -157,13 +172,21 @@ class SequenceGroup:
 
 @contextmanager
 def sequences(llm: ElasticLlama) -> Iterator[SequenceGroup]:
-    """A group whose sequences are all gone in the end."""
+    """A group whose sequences are all gone in the end; one that was left open has none any more."""
     group = SequenceGroup(llm)
+    _clear(llm)
+    llm._group = group
     try:
         yield group
     finally:
-        for seq_id in range(1, n_sequences(llm)):
-            llama_cpp.llama_memory_seq_rm(llm._ctx.memory, seq_id, -1, -1)
+        if llm._group is group:
+            llm._group = None
+            _clear(llm)
+
+
+def _clear(llm: ElasticLlama) -> None:
+    for seq_id in range(1, n_sequences(llm)):
+        llama_cpp.llama_memory_seq_rm(llm._ctx.memory, seq_id, -1, -1)
 
 
 def n_sequences(llm: ElasticLlama) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..config import whole
 from ..errors import ConfigError, message
 from ..kv_types import KV_TYPES
 
@@ -41,8 +42,7 @@ def _size(value: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> None:
     if args.mmproj and not args.model:
         raise ConfigError(message("info", "--mmproj without -m", do="name the language model too"))
-    if args.ubatch_size < 1:
-        raise ConfigError(message("info", "--ubatch-size", args.ubatch_size, "at least 1"))
+    whole("--ubatch-size", args.ubatch_size, 1)
     if not args.model:
         _print_build(args.json)
         return

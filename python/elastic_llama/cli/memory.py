@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, message
@@ -37,7 +38,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..memory import MemoryFolder
 
-    folder = MemoryFolder(args.memory, options.memory_bytes(args.memory_size))
+    path = Path(args.memory).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            message("memory", str(path), "no such folder", "one that images are remembered in")
+        )
+    folder = MemoryFolder(path, options.memory_bytes(args.memory_size))
     if args.action == "prune":
         if args.size is not None and not 0 <= args.size < 2**33:
             raise ConfigError(message("options", "--size", args.size, "0 or more"))
