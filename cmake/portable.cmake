@@ -51,11 +51,11 @@ endfunction()
 
 # All libraries of the kernels have one name; the dynamic loader looks into glibc-hwcaps first.
 function(elastic_install_kernels NAME DIR)
-    file(RELATIVE_PATH _up /lib${DIR} /lib)
+    string(REGEX REPLACE "/[^/]+" "/.." _up "${DIR}")
     set_target_properties(${NAME} PROPERTIES
         OUTPUT_NAME elastic-kernels
         LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/kernels${DIR}
-        INSTALL_RPATH "$ORIGIN/${_up}"
+        INSTALL_RPATH "$ORIGIN${_up}"
     )
     install(TARGETS ${NAME} LIBRARY DESTINATION elastic_llama/lib${DIR} COMPONENT python)
 endfunction()

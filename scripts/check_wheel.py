@@ -51,6 +51,7 @@ PYTHON = (
 METADATA = (
     r"elastic_llama-[\w.+]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt)",
     r"elastic_llama-[\w.+]+\.dist-info/licenses/(LICENSE|NOTICE\.md)",
+    r"elastic_llama-[\w.+]+\.dist-info/sboms/auditwheel\.cdx\.json",
 )
 NEEDED = ("llama", "mtmd", "ggml", "ggml-base", "ggml-cpu")
 LEVELS = ("x86-64-v3", "x86-64-v4")
@@ -78,7 +79,7 @@ def library(name: str) -> str:
 def check_contents(wheel: Path, tracked: set[str], portable: bool = False) -> list[str]:
     """What is wrong with the wheel; `tracked`: files of the package under version control."""
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = [name for name in archive.namelist() if not name.endswith("/")]
     faults = [f"stray: {x}" for x in strangers(names, (*NATIVE, *PYTHON, *METADATA))]
     package = {name for name in names if not strangers([name], PYTHON)}
     faults += [f"not under version control: {x}" for x in sorted(package - tracked)]

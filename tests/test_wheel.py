@@ -105,6 +105,7 @@ def test_a_portable_wheel_is_judged(tmp_path: Path) -> None:
     lib = "elastic_llama/lib"
     native = {f"{lib}/{library(name)}.so" for name in NEEDED_PORTABLE}
     good = tracked | native | {"elastic_llama/include/elastic.h", "elastic_llama.libs/libgomp-1.so"}
+    good |= {"elastic_llama/", "elastic_llama-0.1.0.dist-info/sboms/auditwheel.cdx.json"}
     assert check_contents(wheel_of(tmp_path / "good.whl", good), tracked, portable=True) == []
     bad = good - {f"{lib}/libggml-cpu-x64.so"}
     bad -= {f"{lib}/glibc-hwcaps/x86-64-v4/libelastic-kernels.so"}
