@@ -94,7 +94,7 @@ class MemoryFolder:
     def touch(self, key: str) -> None:
         """What has this key was used last now, wherever it was read from."""
         with suppress(OSError):
-            os.utime(self._file(key))
+            _touch(self._file(key))
 
     def has(self, key: str) -> bool:
         """Whether there is a file of this key; `get` finds out whether it is whole."""
@@ -117,6 +117,7 @@ class MemoryFolder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            _touch(temp)
             os.replace(temp, path)
         except BaseException:
             with suppress(OSError):
@@ -228,3 +229,9 @@ class MemoryFolder:
             yield
         finally:
             os.close(fd)
+
+
+def _touch(path: str | Path) -> None:
+    """Used now. The system's own clock of files is too coarse to order what is used in a row."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
