@@ -486,3 +486,5 @@ def test_an_encoder_is_not_left_out() -> None:
         for ask in (llm, llm.eval):
             with pytest.raises(el.UnsupportedModelError, match="does not run.*llama_encode"):
                 ask([1, 2, 3])
+    with el.ElasticLlama(model("t5encoder"), embedding=True, n_threads=1) as llm:
+        assert np.isfinite(llm.embed("the sea")).all()

@@ -357,7 +357,8 @@ def check_memory(
     UnsupportedModelError
     """
     if ctx.memory is not None:
-        if llama_cpp.llama_model_has_encoder(llama_cpp.llama_get_model(ctx.ctx)):
+        model = llama_cpp.llama_get_model(ctx.ctx)
+        if llama_cpp.llama_model_has_encoder(model) and llama_cpp.llama_model_has_decoder(model):
             _refuse_tokens(ctx, path)
         return
     if kwargs.get("vocab_only"):
