@@ -21,9 +21,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed server stock upstream
 	$(PY) -m pytest
 
-# without what takes more than a few seconds, under two minutes
+# without what takes more than a few seconds: a minute and a half on two cores
 test-fast: $(VENV)/.installed
-	$(PY) -m pytest -m "not slow and not matrix"
+	$(PY) -m pytest -n 2 -m "not slow and not matrix"
 
 # every example; the packages that they need stay in the environment
 test-examples: $(VENV)/.installed server
