@@ -2,8 +2,6 @@
 
 #include "runtime/kv_layers.h"
 
-#include "kernels/kv_rows.h"
-
 #include <algorithm>
 #include <stdexcept>
 

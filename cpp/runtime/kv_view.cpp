@@ -1,5 +1,7 @@
 #include "runtime/kv_view.h"
 
+#include "runtime/kv_cells.h"
+
 #include "kernels/kv_rows.h"
 
 #include "llama-context.h"
@@ -202,9 +204,7 @@ std::vector<int32_t> kv_view::own_rows(llama_seq_id seq_id) const {
 }
 
 cell_place kv_view::place(uint32_t strm, int32_t row) const {
-    const auto & cells = kv.get_cells_mut(strm);
-    const auto & ext   = cells.ext_get(row);
-    return { cells.pos_get(row), ext.x, ext.y, ext.tok };
+    return place_of(kv.get_cells_mut(strm), row);
 }
 
 placed_cells placed_in(const llama_memory_context_i & mctx) {
@@ -233,14 +233,7 @@ bool kv_view::remove(uint32_t strm, int32_t row, llama_seq_id seq_id) {
 }
 
 void kv_view::put(uint32_t strm, int32_t row, const cell_place & place, llama_seq_id seq_id) {
-    auto &            cells = kv.get_cells_mut(strm);
-    llama_kv_cell_ext ext;
-    ext.x   = place.x;
-    ext.y   = place.y;
-    ext.tok = place.token;
-    cells.pos_set(row, place.pos);
-    cells.ext_set(row, ext);
-    cells.seq_add(row, seq_id);
+    put_cell(kv.get_cells_mut(strm), row, place, seq_id);
 }
 
 void kv_view::search_from(uint32_t strm, int32_t row) {

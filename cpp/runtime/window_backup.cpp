@@ -1,5 +1,7 @@
 #include "runtime/window_backup.h"
 
+#include "runtime/kv_cells.h"
+
 #include "ggml-backend.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -49,8 +51,7 @@ void window_backup::save(llama_seq_id seq_id, llama_pos first, llama_pos last) {
         if (!parts.in_window(pos, first) || parts.in_window(pos, last) || pos >= first || known.count(row) || cells.seq_count(row) > 1) {
             continue;
         }
-        const auto & ext = cells.ext_get(row);
-        auto &       c = known[row] = { pos, ext.x, ext.y, ext.tok, {} };
+        auto & c = known[row] = { place_of(cells, row), {} };
         each_row(kv, seq_id, row, [&](ggml_tensor * t, size_t offset, size_t n) {
             c.data.resize(c.data.size() + n);
             ggml_backend_tensor_get(t, c.data.data() + c.data.size() - n, offset, n);
@@ -65,13 +66,7 @@ void window_backup::restore() {
             if (!cells.is_empty(row)) {  // it was not overwritten: what was is free by now
                 continue;
             }
-            llama_kv_cell_ext ext;
-            ext.x   = c.x;
-            ext.y   = c.y;
-            ext.tok = c.token;
-            cells.pos_set(row, c.pos);
-            cells.ext_set(row, ext);
-            cells.seq_add(row, seq_id);
+            put_cell(cells, row, c.place, seq_id);
             size_t start = 0;
             each_row(*parts.window, seq_id, row, [&](ggml_tensor * t, size_t offset, size_t n) {
                 ggml_backend_tensor_set(t, c.data.data() + start, offset, n);

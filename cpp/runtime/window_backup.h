@@ -3,6 +3,7 @@
 // What a probe may overwrite in the window part of a memory: llama.cpp places new tokens in cells that their sequence does not look at
 // any more, and once the probe has been taken back it does.
 
+#include "runtime/kv_shape.h"
 #include "runtime/memory_parts.h"
 
 #include <map>
@@ -23,10 +24,7 @@ class window_backup {
 
   private:
     struct cell {
-        llama_pos            pos;
-        llama_pos            x;
-        llama_pos            y;
-        llama_token          token;
+        cell_place           place;
         std::vector<uint8_t> data;  // K and V of all layers
     };
     using saved_cells = std::map<uint32_t, cell>;  // by row
