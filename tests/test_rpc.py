@@ -144,6 +144,19 @@ def test_commands_do_not_grow_with_layers_and_heads(
     assert more[6] <= more[2] <= 8, more
 
 
+def test_commands_of_a_compression_do_not_grow_with_cells(servers: list[str], model: Path) -> None:
+    """An answer is compressed with the prompt after 32 tokens: K, V and bias of a layer at once."""
+    more = {}
+    for budget in (60, 120):  # cells, so that both are compressed again at the same token
+        ours = case("elastic")
+        ours["elastic"]["budget"] = float(budget)
+        stock, ours = run(model, servers[:1], [case(None), ours])
+        counts = [np.sum(x["commands"], axis=1)[31:] for x in (stock, ours)]
+        more[budget] = (counts[1] - counts[0]).max()
+    n_layer = 3
+    assert 5 * n_layer <= more[60] == more[120] <= 7 * n_layer + 8, more
+
+
 def test_nobody_there() -> None:
     with pytest.raises(ConfigError, match="no server answers"):
         add_rpc_server(f"127.0.0.1:{free_port()}")

@@ -42,6 +42,7 @@ class graph_sums : public llm_graph_input_i {
     }
 
     void set_input(const llama_ubatch * ubatch) override {
+        owner.parts.bias.upload();
         for (const bool by_sum : { false, true }) {
             if (ggml_tensor * t = weights[by_sum]) {
                 std::vector<float> data(ggml_nelements(t));
@@ -85,6 +86,9 @@ class graph_sums : public llm_graph_input_i {
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits) : parts(parts), logits(logits), on_device(parts.kv) {
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         ways.push_back(find_way(parts.kv, il));
+        if (ways.back() != attention_way::own_op) {
+            on_device.use(il);
+        }
     }
     own_op = std::all_of(ways.begin(), ways.end(), [](attention_way way) { return way == attention_way::own_op; });
 }
@@ -175,7 +179,7 @@ graph_sums & attention_graph::sums_of(const llm_graph_context & graph) {
 void attention_graph::add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache) {
     graph.cb(t, "attn_sums", il);
     sums.layers.push_back({ il_cache, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
-    if (logits.in_batch() && sums.weights[1]->ne[0] == 1) {
+    if (ways[il_cache] != attention_way::own_op && logits.in_batch() && sums.weights[1]->ne[0] == 1) {
         on_device.reserve(ggml_nelements(t));
         sums.version              = on_device.version();
         sums.layers.back().packed = true;
@@ -363,7 +367,7 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
     if (std::any_of(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; })) {
         on_device.fetch();
     }
-    for (const auto & layer : it->second->layers) {
+    for (const auto & layer : layers) {
         add_layer(layer, ubatch, placed, used, n_queries);
     }
     if (n_buffer > N_BUFFER && ubatch.n_tokens > ubatch.n_seqs_unq) {  // of a prompt; what an answer takes stays as it is

@@ -15,20 +15,20 @@ void device_sums::reserve(int64_t n) {
     blocks.clear();
 
     std::map<ggml_backend_buffer_type_t, std::vector<int32_t>> layers_of;
-    for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
+    for (const int32_t il : layers) {
         layers_of[ggml_backend_buffer_get_type(kv.k(il)->buffer)].push_back(il);
     }
-    for (const auto & [buft, layers] : layers_of) {
+    for (const auto & [buft, of_buft] : layers_of) {
         ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
         block            b      = {};
         b.ctx.reset(ggml_init(params));
-        b.tensor = ggml_new_tensor_2d(b.ctx.get(), GGML_TYPE_F32, capacity, (int64_t) layers.size());
+        b.tensor = ggml_new_tensor_2d(b.ctx.get(), GGML_TYPE_F32, capacity, (int64_t) of_buft.size());
         b.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(b.ctx.get(), buft));
         if (!b.buf) {
             throw std::runtime_error("[elastic] a device has no memory for the sums of the attention");
         }
-        for (size_t i = 0; i < layers.size(); ++i) {
-            slots[layers[i]] = { blocks.size(), (int64_t) i };
+        for (size_t i = 0; i < of_buft.size(); ++i) {
+            slots[of_buft[i]] = { blocks.size(), (int64_t) i };
         }
         blocks.push_back(std::move(b));
     }

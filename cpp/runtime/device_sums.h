@@ -15,6 +15,8 @@ class device_sums {
   public:
     explicit device_sums(const kv_view & kv) : kv(kv), slots(kv.shape.n_layer) {}
 
+    void use(int32_t il) { layers.push_back(il); }  // before anything else: its sums are collected here
+
     // room for n numbers of each layer; what graphs were given before is gone if it grows
     void     reserve(int64_t n);
     uint32_t version() const { return n_grown; }
@@ -37,11 +39,12 @@ class device_sums {
         int64_t index;
     };
 
-    const kv_view &    kv;
-    std::vector<slot>  slots;  // [n_layer]
-    std::vector<block> blocks;
-    int64_t            capacity = 0;
-    uint32_t           n_grown  = 0;
+    const kv_view &      kv;
+    std::vector<int32_t> layers;
+    std::vector<slot>    slots;  // [n_layer]
+    std::vector<block>   blocks;
+    int64_t              capacity = 0;
+    uint32_t             n_grown  = 0;
 };
 
 }  // namespace elastic

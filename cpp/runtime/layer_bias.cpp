@@ -18,6 +18,7 @@ layer_bias::layer_bias(const kv_view & kv, bool wanted)
     }
     biased.assign(kv.shape.n_stream, std::vector<uint8_t>(kv_size, 0));
     masked.resize(kv.shape.n_stream);
+    changed.resize(kv.shape.n_stream);
     make_tensors(kv);
 }
 
@@ -77,6 +78,7 @@ void layer_bias::reset() {
     for (auto & buf : bufs) {
         clear_lazily(buf.get());
     }
+    std::fill(changed.begin(), changed.end(), range{});
     n_biased = 0;
     n_masked = 0;
 }
@@ -92,7 +94,7 @@ void layer_bias::reset_cell(uint32_t strm, int32_t cell) {
         set_masked(strm, cell, il, false);
     }
     set_biased(strm, cell, false);
-    upload(strm, cell, cell + 1);
+    changed[strm].add(cell, cell + 1);
 }
 
 void layer_bias::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
@@ -107,7 +109,7 @@ void layer_bias::copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n) {
             set_masked(strm_dst, i, il, is_masked(strm_src, i, il));
         }
     }
-    upload(strm_dst, 0, n);
+    changed[strm_dst].add(0, n);
 }
 
 void layer_bias::set(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value) {
@@ -120,8 +122,7 @@ void layer_bias::set(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float 
         set_biased(strm, cell, true);
     }
     set_masked(strm, cell, il, maps[strm].row(index(il, 0))[cell] == masked_bias);
-    ggml_tensor * t = tensors[il];
-    ggml_backend_tensor_set(t, &value, strm * t->nb[2] + ih * t->nb[1] + cell * sizeof(float), sizeof(float));
+    changed[strm].add(cell, cell + 1);
 }
 
 void layer_bias::move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih) {
@@ -160,7 +161,7 @@ void layer_bias::scatter(uint32_t strm, const std::vector<int32_t> & rows, const
         set_biased(strm, rows[i], any);
     }
     const auto [lo, hi] = std::minmax_element(rows.begin(), rows.end());
-    upload(strm, *lo, *hi + 1);
+    changed[strm].add(*lo, *hi + 1);
 }
 
 std::vector<int32_t> layer_bias::cells_per_layer(uint32_t strm, const std::vector<int32_t> & rows) const {
@@ -173,8 +174,22 @@ std::vector<int32_t> layer_bias::cells_per_layer(uint32_t strm, const std::vecto
     return res;
 }
 
+void layer_bias::range::add(int32_t first, int32_t last) {
+    lo = hi == 0 ? first : std::min(lo, first);
+    hi = std::max(hi, last);
+}
+
+void layer_bias::upload() {
+    for (size_t strm = 0; strm < changed.size(); ++strm) {
+        if (changed[strm].lo < changed[strm].hi) {
+            upload((uint32_t) strm, changed[strm]);
+        }
+        changed[strm] = {};
+    }
+}
+
 // to a device all heads of a layer at once
-void layer_bias::upload(uint32_t strm, int32_t cell_min, int32_t cell_max) {
+void layer_bias::upload(uint32_t strm, const range & cells) {
     for (int32_t il = 0; il < n_layer; ++il) {
         ggml_tensor * t = tensors[il];
         if (!ggml_backend_buffer_is_host(t->buffer)) {
@@ -182,9 +197,9 @@ void layer_bias::upload(uint32_t strm, int32_t cell_min, int32_t cell_max) {
             continue;
         }
         for (int32_t ih = 0; ih < n_head_kv; ++ih) {
-            const float * row = maps[strm].row(index(il, ih)) + cell_min;
-            ggml_backend_tensor_set(t, row, strm * t->nb[2] + ih * t->nb[1] + cell_min * sizeof(float),
-                                    (cell_max - cell_min) * sizeof(float));
+            const float * row = maps[strm].row(index(il, ih)) + cells.lo;
+            ggml_backend_tensor_set(t, row, strm * t->nb[2] + ih * t->nb[1] + cells.lo * sizeof(float),
+                                    (cells.hi - cells.lo) * sizeof(float));
         }
     }
 }

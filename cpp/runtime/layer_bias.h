@@ -21,8 +21,11 @@ class layer_bias {
     bool          is_kept() const { return !maps.empty(); }
     bool          any() const { return n_biased > 0; }  // some cell has one
     bool          any_masked() const { return n_masked > 0; }
-    ggml_tensor * tensor(int32_t il) const { return tensors[il]; }  // f32 [kv_size, n_head_kv, n_stream]
+    ggml_tensor * tensor(int32_t il) const { return tensors[il]; }  // f32 [kv_size, n_head_kv, n_stream], as of the last upload
     int64_t       bytes_per_cell() const;
+
+    // before a graph reads the tensors: what has changed since the last time, so that many cells are one transfer
+    void upload();
 
     void reset();
     void reset_cell(uint32_t strm, int32_t cell);
@@ -53,6 +56,14 @@ class layer_bias {
     int64_t                           n_biased = 0;
     int64_t                           n_masked = 0;
 
+    struct range {  // of cells; empty where hi is 0
+        int32_t lo = 0;
+        int32_t hi = 0;
+
+        void add(int32_t first, int32_t last);
+    };
+    std::vector<range> changed;  // [n_stream], not uploaded yet
+
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
     std::vector<ggml_tensor *>           tensors;  // [n_layer]
@@ -62,7 +73,7 @@ class layer_bias {
     void    set_biased(uint32_t strm, int32_t cell, bool value);
     void    set_masked(uint32_t strm, int32_t cell, int32_t il, bool value);
     void    set(uint32_t strm, int32_t cell, int32_t il, int32_t ih, float value);
-    void    upload(uint32_t strm, int32_t cell_min, int32_t cell_max);
+    void    upload(uint32_t strm, const range & cells);
 };
 
 }  // namespace elastic
