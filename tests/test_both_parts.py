@@ -18,7 +18,7 @@ from elastic_llama.cli import main
 from elastic_llama.cli.report import print_table
 from elastic_llama.conversation import Conversation
 from elastic_llama.evaluation.summary import summarise
-from elastic_llama.in_use import _address
+from elastic_llama.pointers import address_of
 from elastic_llama.stats import MIB
 from PIL import Image
 
@@ -41,13 +41,13 @@ def test_a_window_in_bytes() -> None:
         e.prompt(random_tokens(n, 128, 1))
         assert e.session.other_bytes(0) == n * GEMMA3_ROW
         assert e.session.other_bytes(1) == 0
-        assert _core.bytes_in_use(_address(e.ctx), 0) == (n * GEMMA3_ROW, n * GEMMA3_ROW)
+        assert _core.bytes_in_use(address_of(e.ctx), 0) == (n * GEMMA3_ROW, n * GEMMA3_ROW)
         kept = e.session.compress(0)
         assert kept < 40
         stats = e.session.stats()
         assert stats["bytes_other"] == e.session.other_bytes(0) == n * GEMMA3_ROW
         assert stats["bytes_before"] - n * GEMMA3_ROW == n * 2 * 4  # a bias for each head
-        assert _core.bytes_in_use(_address(e.ctx), 0) == (kept * GEMMA3_ROW, n * GEMMA3_ROW)
+        assert _core.bytes_in_use(address_of(e.ctx), 0) == (kept * GEMMA3_ROW, n * GEMMA3_ROW)
 
 
 def test_a_window_that_holds_no_more_than_it_needs() -> None:
@@ -56,7 +56,7 @@ def test_a_window_that_holds_no_more_than_it_needs() -> None:
     with Engine(str(model("gemma3")), **kw) as e:
         for i in range(0, 640, 32):
             e.prompt(random_tokens(32, 128, i), i)
-        attention, other = _core.bytes_in_use(_address(e.ctx))
+        attention, other = _core.bytes_in_use(address_of(e.ctx))
         assert attention == 640 * GEMMA3_ROW
         assert 32 * GEMMA3_ROW <= other <= 256 * GEMMA3_ROW  # llama.cpp's caches are multiples
 
@@ -79,7 +79,7 @@ def test_bad_sequences_are_refused() -> None:
     with Engine(str(model("gemma3")), KEPT) as e:
         for bad in (-1, 1):
             with pytest.raises(ValueError, match="seq_id"):
-                _core.bytes_in_use(_address(e.ctx), bad)
+                _core.bytes_in_use(address_of(e.ctx), bad)
             with pytest.raises(ValueError, match="seq"):
                 e.session.other_bytes(bad)
     with pytest.raises(ValueError, match="null"):

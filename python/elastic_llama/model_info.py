@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from .config import ElasticConfig, whole
 from .errors import ConfigError, StateError, UnsupportedModelError, message
 from .fallback import why_not
 from .images import MAX_PIXELS
+from .pointers import address_of
 from .session import attach, lazy_buffers
 
 __all__ = ["ImageCost", "ModelInfo", "Sizes", "model_info"]
@@ -249,7 +249,7 @@ def _memory(llm: Any, elastic: ElasticConfig, n_ubatch: int, types: dict[str, An
 
 def _native_memory(ctx: Any) -> dict[str, Any]:
     try:
-        return dict(_core.memory(ctypes.cast(ctx, ctypes.c_void_p).value or 0))
+        return dict(_core.memory(address_of(ctx)))
     except NotImplementedError as e:
         raise UnsupportedModelError(str(e)) from e
 

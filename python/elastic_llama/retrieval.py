@@ -6,7 +6,6 @@ here is the file in which the scores are kept.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ import llama_cpp
 
 from . import _core
 from .embedded import cache_dir
+from .pointers import address_of
 
 if TYPE_CHECKING:
     from .llama import ElasticLlama
@@ -56,7 +56,7 @@ def measured_scores(llm: ElasticLlama) -> list[float]:
             if same and len(scores) == _n_layer(llm):
                 return scores
     log.info("measuring which layers look words up; once for this model file")
-    address = ctypes.cast(llm._model.model, ctypes.c_void_p).value or 0
+    address = address_of(llm._model.model)
     scores = _core.measure_layers(address, llm.n_threads_batch)
     if file is not None:
         try:
@@ -68,7 +68,7 @@ def measured_scores(llm: ElasticLlama) -> list[float]:
 
 def _n_layer(llm: ElasticLlama) -> int:
     """Layers of the part of the memory that is compressed; of the model where that is not known."""
-    address = ctypes.cast(llm._ctx.ctx, ctypes.c_void_p).value or 0
+    address = address_of(llm._ctx.ctx)
     try:
         return int(_core.memory(address)["n_layer"])
     except NotImplementedError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from . import _core
 from ._checks import OFF
 from .config import ElasticConfig, policy_row
 from .errors import ConfigError, UnsupportedModelError
+from .pointers import address_of
 from .retrieval import measured_scores
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def attach(llm: ElasticLlama, ctx: Any, elastic: ElasticConfig) -> Any:
     ------
     UnsupportedModelError, ConfigError
     """
-    address = ctypes.cast(ctx, ctypes.c_void_p).value or 0
+    address = address_of(ctx)
     given = () if isinstance(elastic.layers, str) else elastic.layers
     measured = () if given else _measured_shares(llm, address, elastic)
     scorer = elastic.scorer

@@ -18,6 +18,7 @@ from ..config import ElasticConfig, policy_row
 from ..errors import ElasticError, StateError, message
 from ..kv_types import KV_TYPES
 from ..llama import ElasticLlama
+from ..pointers import address_of
 from ..session import attach, lazy_buffers
 from .scenarios import Scenario
 
@@ -120,9 +121,7 @@ class Context:
     def other_bytes(self, seq: int = 0) -> int:
         """Bytes that a sequence holds in windows and recurrent states, which are not compressed."""
         try:
-            return int(
-                _core.bytes_in_use(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0, seq)[1]
-            )
+            return int(_core.bytes_in_use(address_of(self.ctx), seq)[1])
         except NotImplementedError:
             return 0
 

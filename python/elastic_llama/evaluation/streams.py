@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from typing import Any
 
 import llama_cpp
@@ -13,6 +12,7 @@ from .. import _core
 from ..config import ElasticConfig
 from ..errors import ConfigError, UnsupportedModelError, message
 from ..llama import ElasticLlama
+from ..pointers import address_of
 
 
 class Streams:
@@ -58,7 +58,7 @@ class Streams:
         UnsupportedModelError
         """
         self._detach()
-        address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        address = address_of(self.ctx)
         try:
             self.llm._session = _core.Session(address, policy="full", budget=1.0, record=True)
         except NotImplementedError as e:
