@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.device_cases import POLICIES, case, run
 from tests.support.engine import N_GPU_LAYERS
 from tests.support.tiny_llama import write_tiny_llama
 
-POLICIES = (
-    "elastic",
-    "elastic-evict",
-    "elastic-paper",
-    "h2o",
-    "snapkv",
-    "local",
-    "random",
-    "knorm",
-)
 IMAGE, TEXT = 0, 1  # what the first sequence is given
 MORE_THAN_STOCK = 10  # times its error: a softmax of fewer cells averages less of it out
 
 pytestmark = pytest.mark.skipif(
     N_GPU_LAYERS == 0, reason="for builds with a device: ELASTIC_TEST_GPU_LAYERS=99"
 )
-
-
-def case(policy: str | None, **kw: Any) -> dict[str, Any]:
-    elastic = None if policy is None else {"policy": policy, "budget": 0.2, "min_cells": 8}
-    same = {"type": "f16", "n_seq": 1, "unified": True, "image_in": IMAGE, "gpu_layers": 99}
-    return {"elastic": elastic, **same, **kw}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(model: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.rpc_run", str(model), "", json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 GIVEN = [{"image_in": TEXT}, {"image_in": IMAGE}, {"n_seq": 3}, {"n_seq": 3, "unified": False}]
 
 
@@ -62,7 +33,7 @@ GIVEN = [{"image_in": TEXT}, {"image_in": IMAGE}, {"n_seq": 3}, {"n_seq": 3, "un
 @pytest.mark.parametrize("given", GIVEN, ids=["text", "image", "unified", "streams"])
 def test_answers_are_those_of_the_host(model: Path, type_kv: str, given: dict[str, Any]) -> None:
     policies = [None, *(POLICIES if "n_seq" not in given else ("elastic", "h2o"))]
-    stock, *ours = run(model, [case(policy, type=type_kv, **given) for policy in policies])
+    stock, *ours = run(model, [], [case(policy, type=type_kv, **given) for policy in policies])
     assert stock["nmse"] > 0, "equal to the last bit: no device took part"
     for policy, got in zip(policies[1:], ours, strict=True):
         print(f"{policy}: {got['nmse']:.1e}, stock {stock['nmse']:.1e}, by {got['ways']}")

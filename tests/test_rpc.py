@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +16,9 @@ from elastic_llama import lib_dir, rpc
 from elastic_llama.errors import ConfigError
 from elastic_llama.rpc import add_rpc_server, serve_rpc
 
+from tests.support.device_cases import POLICIES, case, run
 from tests.support.tiny_llama import write_tiny_llama
 
-POLICIES = (
-    "elastic",
-    "elastic-evict",
-    "elastic-paper",
-    "h2o",
-    "snapkv",
-    "local",
-    "random",
-    "knorm",
-)
 pytestmark = pytest.mark.skipif(
     not any(lib_dir().glob("*ggml-rpc*")), reason="built with GGML_RPC=OFF"
 )
@@ -65,38 +54,6 @@ def servers() -> Iterator[list[str]]:
     for p in processes:
         p.kill()
         p.wait()
-
-
-def case(policy: str | None = "elastic", **kw: Any) -> dict[str, Any]:
-    elastic = None if policy is None else {"policy": policy, "budget": 0.2, "min_cells": 8}
-    return {
-        "elastic": elastic,
-        "type": "f16",
-        "n_seq": 1,
-        "unified": True,
-        "image_in": 0,
-        "gpu_layers": 99,
-        **kw,
-    }
-
-
-def run(model: Path, endpoints: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.support.rpc_run",
-            str(model),
-            ",".join(endpoints),
-            json.dumps(cases),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
