@@ -41,9 +41,8 @@ def captions(
 ) -> Iterator[Caption]:
     """Greedy answers to a question about each image, in the order in which they are complete.
 
-    Each is what `Conversation.ask` says of the image alone, as long as the answer is within the
-    overdraft of the cache; beyond it they may differ, since attention of an answer is scored for
-    all sequences of a batch at once. Images are encoded and read one after the other; their answers
+    Each is what `Conversation.ask` says of the image alone. That is tested for answers within the
+    overdraft of the cache only. Images are encoded and read one after the other; their answers
     are decoded together, each in a sequence of the context (`ElasticLlama(n_seq_max=...)`), as many
     as have room.
 
