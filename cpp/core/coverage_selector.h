@@ -7,9 +7,9 @@ namespace elastic {
 // Selects cells of a run by coverage: those left out have a kept one near (weighted farthest-first).
 //
 // A dropped cell is merged into the nearest kept one, so dropping it costs its score times what is
-// lost by taking that one for it. Places are therefore given one after another, each to the cell of greatest
-//     score * distance^1.5 to the nearest cell that has a place and may be joined
-// (the first to the highest score; ties to the earlier cell). The distance is the squared one between keys plus that
+// lost by taking that one for it. Cells are therefore kept one after another, always the one of greatest
+//     score * distance^1.5 to the nearest kept cell that may be an anchor
+// (the first is that of the highest score; ties to the earlier cell). The distance is the squared one between keys plus that
 // between values, each divided by its variance over the run: attention does not change when all keys move by the
 // same vector, so cosines would measure what does not matter.
 class coverage_selector : public image_first_selector {

@@ -4,7 +4,7 @@
 
 namespace elastic {
 
-// Places of the cells of highest score, and of those that stay; ties go to the earlier cell.
+// Keeps the cells of highest score, and those that stay; ties go to the earlier cell.
 choice choose_highest(const run & r, const float * score);
 
 // The highest scores of all cells; the newest n_window cells stay, as far as they take no more than half of the kept cells.

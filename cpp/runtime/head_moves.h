@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows of K and V move, head by head, into the places of evicted cells: on the host by copying, on a device by one graph for all layers.
+// Rows of K and V move, head by head, into the rows of evicted cells: on the host by copying, on a device by one graph for all layers.
 
 #include "runtime/kv_view.h"
 
