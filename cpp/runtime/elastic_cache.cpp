@@ -89,7 +89,8 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
             state.reset_cell(placed.strm[s], row, !ubatch.token ? cell_kind::image : is_prompt ? cell_kind::text : cell_kind::generated);
             state.memory.wrote(placed.strm[s], row + 1);
             for (int32_t n = 0; n < ubatch.n_seq_id[i]; ++n) {
-                state.seqs.add_token(ubatch.seq_id[i][n], ubatch.pos[i], state.kv.n_cells(ubatch.seq_id[i][n]));
+                const llama_seq_id seq_id = ubatch.seq_id[i][n];
+                state.seqs.add_token(seq_id, ubatch.pos[i], state.kv.n_cells(seq_id), ubatch.output[i] != 0);
             }
         }
     }
