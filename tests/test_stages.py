@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from elastic_llama import lib_dir
 
-from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
+from tests.support.engine import N_GPU_LAYERS, Engine, nmse, random_tokens
 from tests.support.oracle_plan import left_free
 from tests.support.tiny_archs import write_tiny
 from tests.test_oracles import N_VOCAB, feed, image_rows
@@ -64,6 +64,20 @@ def test_batches_do_not_matter(tiny_gqa: Path, n_batch: int) -> None:
         # summing in another order may swap cells of nearly the same importance
         same = (e.session.last_plan()["kept"] == expected).mean()
         assert same > 0.97
+
+
+def test_a_last_token_alone_is_of_the_prompt(tiny_gqa: Path) -> None:
+    """Nobody could choose it as an answer, as no logits were asked for before it."""
+    text = random_tokens(65, N_VOCAB, 1)
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        e.prompt(text)
+        expected = e.logits(-1)
+    with Engine(tiny_gqa, elastic=ELASTIC, n_batch=64, n_ubatch=64) as e:
+        e.prompt(text[:64], logits=False)
+        assert nmse(e.token(text[64], 64), expected) < 1e-9
+        assert e.session.n_cells(0) == 65
+        e.token(20, 65)
+        assert e.session.stats()["compressions"] == 1
 
 
 def test_single_prompt_tokens(tiny_gqa: Path) -> None:

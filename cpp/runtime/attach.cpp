@@ -1,6 +1,7 @@
 #include "runtime/attach.h"
 
 #include "runtime/measure_layers.h"
+#include "runtime/watched_memory.h"
 
 #include "llama-context.h"
 
@@ -10,7 +11,14 @@
 namespace elastic {
 
 elastic_cache * attached(const llama_context * ctx) {
-    return ctx ? dynamic_cast<elastic_cache *>(const_cast<llama_context *>(ctx)->get_elastic()) : nullptr;
+    const auto * memory = ctx ? watched_memory::of(*ctx) : nullptr;
+    return memory ? memory->cache() : nullptr;
+}
+
+// nullptr: the one that is there goes
+static void set_cache(llama_context & ctx, std::unique_ptr<elastic_cache> cache) {
+    ctx.set_elastic(cache.get());
+    watched_memory::of(ctx)->set_cache(std::move(cache));
 }
 
 // measured once for each model
@@ -54,14 +62,14 @@ elastic_cache & attach(llama_context & ctx, const elastic_params & params, const
         if (!old->empty()) {
             throw not_empty("[elastic_attach] the cache holds cells; clear it first (llama_memory_clear)");
         }
-        ctx.set_elastic(nullptr);
+        set_cache(ctx, nullptr);
     }
     auto cache = std::make_unique<elastic_cache>(ctx, cfg);
     if (!cache->empty()) {
         throw not_empty("[elastic_attach] the cache holds cells; clear it first (llama_memory_clear)");
     }
     auto & res = *cache;
-    ctx.set_elastic(std::move(cache));
+    set_cache(ctx, std::move(cache));
     return res;
 }
 
@@ -71,7 +79,7 @@ void detach(llama_context & ctx) {
         throw not_empty("[elastic_detach] some cells carry an attention bias; clear the cache first (llama_memory_clear)");
     }
     if (cache) {
-        ctx.set_elastic(nullptr);
+        set_cache(ctx, nullptr);
     }
 }
 

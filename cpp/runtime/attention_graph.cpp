@@ -190,11 +190,14 @@ void attention_graph::add_sums(const llm_graph_context & graph, graph_sums & sum
     ggml_build_forward_expand(graph.gf, t);
 }
 
-ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llama_kv_cache_context & mctx, ggml_tensor * q, ggml_tensor * k,
-                                     ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale,
-                                     int32_t il) {
+static uint32_t first_stream(const llm_graph_context & graph) {
+    return memory_parts::attention_of(*graph.mctx).get_slot_info().s0;
+}
+
+ggml_tensor * attention_graph::build(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+                                     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) {
     const int32_t il_cache = parts.kv.shape.index_of(il);
-    if (!parts.active || il_cache < 0) {
+    if (!parts.active || il_cache < 0 || in_ops) {
         return nullptr;
     }
     graph_sums & sums = sums_of(graph);
@@ -212,7 +215,7 @@ ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llam
     ggml_tensor * bias   = nullptr;
     if (sums.has_bias) {
         ggml_tensor * b = parts.bias.tensor(il_cache);
-        bias = ggml_view_4d(ctx, b, k->ne[2], 1, b->ne[1], n_stream, b->nb[1], b->nb[1], b->nb[2], b->nb[2] * mctx.get_slot_info().s0);
+        bias = ggml_view_4d(ctx, b, k->ne[2], 1, b->ne[1], n_stream, b->nb[1], b->nb[1], b->nb[2], b->nb[2] * first_stream(graph));
     }
     const attention_inputs in = { graph, il, q, k, v, q_perm, k_perm, v_perm, kq_b, kq_mask, sinks, bias, kq_scale };
 
@@ -223,7 +226,9 @@ ggml_tensor * attention_graph::build(const llm_graph_context & graph, const llam
     } else {
         ggml_tensor * w   = sums.wanted ? weights_of(graph, sums, q_perm, true) : nullptr;
         ggml_tensor * sum = nullptr;
+        in_ops            = true;
         res               = attention_of_ops(in, way, w, sum);
+        in_ops            = false;
         if (sum) {
             add_sums(graph, sums, sum, il, il_cache);
         }

@@ -12,8 +12,6 @@
 
 #include <memory>
 
-class llama_kv_cache_context;
-
 namespace elastic {
 
 class graph_sums;
@@ -23,8 +21,8 @@ class attention_graph {
     attention_graph(cache_parts & parts, const prompt_logits & logits);
 
     // the attention of one layer as llm_graph_context::build_attn_mha gives it; nullptr: the cache has nothing to add
-    ggml_tensor * build(const llm_graph_context & graph, const llama_kv_cache_context & mctx, ggml_tensor * q, ggml_tensor * k,
-                        ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il);
+    ggml_tensor * build(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+                        ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il);
 
     // adds the sums of a graph that was computed for the ubatch to the importance
     void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx);
@@ -42,8 +40,9 @@ class attention_graph {
     cache_parts &         parts;
     const prompt_logits & logits;
 
-    std::vector<attention_way> ways;    // [n_layer]
-    bool                       own_op;  // in all layers
+    std::vector<attention_way> ways;            // [n_layer]
+    bool                       own_op;          // in all layers
+    bool                       in_ops = false;  // llama.cpp builds attention for us, and asks again
     device_sums                on_device;
 
     // where our op writes the sums of all layers, of the graph that is computed: memory of what it attends to, not of the context

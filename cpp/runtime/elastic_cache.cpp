@@ -22,21 +22,15 @@ elastic_cache::elastic_cache(llama_context & ctx, const config & cfg)
                     std::to_string(state.kv.shape.kv_size + n_lacks) + " cells, or ubatches of at most " +
                     std::to_string(n_ubatch - n_lacks) + " tokens");
     }
-    state.kv.set_policy(this);
-}
-
-elastic_cache::~elastic_cache() {
-    state.kv.set_policy(nullptr);
 }
 
 //
 // decode
 //
 
-ggml_tensor * elastic_cache::build_attn(const llm_graph_context & ctx_graph, const llama_kv_cache_context & mctx, ggml_tensor * q,
-                                        ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks,
-                                        float kq_scale, int32_t il) {
-    return graph.build(ctx_graph, mctx, q, k, v, kq_b, kq_mask, sinks, kq_scale, il);
+ggml_tensor * elastic_cache::build_attn(const llm_graph_context & ctx_graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                                        ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) {
+    return graph.build(ctx_graph, q, k, v, kq_b, kq_mask, sinks, kq_scale, il);
 }
 
 void elastic_cache::on_batch(const llama_batch & batch) {
@@ -95,7 +89,8 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
             state.reset_cell(placed.strm[s], row, !ubatch.token ? cell_kind::image : is_prompt ? cell_kind::text : cell_kind::generated);
             state.memory.wrote(placed.strm[s], row + 1);
             for (int32_t n = 0; n < ubatch.n_seq_id[i]; ++n) {
-                state.seqs.add_token(ubatch.seq_id[i][n], ubatch.pos[i], state.kv.n_cells(ubatch.seq_id[i][n]));
+                const llama_seq_id seq_id = ubatch.seq_id[i][n];
+                state.seqs.add_token(seq_id, ubatch.pos[i], state.kv.n_cells(seq_id), ubatch.output[i] != 0);
             }
         }
     }
@@ -135,9 +130,7 @@ bool elastic_cache::find_removal(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
 void elastic_cache::remove(const removal & r, llama_pos p0, llama_pos p1) {
     if (r.all) {
-        logits.forget(r.seq_id);
-        taken.forget(r.seq_id);
-        state.seqs.at(r.seq_id) = {};
+        forget(r.seq_id);
         return;
     }
     logits.forget_after(r.seq_id, p0);
@@ -161,18 +154,15 @@ bool elastic_cache::find_removals(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
 bool elastic_cache::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     std::vector<removal> removals;
-    return find_removals(seq_id, std::max(p0, 0), p1 < 0 ? INT32_MAX : p1, removals);
+    return find_removals(seq_id, p0, p1, removals);
 }
 
-bool elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+void elastic_cache::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     std::vector<removal> removals;
-    if (!find_removals(seq_id, p0, p1, removals)) {
-        return false;
-    }
+    find_removals(seq_id, p0, p1, removals);
     for (const auto & r : removals) {
         remove(r, p0, p1);
     }
-    return true;
 }
 
 void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
@@ -202,18 +192,24 @@ void elastic_cache::on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
     state.seqs.shift(seq_id, p0, p1, shift);
 }
 
-bool elastic_cache::on_clear(bool data) {
+void elastic_cache::on_clear() {
+    forget_all();
+    state.memory.cleared();
+}
+
+void elastic_cache::forget(llama_seq_id seq_id) {
+    logits.forget(seq_id);
+    taken.forget(seq_id);
+    state.seqs.at(seq_id) = {};
+}
+
+void elastic_cache::forget_all() {
     state.seqs.clear();
     taken.clear();
     logits.clear();
     state.scores.reset();
     state.bias.reset();
     state.table.reset();
-    state.memory.cleared();
-    if (data) {
-        state.memory.clear_buffers();
-    }
-    return false;  // nothing is left to zero
 }
 
 void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
@@ -221,7 +217,23 @@ void elastic_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
 }
 
 void elastic_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        forget_all();
+    }
     read_state(state, taken, logits, io, seq_id);
+}
+
+// llama.cpp removes what it could not load as a whole
+void elastic_cache::on_load_failed() {
+    if (empty()) {
+        on_clear();
+        return;
+    }
+    for (const llama_seq_id seq_id : state.seqs.ids()) {
+        if (state.kv.n_cells(seq_id) == 0) {
+            forget(seq_id);
+        }
+    }
 }
 
 //

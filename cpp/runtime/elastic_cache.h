@@ -11,33 +11,39 @@
 #include "runtime/prompt_logits.h"
 #include "runtime/window_backup.h"
 
-#include "llama-elastic.h"
+#include "runtime/llama-elastic.h"
 
 namespace elastic {
 
 class elastic_cache : public llama_elastic_i {
   public:
     elastic_cache(llama_context & ctx, const config & cfg);
-    ~elastic_cache() override;
 
     // llama_elastic_i
 
-    ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context & mctx, ggml_tensor * q, ggml_tensor * k,
-                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale,
-                             int32_t il) override;
+    ggml_tensor * build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+                             ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) override;
 
-    void on_batch(const llama_batch & batch) override;
     void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx) override;
     void on_computed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx, const llm_graph_result & graph) override;
 
-    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const override;
-    bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
-    void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) override;
-    void on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
-    bool on_clear(bool data) override;
+    // of watched_memory. Positions: 0 <= p0 <= p1
 
-    void state_write(llama_io_write_i & io, llama_seq_id seq_id) override;
-    void state_read(llama_io_read_i & io, llama_seq_id seq_id) override;
+    // a batch was accepted, its tokens have no cells yet; does not throw
+    void on_batch(const llama_batch & batch);
+
+    // false: the removal is refused. on_seq_rm: it is not, and comes next
+    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    void on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
+    void on_seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift);
+    void on_clear();
+    void forget(llama_seq_id seq_id);  // its cells are gone, or others
+
+    // what follows the state of the memory; seq_id -1: all sequences
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id);
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id);
+    void on_load_failed();
 
     // callers' side. sequences are checked: elastic::error out of [0, n_seq_max)
 
@@ -96,6 +102,7 @@ class elastic_cache : public llama_elastic_i {
     bool find_removal(llama_seq_id seq_id, llama_pos p0, llama_pos p1, std::vector<removal> & res) const;
     void remove(const removal & r, llama_pos p0, llama_pos p1);
     void begin_part(const batch_part & part, int32_t n_batch);
+    void forget_all();
 };
 
 }  // namespace elastic

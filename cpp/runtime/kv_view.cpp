@@ -88,10 +88,6 @@ kv_view::kv_view(llama_context & ctx) : parts(ctx), shape(read_shape(ctx, *parts
     check_cache(kv, shape);
 }
 
-void kv_view::set_policy(llama_elastic_i * policy) {
-    kv.set_elastic(policy);
-}
-
 void kv_view::settle() const {
     ctx.memory_update(false);
     ctx.synchronize();

@@ -13,7 +13,6 @@
 
 class llama_kv_cache;
 struct llama_context;
-struct llama_elastic_i;
 struct llama_memory_context_i;
 struct llama_ubatch;
 
@@ -25,9 +24,6 @@ class kv_view {
 
     const memory_parts parts;
     const kv_shape     shape;
-
-    // llama.cpp's cache calls it from now on; nullptr: nobody
-    void set_policy(llama_elastic_i * policy);
 
     // shifts and copies of streams that wait are carried out, and what was computed is there
     void settle() const;

@@ -69,7 +69,7 @@ void take_window(memory_parts & parts, llama_kv_cache_iswa & kv) {
 }  // namespace
 
 memory_parts::memory_parts(llama_context & ctx) : hparams(ctx.get_model().hparams) {
-    auto * mem = ctx.get_memory();
+    auto * mem = llama_elastic_watched(ctx.get_memory());
     check_memory(mem);
     check_model(ctx.get_model());
 

@@ -3,7 +3,6 @@
 #include "runtime/pages.h"
 
 #include <algorithm>
-#include <set>
 
 namespace elastic {
 
@@ -57,20 +56,6 @@ void resident_memory::freed(uint32_t strm, const std::vector<int32_t> & rows) {
 void resident_memory::cleared() {
     for (int32_t s = 0; s < kv.shape.n_stream; ++s) {
         release_tail(s, 0);
-    }
-}
-
-void resident_memory::clear_buffers() {
-    std::set<ggml_backend_buffer_t> buffers;
-    for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
-        buffers.insert({ kv.k(il)->buffer, kv.v(il)->buffer });
-    }
-    for (auto * buffer : buffers) {
-        if (enabled) {
-            clear_lazily(buffer);
-        } else {
-            ggml_backend_buffer_clear(buffer, 0);
-        }
     }
 }
 

@@ -30,8 +30,6 @@ class resident_memory {
     // rows beyond the last one in use, and of these rows the masked ones
     void freed(uint32_t strm, const std::vector<int32_t> & rows);
     void cleared();
-    // zeroes all of K and V
-    void clear_buffers();
 
     int64_t bytes_released = 0;  // all times together
 

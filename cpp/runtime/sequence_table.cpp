@@ -32,8 +32,9 @@ std::vector<batch_part> sequence_table::begin_batch(const llama_batch & batch, c
         if (is_empty(seq_id)) {
             st = {};
         }
-        // the first token after a prompt is alone in its batch, wants logits and has a new position
-        const bool generating = !prefill && p.n == 1 && p.logits && st.n_tokens > 0 && p.pos_min > st.pos_prompt;
+        // the first token after a prompt is alone in its batch, wants logits and has a new position; it was chosen by the logits before it
+        const bool follows    = st.n_tokens > 0 && p.pos_min > st.pos_prompt && (!st.pending || st.has_output);
+        const bool generating = !prefill && p.n == 1 && p.logits && follows;
         in_prompt[seq_id]     = !generating;
         res.push_back({ seq_id, p.n, p.pos_min, !generating });
     }
@@ -49,13 +50,14 @@ void sequence_table::begin_prompt(llama_seq_id seq_id, llama_pos pos) {
     states[seq_id].pos_turn = pos;
 }
 
-void sequence_table::add_token(llama_seq_id seq_id, llama_pos pos, int32_t n_cells) {
+void sequence_table::add_token(llama_seq_id seq_id, llama_pos pos, int32_t n_cells, bool has_output) {
     auto & st    = states[seq_id];
     st.pos_first = st.n_tokens == 0 ? pos : std::min(st.pos_first, pos);
     st.n_tokens++;
     if (is_prompt(seq_id)) {
         st.pos_prompt     = std::max(st.pos_prompt, pos);
         st.pending        = true;
+        st.has_output     = has_output;
         st.n_prompt_cells = n_cells;
     }
 }

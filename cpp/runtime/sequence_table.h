@@ -21,6 +21,7 @@ struct sequence_state {
     llama_pos pos_changed    = -1;     // last position that changed more than it added: moved rows, importance, the stage
     int32_t   n_prompt_cells = 0;      // held right after the last prompt (P)
     bool      pending        = false;  // prompt tokens wait to be compressed
+    bool      has_output     = true;   // the last of them wanted logits, so an answer may follow
     int32_t   n_unscored     = 0;      // generated tokens since the attention was last added to the importance
 };
 
@@ -46,7 +47,7 @@ class sequence_table {
     void                    begin_batch();                                     // nothing of it is looked at
     void                    begin_token(llama_seq_id seq_id);                  // of an answer
     void                    begin_prompt(llama_seq_id seq_id, llama_pos pos);  // behind what is compressed already
-    void                    add_token(llama_seq_id seq_id, llama_pos pos, int32_t n_cells);
+    void                    add_token(llama_seq_id seq_id, llama_pos pos, int32_t n_cells, bool has_output);
     void                    scored(llama_seq_id seq_id, llama_pos pos);  // the token's attention was added
 
     bool    is_prompt(llama_seq_id seq_id) const;  // in the current batch

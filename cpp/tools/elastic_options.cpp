@@ -8,7 +8,17 @@
 
 #include <stdexcept>
 
-static elastic_layers layers = ELASTIC_LAYERS_AUTO;  // of the process: common_params is part of every file
+static struct {
+    // naming any of the first three switches the elastic cache on
+    double         budget = -1.0;  // < 0: not given
+    std::string    policy;
+    int32_t        max_cells        = 0;
+    int32_t        n_checkpoints    = -1;  // -1: 2, or 4 with image_checkpoint
+    bool           image_checkpoint = false;
+    elastic_layers layers           = ELASTIC_LAYERS_AUTO;
+
+    bool is_on() const { return (budget >= 0.0 && budget != 1.0) || max_cells > 0 || (budget < 0.0 && !policy.empty()); }
+} options;
 
 static double number(const char * name, const std::string & value) {
     size_t end = 0;
@@ -37,16 +47,16 @@ void elastic_add_options(const std::function<void(common_arg)> & add) {
             { "--kv-budget" }, "B",
             "elastic KV cache: what is kept of each sequence, a fraction of its tokens (0 < B <= 1) or a number of cells (B > 1); 1 is "
             "off (default: 1, or 0.2 if another --kv option is given)",
-            [](common_params & params, const std::string & value) { params.elastic.budget = number("--kv-budget", value); })
+            [](common_params &, const std::string & value) { options.budget = number("--kv-budget", value); })
             .set_env("LLAMA_ARG_KV_BUDGET"));
     add(common_arg({ "--kv-policy" }, "NAME", "elastic KV cache: how cells are chosen (default: elastic)",
-                   [](common_params & params, const std::string & value) { params.elastic.policy = value; })
+                   [](common_params &, const std::string & value) { options.policy = value; })
             .set_env("LLAMA_ARG_KV_POLICY"));
     add(common_arg(
             { "--kv-cells" }, "N",
             "elastic KV cache: a sequence never holds more cells than N and one ubatch, not even while its prompt is read (default: 0, "
             "no such cap)",
-            [](common_params & params, int value) { params.elastic.max_cells = at_least("--kv-cells", value, 0); })
+            [](common_params &, int value) { options.max_cells = at_least("--kv-cells", value, 0); })
             .set_env("LLAMA_ARG_KV_CELLS"));
     add(common_arg({ "--kv-layers" }, "auto|even",
                    "elastic KV cache: cells of the layers, more where words are looked up, or the same in all (default: auto)",
@@ -54,18 +64,18 @@ void elastic_add_options(const std::function<void(common_arg)> & add) {
                        if (value != "auto" && value != "even") {
                            throw std::invalid_argument("--kv-layers: got '" + value + "', expected auto or even");
                        }
-                       layers = value == "even" ? ELASTIC_LAYERS_EVEN : ELASTIC_LAYERS_AUTO;
+                       options.layers = value == "even" ? ELASTIC_LAYERS_EVEN : ELASTIC_LAYERS_AUTO;
                    })
             .set_env("LLAMA_ARG_KV_LAYERS"));
     add(common_arg({ "--kv-checkpoints" }, "N",
                    "elastic KV cache: states of a sequence that are kept so that what came later can be taken back (default: 2, or 4 with "
                    "--kv-image-checkpoint)",
-                   [](common_params & params, int value) { params.elastic.n_checkpoints = at_least("--kv-checkpoints", value, 0); })
+                   [](common_params &, int value) { options.n_checkpoints = at_least("--kv-checkpoints", value, 0); })
             .set_env("LLAMA_ARG_KV_CHECKPOINTS"));
     add(common_arg({ "--kv-image-checkpoint" }, { "--no-kv-image-checkpoint" },
                    "elastic KV cache, server: compress after the last image of a prompt, before its question is known, so that another "
                    "question about the image starts there (default: disabled)",
-                   [](common_params & params, bool value) { params.elastic.image_checkpoint = value; })
+                   [](common_params &, bool value) { options.image_checkpoint = value; })
             .set_env("LLAMA_ARG_KV_IMAGE_CHECKPOINT"));
     elastic_add_media_options(add);
 }
@@ -79,16 +89,7 @@ static bool speculates(const common_params & params) {
     return params.speculative.has_dft();
 }
 
-void elastic_adjust(const common_params & params, llama_context_params & cparams) {
-    if (!params.elastic.is_on()) {
-        return;
-    }
-    if (cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO) {
-        cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // V in rows
-    }
-}
-
-static bool attach(llama_context * ctx, const elastic_options & options) {
+static bool attach(llama_context * ctx) {
     elastic_params params = elastic_default_params();
     if (options.budget >= 0.0) {
         params.budget = options.budget;
@@ -97,7 +98,7 @@ static bool attach(llama_context * ctx, const elastic_options & options) {
         params.policy = options.policy.c_str();
     }
     params.max_cells = options.max_cells;
-    params.layers    = layers;
+    params.layers    = options.layers;
     if (options.n_checkpoints >= 0) {
         params.n_checkpoints = options.n_checkpoints;
     } else if (options.image_checkpoint) {
@@ -112,21 +113,29 @@ static bool attach(llama_context * ctx, const elastic_options & options) {
     return true;
 }
 
-llama_context * elastic_init_context(const common_params & params, const std::function<llama_context *()> & init) {
-    if (!params.elastic.is_on()) {
-        return init();
+llama_context * elastic_init_context(common_params & params, llama_model * model, llama_context_params cparams) {
+    if (!options.is_on()) {
+        return llama_init_from_model(model, cparams);
     }
     if (speculates(params)) {
         LOG_ERR(
             "speculative decoding: does not go with the elastic KV cache; leave out the draft model and --spec options, or --kv-budget\n");
         return nullptr;
     }
-    elastic_lazy_buffers(true);
-    llama_context * ctx = init();
-    elastic_lazy_buffers(false);
-    if (ctx && !attach(ctx, params.elastic)) {
-        llama_free(ctx);
-        ctx = nullptr;
+    if (cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO) {
+        cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // V in rows
     }
+    elastic_lazy_buffers(true);
+    llama_context * ctx = llama_init_from_model(model, cparams);
+    elastic_lazy_buffers(false);
+    if (ctx && !attach(ctx)) {
+        llama_free(ctx);
+        return nullptr;
+    }
+    params.n_ctx_checkpoints = 0;
     return ctx;
+}
+
+bool elastic_has_image_checkpoint() {
+    return options.image_checkpoint;
 }

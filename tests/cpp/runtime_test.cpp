@@ -50,7 +50,7 @@ static std::vector<batch_part> decode(sequence_table & seqs, std::map<llama_seq_
         }
     }
     for (size_t i = 0; i < t.pos.size(); ++i) {
-        seqs.add_token(t.ids[i][0], t.pos[i], ++n_cells[t.ids[i][0]]);
+        seqs.add_token(t.ids[i][0], t.pos[i], ++n_cells[t.ids[i][0]], t.logits[i] != 0);
     }
     return parts;
 }
@@ -84,9 +84,16 @@ static void test_stages() {
     parts      = decode(seqs, n_cells, tokens().add(0, 0, true));
     CHECK(parts[0].is_prompt && seqs.get(0).n_tokens == 1);
 
+    // its logits were not asked for, so nobody has chosen what follows
+    parts = decode(seqs, n_cells, tokens().add(1, 0, false));
+    parts = decode(seqs, n_cells, tokens().add(2, 0, true));
+    CHECK(parts[0].is_prompt && seqs.get(0).pos_prompt == 2);
+    parts = decode(seqs, n_cells, tokens().add(3, 0, true));
+    CHECK(!parts[0].is_prompt && seqs.get(0).pos_prompt == 2);
+
     seqs.set_prefill(true);
-    parts = decode(seqs, n_cells, tokens().add(1, 0, true));
-    CHECK(parts[0].is_prompt && seqs.get(0).pos_prompt == 1);
+    parts = decode(seqs, n_cells, tokens().add(4, 0, true));
+    CHECK(parts[0].is_prompt && seqs.get(0).pos_prompt == 4);
 }
 
 static void test_scored_steps() {
