@@ -120,6 +120,7 @@ class Conversation(Llama):
             self.n_read = llm.taken - len(llm.answer) + 1
             self.caller.check(f"{turns[: i + 1]}")
             self.answers[tuple(turns[: i + 1])] = answer
+        talk.close()
         return answer
 
 

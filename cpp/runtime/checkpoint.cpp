@@ -92,26 +92,38 @@ std::vector<int32_t> checkpoints::rows_to_store(llama_seq_id seq_id, int32_t il)
     return { res.begin(), res.end() };
 }
 
-void checkpoints::before_change(llama_seq_id seq_id) {
-    auto &     of_seq = kept[seq_id];
-    const auto lies   = [](const checkpoint & ck) {
-        return !ck.is_stored();
-    };
-    if (std::none_of(of_seq.begin(), of_seq.end(), lies)) {
-        return;
-    }
-    parts.kv.synchronize();
+bool checkpoints::lies_in_cache(llama_seq_id seq_id) const {
+    const auto it = kept.find(seq_id);
+    return it != kept.end() && std::any_of(it->second.begin(), it->second.end(), [](const checkpoint & ck) { return !ck.is_stored(); });
+}
+
+// read: K and V of rows of a layer
+void checkpoints::store(llama_seq_id seq_id, const std::function<layer_bytes(int32_t, const std::vector<int32_t> &)> & read) {
     const auto stored = std::make_shared<stored_rows>(parts.kv.shape.n_head_kv);
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         auto rows  = rows_to_store(seq_id, il);
-        auto bytes = read_layer_bytes(parts.kv, parts.kv.stream(seq_id), il, rows);
+        auto bytes = read(il, rows);
         stored->add(std::move(rows), std::move(bytes));
     }
-    for (auto & ck : of_seq) {
+    for (auto & ck : kept[seq_id]) {
         if (!ck.is_stored()) {
             ck.stored    = stored;
             ck.stored_at = ck.rows;
         }
+    }
+}
+
+void checkpoints::before_change(llama_seq_id seq_id) {
+    if (lies_in_cache(seq_id)) {
+        parts.kv.synchronize();
+        store(seq_id,
+              [&](int32_t il, const std::vector<int32_t> & rows) { return read_layer_bytes(parts.kv, parts.kv.stream(seq_id), il, rows); });
+    }
+}
+
+void checkpoints::before_change(llama_seq_id seq_id, const std::vector<kv_layer> & loaded) {
+    if (lies_in_cache(seq_id)) {
+        store(seq_id, [&](int32_t il, const std::vector<int32_t> & rows) { return read_layer_bytes(loaded[il], rows); });
     }
 }
 

@@ -7,6 +7,7 @@
 #include "runtime/packed_map.h"
 #include "runtime/stored_rows.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -70,8 +71,9 @@ class checkpoints {
     void take(llama_seq_id seq_id, const std::vector<float> & logits);
     void add(llama_seq_id seq_id, checkpoint ck) { kept[seq_id].push_back(std::move(ck)); }
 
-    // before rows of the sequence change: copies K and V of those that lie in the cache
+    // before rows of the sequence change: copies K and V of those that lie in the cache. loaded: the layers of its stream
     void before_change(llama_seq_id seq_id);
+    void before_change(llama_seq_id seq_id, const std::vector<kv_layer> & loaded);
 
     // one that can be restored; nullptr: there is none
     const checkpoint * find(llama_seq_id seq_id, llama_pos pos_end) const;
@@ -101,6 +103,8 @@ class checkpoints {
     void                 put_scores_back(llama_seq_id seq_id, const checkpoint & ck);
     // the cache's rows that checkpoints of the sequence go by, and that the layer holds; ascending
     std::vector<int32_t> rows_to_store(llama_seq_id seq_id, int32_t il) const;
+    bool                 lies_in_cache(llama_seq_id seq_id) const;  // some checkpoint's K and V
+    void                 store(llama_seq_id seq_id, const std::function<layer_bytes(int32_t, const std::vector<int32_t> &)> & read);
 };
 
 }  // namespace elastic

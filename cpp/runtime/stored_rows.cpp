@@ -1,7 +1,6 @@
 #include "runtime/stored_rows.h"
 
 #include "kernels/kv_rows.h"
-#include "runtime/kv_layers.h"
 
 #include <algorithm>
 
@@ -44,10 +43,14 @@ std::vector<uint8_t> pick_bytes(const std::vector<uint8_t> & bytes, int32_t n_he
 
 }  // namespace
 
+layer_bytes read_layer_bytes(const kv_layer & loaded, const std::vector<int32_t> & rows) {
+    return { read_bytes(loaded.k, rows), read_bytes(loaded.v, rows) };
+}
+
 layer_bytes read_layer_bytes(const kv_view & kv, uint32_t strm, int32_t il, const std::vector<int32_t> & rows) {
     kv_layer layer = layer_of(kv, il, strm);
     layer.load(kv.n_used(strm));
-    return { read_bytes(layer.k, rows), read_bytes(layer.v, rows) };
+    return read_layer_bytes(layer, rows);
 }
 
 void write_layer_bytes(const kv_view & kv, uint32_t strm, int32_t il, const std::vector<int32_t> & rows, const layer_bytes & bytes) {

@@ -2,7 +2,7 @@
 
 // K and V of rows as they were stored in the cache: what checkpoints go by once these rows have changed.
 
-#include "runtime/kv_view.h"
+#include "runtime/kv_layers.h"
 
 #include <cstdint>
 #include <vector>
@@ -15,6 +15,7 @@ struct layer_bytes {
     std::vector<uint8_t> v;
 };
 
+layer_bytes read_layer_bytes(const kv_layer & loaded, const std::vector<int32_t> & rows);
 layer_bytes read_layer_bytes(const kv_view & kv, uint32_t strm, int32_t il, const std::vector<int32_t> & rows);
 void        write_layer_bytes(const kv_view & kv, uint32_t strm, int32_t il, const std::vector<int32_t> & rows, const layer_bytes & bytes);
 
