@@ -30,8 +30,8 @@ test-examples: $(VENV)/.installed server
 	$(PY) -m pip install -q --no-build-isolation -e ".[examples]"
 	$(PY) -m pytest tests/test_examples.py "tests/test_server.py::test_examples"
 
-# every case of the matrix of cuts, a quarter of an hour
-test-matrix: $(VENV)/.installed
+# every case of the matrices of cuts, half an hour
+test-matrix: $(VENV)/.installed server
 	$(PY) -m pytest -m matrix
 
 # what an isolated build would bring; here, so that rebuilding after a change takes seconds

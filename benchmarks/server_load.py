@@ -1,15 +1,18 @@
 """llama-server under load, and the memory that conversations about photos take in it.
 
 load:          400 requests of 8 `openai` clients to 4 slots, with and without images, streaming or
-               not, one in ten malformed, one in twenty hanging up, slots saved and restored in
-               between. Every well-formed one must be answered as alone (greedy), every malformed
-               one refused with a message, and the server must not grow.
+               not, one in ten malformed, one in twenty hanging up; with --save-slots, slots are
+               saved and restored in between. Every well-formed one must be answered as alone
+               (greedy), every malformed one refused with a message, and the server must not grow
+               after a warm-up of half as many requests, which fills the prompt cache in RAM.
 again:         time to the first token of a question about a photo, of the next turn, of the same
                question again, and of another question in a new conversation; median of 5.
 conversations: 16 conversations about one photo each; resident bytes of K and V, with and without
                the elastic cache.
 
-Usage: server_load.py WHAT [--requests N] [--seed N] [--out FILE] [-- SERVER OPTIONS]
+Without SERVER OPTIONS the server is what `elastic-llama serve` starts.
+
+Usage: server_load.py WHAT [--requests N] [--save-slots] [--seed N] [--out FILE] [-- SERVER OPTIONS]
 """
 
 from __future__ import annotations
@@ -94,7 +97,15 @@ class Server:
         found = re.findall(rf"^llamacpp:{name} (\S+)$", self.get("/metrics"), re.MULTILINE)
         return float(found[0]) if found else 0.0
 
+    def cached(self) -> int:
+        """Bytes of the prompt cache in RAM, as the log says (-lv 4)."""
+        found = re.findall(r"cache state: \d+ prompts, ([\d.]+) MiB", self.log.read_text())
+        return int(float(found[-1]) * (1 << 20)) if found else 0
+
     def stop(self) -> None:
+        if self.process.poll() is not None:
+            print(f"the server ended with {self.process.returncode}:", file=sys.stderr)
+            print(self.log.read_text()[-4000:], file=sys.stderr)
         self.process.terminate()
         self.process.wait(60)
 
@@ -130,8 +141,9 @@ MALFORMED: list[dict[str, Any]] = [
 
 
 class Load:
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, save_slots: bool = False) -> None:
         self.server = server
+        self.weights = [40, 41, 10, 5, 4] if save_slots else [42, 43, 10, 5, 0]
         self.rng = random.Random(seed)
         self.prompts = prompts()
         self.counts: collections.Counter[str] = collections.Counter()
@@ -196,7 +208,7 @@ class Load:
 
     def run(self, n: int, n_clients: int = 8) -> None:
         kinds = self.rng.choices(
-            ["whole", "stream", "malformed", "hang-up", "slots"], [40, 41, 10, 5, 4], k=n
+            ["whole", "stream", "malformed", "hang-up", "slots"], self.weights, k=n
         )
         queue = [(k, self.rng.randrange(len(self.prompts)), self.rng.randrange(999)) for k in kinds]
 
@@ -220,13 +232,13 @@ class Load:
 
 
 def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    # small enough to be full after the warm-up
-    server = Server(["--cache-ram", "16", *args.options], folder)
+    server = Server(["-lv", "4", *args.options], folder)  # the log has the size of the prompt cache
     try:
-        run = Load(server, args.seed)
+        run = Load(server, args.seed, args.save_slots)
         run.answers_alone()
         run.run(args.requests // 2)
-        warm = server.resident()
+        warm, cached = server.resident(), server.cached()
+        print(f"warm: {warm} bytes, {cached} of them cached", file=sys.stderr, flush=True)
         run.counts.clear()
         start = time.perf_counter()
         run.run(args.requests)
@@ -237,6 +249,9 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "seconds": round(seconds, 1),
             "resident_warm": warm,
             "resident_end": server.resident(),
+            "cached_warm": cached,
+            "cached_end": server.cached(),
+            "checkpoints_end": server.metric("kv_checkpoint_bytes"),
             "reused_tokens": server.metric("prompt_tokens_cached_total"),
             "read_tokens": server.metric("prompt_tokens_total"),
             "compressions": server.metric("kv_compressions_total"),
@@ -321,8 +336,8 @@ def conversations(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = args.only.split(",") if args.only else None
     for name, options in (
         ("llama.cpp", ["--kv-budget", "1"]),
-        ("0.2", ["--no-kv-image-checkpoint"]),
-        ("image-checkpoints", []),
+        ("serve", []),
+        ("no image checkpoints", ["--no-kv-image-checkpoint"]),
     ):
         if names and name not in names:
             continue
@@ -354,10 +369,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("load", "again", "conversations"))
     parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--save-slots", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--only", metavar="NAME,...", help="of the conversations: llama.cpp, 0.2, …"
+        "--only", metavar="NAME,...", help="of the conversations: llama.cpp, serve, …"
     )
     own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
     args = parser.parse_args(own.split(), argparse.Namespace(options=options.split()))
@@ -372,7 +388,7 @@ def main() -> int:
     if args.what == "again":
         return 0 if all(out[name] <= 0.05 for name in out if name.endswith("share")) else 1
     if args.what == "conversations":
-        return 0 if out["0.2"]["ratio"] <= 0.25 else 1
+        return 0 if out["serve"]["ratio"] <= 0.25 else 1
     grown = out["resident_end"] / out["resident_warm"]
     return 0 if not out["wrong"] and out["alive"] and grown <= 1.05 else 1
 

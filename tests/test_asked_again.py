@@ -656,6 +656,50 @@ def test_bytes_of_checkpoints(tiny_mha: Path, opened: Any, policy: str) -> None:
     assert session.stats()["checkpoint_bytes"] == 0
 
 
+def test_checkpoints_store_a_row_once(tiny_gqa: Path) -> None:
+    """Those of an image, of its question and of an answer have most rows in common."""
+    config = {"policy": "elastic", "budget": 60, "checkpoints": 4, "min_cells": 8}
+    with Engine(tiny_gqa, elastic={**config, "n_question": 24}) as e:
+        session = e.session
+
+        def stored() -> int:
+            return int(session.stats()["checkpoint_bytes"])
+
+        e.image(image_rows(120, e.n_embd), 0)
+        n_image = session.compress(0)
+        e.prompt(random_tokens(10, N_VOCAB, 1), 120)
+        e.token(20, 130)
+        row = session.kv_bytes_per_cell()
+        assert stored() < n_image * row // 2 + 2 * 4 * e.n_vocab  # K and V are the cache's own
+        n = session.n_cells(0)
+        for i in range(40):  # all is compressed again
+            e.token(30 + i, 131 + i)
+        assert session.n_cells(0) < n + 40
+        assert n_image * row < stored() < 1.8 * n_image * row  # not twice, and what maps take
+        for pos in (130, 120):
+            assert session.can_cut(pos) == pos
+            assert e.seq_rm(0, pos, -1)
+            assert session.n_cells(0) == {130: n_image + 10, 120: n_image}[pos]
+
+
+@pytest.mark.parametrize("policy", ["elastic", "h2o"])
+def test_saving_copies_nothing(tiny_gqa: Path, policy: str) -> None:
+    """A checkpoint whose rows lie in the cache is written from there."""
+    elastic = {"policy": policy, "budget": 0.5, "min_cells": 8}
+    with Engine(tiny_gqa, elastic=elastic) as e:
+        e.prompt(random_tokens(130, N_VOCAB, 1))
+        first = e.token(20, 130)
+        before = e.session.stats()["checkpoint_bytes"]
+        state = e.save(0)
+        assert e.save(0) == state
+        assert e.session.stats()["checkpoint_bytes"] == before
+        e.token(21, 131)
+        assert e.load(state, 0) == len(state)
+        assert e.session.can_cut(130) == 130
+        assert e.seq_rm(0, 130, -1)
+        np.testing.assert_array_equal(e.token(20, 130), first)
+
+
 # -- from C
 
 

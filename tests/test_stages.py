@@ -45,6 +45,28 @@ def test_room_for_the_answer(tiny_gqa: Path, budget: float, free: int) -> None:
         assert e.session.compress(0) == budget - free
 
 
+@pytest.mark.parametrize(("budget", "free"), [(100.0, 20), (200.0, 24), (24.0, 4)])
+def test_room_for_a_question(tiny_gqa: Path, budget: float, free: int) -> None:
+    """What comes after an image has cells of its own, so that nothing is compressed for it."""
+    elastic = {"policy": "elastic", "budget": budget, "min_cells": 2, "n_question": 24}
+    with Engine(tiny_gqa, elastic=elastic) as e:
+        e.image(image_rows(240, e.n_embd), 0)
+        assert e.session.compress(0) == budget - free
+        e.prompt(random_tokens(free, N_VOCAB, 2), 240)
+        n = e.session.stats()["compressions"]
+        e.token(20, 240 + free)
+        assert e.session.stats()["compressions"] == n
+        assert e.session.n_cells(0) == budget + 1
+        assert e.session.can_cut(240) == 240  # another question about the image
+        e.seq_rm(0, 240, -1)
+        e.prompt(random_tokens(free + 1, N_VOCAB, 3), 240)
+        e.token(20, 241 + free)
+        assert e.session.stats()["compressions"] == n + 1
+        e.clear()
+        e.prompt(random_tokens(300, N_VOCAB, 1))  # no image, no question to come
+        assert e.session.compress(0) == budget - {24.0: 3}.get(budget, 4)
+
+
 @pytest.mark.parametrize("n_batch", [17, 64, 512])
 def test_batches_do_not_matter(tiny_gqa: Path, n_batch: int) -> None:
     """One prompt in any number of decode calls makes one plan, once."""
@@ -370,10 +392,12 @@ class Params(ctypes.Structure):
         ("max_cells", ctypes.c_int32),
         ("overdraft", ctypes.c_int32),
         ("n_checkpoints", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
         ("layer_share", ctypes.POINTER(ctypes.c_float)),
         ("n_layer_share", ctypes.c_int32),
         ("record", ctypes.c_bool),
         ("release_memory", ctypes.c_bool),
+        ("n_question", ctypes.c_int32),
     ]
 
 
@@ -394,6 +418,7 @@ class Stats(ctypes.Structure):
             "t_plan_us",
             "t_merge_us",
             "n_bytes_checkpoints",
+            "n_bytes_other",
         )
     ]
 

@@ -22,7 +22,7 @@ class session {
   public:
     session(uintptr_t address, const std::string & policy, double budget, int32_t n_sink, int32_t offset, int32_t min_cells,
             int32_t n_threads, int32_t max_cells, int32_t overdraft, int32_t checkpoints, const std::vector<float> & layer_share,
-            bool auto_layers, bool record, bool release_memory, const std::optional<py::function> & scorer)
+            bool auto_layers, bool record, bool release_memory, int32_t n_question, const std::optional<py::function> & scorer)
         : ctx(reinterpret_cast<llama_context *>(address)) {
         if (!ctx) {
             throw error("[Session] ctx: got a null address, expected a llama_context");
@@ -42,6 +42,7 @@ class session {
         params.n_layer_share  = (int32_t) layer_share.size();
         params.record         = record;
         params.release_memory = release_memory;
+        params.n_question     = n_question;
         part<elastic::scorer> external;
         if (scorer) {
             external = python_scorer(*scorer, find_policy(policy).score->needs());
@@ -202,12 +203,13 @@ Raises NotImplementedError, with the reason, for a memory that cannot be compres
 
     py::class_<session>(m, "Session", "The elastic KV cache of one llama_context.")
         .def(py::init<uintptr_t, const std::string &, double, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      const std::vector<float> &, bool, bool, bool, const std::optional<py::function> &>(),
+                      const std::vector<float> &, bool, bool, bool, int32_t, const std::optional<py::function> &>(),
              py::arg("ctx"), py::kw_only(), py::arg("policy") = d.policy, py::arg("budget") = d.budget, py::arg("n_sink") = d.n_sink,
              py::arg("offset") = d.offset, py::arg("min_cells") = d.min_cells, py::arg("n_threads") = d.n_threads,
              py::arg("max_cells") = d.max_cells, py::arg("overdraft") = d.overdraft, py::arg("checkpoints") = d.n_checkpoints,
              py::arg("layer_share") = std::vector<float>(), py::arg("auto_layers") = d.layers == ELASTIC_LAYERS_AUTO,
-             py::arg("record") = d.record, py::arg("release_memory") = d.release_memory, py::arg("scorer") = py::none(),
+             py::arg("record") = d.record, py::arg("release_memory") = d.release_memory, py::arg("n_question") = d.n_question,
+             py::arg("scorer") = py::none(),
              R"pbdoc(Attach an elastic cache to the llama_context at address `ctx`.
 
 A sequence never holds more cells than `max_cells` and one ubatch, or one batch where batches are
@@ -217,7 +219,8 @@ can be taken back (0: none). `layer_share`: cells of each layer of the cache in 
 > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
 `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
 `release_memory`, rows that are not in use go back to the operating system. With `record`, every score
-that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `n_question`: cells of the budget that
+stay free where `compress` finds an image at the end, for its question. `scorer`: a callable that is given a ScoreView at each compression and returns
 scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
 other parts stay.
 

@@ -64,6 +64,7 @@ elastic_params elastic_default_params(void) {
         /*.n_layer_share  =*/0,
         /*.record    =*/false,
         /*.release_memory =*/true,
+        /*.n_question     =*/0,
     };
 }
 

@@ -1,9 +1,5 @@
 #include "runtime/checkpoint.h"
 
-#include "runtime/kv_layers.h"
-
-#include "kernels/kv_rows.h"
-
 #include <algorithm>
 #include <set>
 
@@ -32,28 +28,12 @@ cell_importance pick(const cell_importance & s, const std::vector<int32_t> & ind
     return res;
 }
 
-std::vector<uint8_t> read_bytes(const kv_rows & t, const std::vector<int32_t> & rows) {
-    const size_t         n = rows.size() * head_bytes(t);
-    std::vector<uint8_t> res(n * t.n_head_kv);
-    for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
-        read_raw(t, rows, ih, res.data() + ih * n);
-    }
-    return res;
-}
-
-void write_bytes(const kv_rows & t, const std::vector<int32_t> & rows, const std::vector<uint8_t> & bytes) {
-    const size_t n = rows.size() * head_bytes(t);
-    for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
-        write_raw(t, rows, ih, bytes.data() + ih * n);
-    }
-}
-
-// row j of a stored checkpoint's layer is what lies in the cache
-bool equals(const kv_rows & t, int32_t row, const std::vector<uint8_t> & stored, size_t j, size_t n_rows) {
-    const size_t n   = head_bytes(t);
-    const auto   now = read_bytes(t, { row });
-    for (int32_t ih = 0; ih < t.n_head_kv; ++ih) {
-        if (!std::equal(now.begin() + ih * n, now.begin() + (ih + 1) * n, stored.begin() + (ih * n_rows + j) * n)) {
+// row j of n_rows is the same in both
+bool same_row(const std::vector<uint8_t> & a, const std::vector<uint8_t> & b, int32_t n_head_kv, size_t n_rows, size_t j) {
+    const size_t n = a.size() / (n_head_kv * n_rows);
+    for (int32_t ih = 0; ih < n_head_kv; ++ih) {
+        const size_t first = (ih * n_rows + j) * n;
+        if (!std::equal(a.begin() + first, a.begin() + first + n, b.begin() + first)) {
             return false;
         }
     }
@@ -61,16 +41,6 @@ bool equals(const kv_rows & t, int32_t row, const std::vector<uint8_t> & stored,
 }
 
 }  // namespace
-
-std::vector<int32_t> checkpoint::rows_of_layer(int32_t il) const {
-    std::vector<int32_t> res;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        if (bias.data.empty() || bias.row(il, 0)[i] != masked_bias) {
-            res.push_back(rows[i]);
-        }
-    }
-    return res;
-}
 
 //
 // taking
@@ -92,11 +62,11 @@ void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
         ck.places.push_back(parts.kv.place(strm, row));
         ck.kinds.push_back(parts.table.kind(strm, row));
     }
-    ck.rank_scores = parts.table.rank_scores(strm, ck.rows);
-    ck.scores      = parts.scores.gather_exact(strm, ck.rows);
-    ck.counts      = parts.table.counts(strm, ck.rows);
-    ck.bias        = parts.bias.gather(strm, ck.rows);
-    ck.logits      = logits;
+    ck.rank_scores       = parts.table.rank_scores(strm, ck.rows);
+    ck.logits            = logits;
+    checkpoint_maps maps = { parts.scores.gather_exact(strm, ck.rows), parts.table.counts(strm, ck.rows),
+                             parts.bias.gather(strm, ck.rows) };
+    ck.pack(maps);
 
     auto & of_seq = kept[seq_id];
     for (auto & old : of_seq) {  // of the same place, and its logits may be known
@@ -111,19 +81,55 @@ void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
     }
 }
 
-void checkpoints::before_change(llama_seq_id seq_id) {
-    for (auto & ck : kept[seq_id]) {
-        if (ck.is_stored()) {
-            continue;
-        }
-        parts.kv.synchronize();
-        for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
-            kv_layer layer = layer_of(parts.kv, il, parts.kv.stream(seq_id));
-            layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
-            ck.k.push_back(read_bytes(layer.k, ck.rows_of_layer(il)));
-            ck.v.push_back(read_bytes(layer.v, ck.rows_of_layer(il)));
+std::vector<int32_t> checkpoints::rows_to_store(llama_seq_id seq_id, int32_t il) const {
+    std::set<int32_t> res;
+    for (const auto & ck : kept.at(seq_id)) {
+        if (!ck.is_stored()) {
+            const auto rows = ck.rows_of_layer(il);
+            res.insert(rows.begin(), rows.end());
         }
     }
+    return { res.begin(), res.end() };
+}
+
+bool checkpoints::lies_in_cache(llama_seq_id seq_id) const {
+    const auto it = kept.find(seq_id);
+    return it != kept.end() && std::any_of(it->second.begin(), it->second.end(), [](const checkpoint & ck) { return !ck.is_stored(); });
+}
+
+// read: K and V of rows of a layer
+void checkpoints::store(llama_seq_id seq_id, const std::function<layer_bytes(int32_t, const std::vector<int32_t> &)> & read) {
+    const auto stored = std::make_shared<stored_rows>(parts.kv.shape.n_head_kv);
+    for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
+        auto rows  = rows_to_store(seq_id, il);
+        auto bytes = read(il, rows);
+        stored->add(std::move(rows), std::move(bytes));
+    }
+    for (auto & ck : kept[seq_id]) {
+        if (!ck.is_stored()) {
+            ck.stored    = stored;
+            ck.stored_at = ck.rows;
+        }
+    }
+}
+
+void checkpoints::before_change(llama_seq_id seq_id) {
+    if (lies_in_cache(seq_id)) {
+        parts.kv.synchronize();
+        store(seq_id,
+              [&](int32_t il, const std::vector<int32_t> & rows) { return read_layer_bytes(parts.kv, parts.kv.stream(seq_id), il, rows); });
+    }
+}
+
+void checkpoints::before_change(llama_seq_id seq_id, const std::vector<kv_layer> & loaded) {
+    if (lies_in_cache(seq_id)) {
+        store(seq_id, [&](int32_t il, const std::vector<int32_t> & rows) { return read_layer_bytes(loaded[il], rows); });
+    }
+}
+
+void checkpoints::write(const checkpoint & ck, llama_io_write_i & io, llama_seq_id seq_id) const {
+    parts.kv.synchronize();
+    ck.write(io, parts.kv, parts.kv.stream(seq_id));
 }
 
 void checkpoints::forget_after(llama_seq_id seq_id, llama_pos p0) {
@@ -132,11 +138,17 @@ void checkpoints::forget_after(llama_seq_id seq_id, llama_pos p0) {
 }
 
 int64_t checkpoints::n_bytes() const {
-    int64_t res = 0;
+    int64_t                                      res = 0;
+    std::set<std::shared_ptr<const stored_rows>> stored;
     for (const auto & [_, of_seq] : kept) {
         for (const auto & ck : of_seq) {
             res += ck.n_bytes();
+            stored.insert(ck.stored);
         }
+    }
+    stored.erase(nullptr);
+    for (const auto & rows : stored) {
+        res += rows->n_bytes();
     }
     return res;
 }
@@ -212,28 +224,24 @@ std::vector<uint8_t> checkpoints::find_unchanged(llama_seq_id seq_id, const chec
         }
     }
     for (int32_t il = 0; il < parts.kv.shape.n_layer && !cells.empty(); ++il) {
-        kv_layer layer = layer_of(parts.kv, il, strm);
-        layer.load(parts.kv.n_used(strm));
-        const auto        rows = ck.rows_of_layer(il);
-        std::set<int32_t> held;  // by the layer, now
+        std::vector<int32_t> shared;  // rows that the layer held then
+        std::vector<int32_t> then;    // and where they are stored
         for (const auto & [row, i] : cells) {
-            if (!parts.bias.is_masked(strm, row, il)) {
-                held.insert(row);
+            const bool now = !parts.bias.is_masked(strm, row, il);
+            if (now != ck.holds(il, i)) {
+                res[i] = 0;
+            } else if (now) {
+                shared.push_back(row);
+                then.push_back(ck.stored_at[i]);
             }
         }
-        for (size_t j = 0; j < rows.size(); ++j) {
-            const auto it = cells.find(rows[j]);
-            if (it == cells.end()) {
-                continue;
+        const layer_bytes a = read_layer_bytes(parts.kv, strm, il, shared);
+        const layer_bytes b = ck.stored->pick(il, then);
+        for (size_t j = 0; j < shared.size(); ++j) {
+            const int32_t n_head = parts.kv.shape.n_head_kv;
+            if (!same_row(a.k, b.k, n_head, shared.size(), j) || !same_row(a.v, b.v, n_head, shared.size(), j)) {
+                res[cells[shared[j]]] = 0;
             }
-            const bool same = held.erase(rows[j]) > 0 && equals(layer.k, rows[j], ck.k[il], j, rows.size()) &&
-                              equals(layer.v, rows[j], ck.v[il], j, rows.size());
-            if (!same) {
-                res[it->second] = 0;
-            }
-        }
-        for (const int32_t row : held) {  // and not then
-            res[cells[row]] = 0;
         }
     }
     return res;
@@ -282,11 +290,7 @@ void checkpoints::put_back(llama_seq_id seq_id, checkpoint & ck, const std::vect
     }
     parts.memory.wrote(strm, *std::max_element(ck.rows.begin(), ck.rows.end()) + 1);
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
-        kv_layer layer = layer_of(parts.kv, il, strm);
-        layer.load(parts.kv.n_used(strm));
-        write_bytes(layer.k, ck.rows_of_layer(il), ck.k[il]);
-        write_bytes(layer.v, ck.rows_of_layer(il), ck.v[il]);
-        layer.store(parts.kv.n_used(strm));
+        write_layer_bytes(parts.kv, strm, il, ck.rows_of_layer(il), ck.bytes_of_layer(il, parts.kv, strm));
     }
 }
 
@@ -304,10 +308,11 @@ void checkpoints::put_scores_back(llama_seq_id seq_id, const checkpoint & ck) {
             parts.table.set_kind(strm, ck.rows[i], ck.kinds[i]);
         }
     }
-    parts.scores.scatter_exact(strm, rows, pick(ck.scores, own));
-    parts.table.set_counts(strm, rows, pick(ck.counts, own));
+    const checkpoint_maps maps = ck.unpack();
+    parts.scores.scatter_exact(strm, rows, pick(maps.scores, own));
+    parts.table.set_counts(strm, rows, pick(maps.counts, own));
     parts.table.set_rank_scores(strm, rows, rank_scores);
-    parts.bias.scatter(strm, rows, pick(ck.bias, own));
+    parts.bias.scatter(strm, rows, pick(maps.bias, own));
     parts.memory.dirtied(strm);
 }
 

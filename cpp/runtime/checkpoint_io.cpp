@@ -4,6 +4,7 @@
 
 #include "llama-io.h"
 
+#include <numeric>
 #include <stdexcept>
 
 namespace elastic {
@@ -30,31 +31,23 @@ template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v,
     io.read(v.data(), n * sizeof(T));
 }
 
-// all maps, in the order in which they are written
-std::vector<head_map *> maps_of(checkpoint & ck) {
-    std::vector<head_map *> res = { &ck.scores.sum, &ck.counts, &ck.bias, &ck.scores.decayed, &ck.scores.windowed };
-    for (auto & m : ck.scores.queries) {
-        res.push_back(&m);
+void check(bool is_good) {
+    if (!is_good) {
+        throw std::runtime_error("elastic state: a checkpoint is damaged");
     }
-    return res;
 }
 
 }  // namespace
 
 int64_t checkpoint::n_bytes() const {
     int64_t res = bytes_of(rows) + bytes_of(places) + bytes_of(kinds) + bytes_of(rank_scores) + bytes_of(logits);
-    for (const auto * m : maps_of(const_cast<checkpoint &>(*this))) {
-        res += bytes_of(m->data);
+    for (const auto & m : maps) {
+        res += m.n_bytes();
     }
-    for (const auto * side : { &k, &v }) {
-        for (const auto & bytes : *side) {
-            res += bytes_of(bytes);
-        }
-    }
-    return res;
+    return res + (int64_t) masked.size() / 8;
 }
 
-void checkpoint::write(llama_io_write_i & io) const {
+void checkpoint::write(llama_io_write_i & io, const kv_view & kv, uint32_t strm) const {
     io.write(&pos_end, sizeof(pos_end));
     const int64_t numbers[] = { state.n_tokens,    state.pos_prompt,     state.pos_turn, state.pos_moved,
                                 state.pos_changed, state.n_prompt_cells, state.pending,  state.n_unscored };
@@ -63,21 +56,24 @@ void checkpoint::write(llama_io_write_i & io) const {
     write_vector(io, rows);
     write_vector(io, places);
     write_vector(io, kinds);
-    const uint64_t n_queries = scores.queries.size();
+    checkpoint_maps of_cells  = unpack();
+    const uint64_t  n_queries = of_cells.scores.queries.size();
     io.write(&n_queries, sizeof(n_queries));
-    for (const auto * m : maps_of(const_cast<checkpoint &>(*this))) {
+    for (const head_map * m : of_cells.all()) {
         write_vector(io, m->data);
     }
     write_vector(io, rank_scores);
     write_vector(io, logits);
-    for (size_t il = 0; il < k.size(); ++il) {
-        write_vector(io, k[il]);
-        write_vector(io, v[il]);
+    for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
+        const layer_bytes bytes = bytes_of_layer(il, kv, strm);
+        write_vector(io, bytes.k);
+        write_vector(io, bytes.v);
     }
 }
 
-checkpoint checkpoint::read(llama_io_read_i & io, const kv_shape & shape) {
-    const uint64_t n_max = (uint64_t) shape.kv_size;
+checkpoint checkpoint::read(llama_io_read_i & io, const kv_view & kv) {
+    const kv_shape & shape = kv.shape;
+    const uint64_t   n_max = (uint64_t) shape.kv_size;
 
     checkpoint res;
     io.read(&res.pos_end, sizeof(res.pos_end));
@@ -99,24 +95,34 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_shape & shape) {
     read_vector(io, res.kinds, n);
     uint64_t n_queries = 0;
     io.read(&n_queries, sizeof(n_queries));
-    if (n_queries > (uint64_t) recorded_statistics().n_window || n == 0 || res.places.size() != n || res.kinds.size() != n) {
-        throw std::runtime_error("elastic state: a checkpoint is damaged");
-    }
-    res.scores.queries.resize(n_queries);
-    for (auto * m : maps_of(res)) {
+    check(n_queries <= (uint64_t) recorded_statistics().n_window && n > 0 && res.places.size() == n && res.kinds.size() == n);
+    checkpoint_maps of_cells;
+    of_cells.scores.queries.resize(n_queries);
+    for (head_map * m : of_cells.all()) {
         read_vector(io, m->data, (uint64_t) shape.n_layer * shape.n_head_kv * n);
         if (!m->data.empty()) {
+            check(m->data.size() == (uint64_t) shape.n_layer * shape.n_head_kv * n);
             m->n_layer   = shape.n_layer;
             m->n_head_kv = shape.n_head_kv;
             m->n_cells   = (int32_t) n;
         }
     }
+    res.pack(of_cells);
     read_vector(io, res.rank_scores, n);
+    check(res.rank_scores.size() == n);
     read_vector(io, res.logits, UINT32_MAX);
+    res.stored_at.resize(n);
+    std::iota(res.stored_at.begin(), res.stored_at.end(), 0);
+    const auto stored = std::make_shared<stored_rows>(shape.n_head_kv);
     for (int32_t il = 0; il < shape.n_layer; ++il) {
-        read_vector(io, res.k.emplace_back(), n * (uint64_t) shape.cell_bytes);
-        read_vector(io, res.v.emplace_back(), n * (uint64_t) shape.cell_bytes);
+        layer_bytes bytes;
+        read_vector(io, bytes.k, n * (uint64_t) shape.cell_bytes);
+        read_vector(io, bytes.v, n * (uint64_t) shape.cell_bytes);
+        auto held = res.of_layer(il, res.stored_at);
+        check(are_of(bytes, kv, il, held.size()));
+        stored->add(std::move(held), std::move(bytes));
     }
+    res.stored = stored;
     return res;
 }
 

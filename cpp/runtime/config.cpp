@@ -25,6 +25,7 @@ config make_config(const elastic_params & params) {
 
     cfg.overdraft     = at_least("overdraft", params.overdraft, -1);
     cfg.n_checkpoints = at_least("n_checkpoints", params.n_checkpoints, 0);
+    cfg.n_question    = at_least("n_question", params.n_question, 0);
     if (at_least("n_layer_share", params.n_layer_share, 0) > 0 && !params.layer_share) {
         throw error("[elastic] layer_share: got NULL, expected " + std::to_string(params.n_layer_share) + " values");
     }

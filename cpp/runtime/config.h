@@ -20,6 +20,7 @@ struct config {
     int32_t max_cells     = 0;
     int32_t overdraft     = -1;
     int32_t n_checkpoints = 2;
+    int32_t n_question    = 0;
     bool    record        = false;
 
     std::vector<float> layer_share;

@@ -30,14 +30,17 @@ struct elastic_params {
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
     int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
                         // they are a part of those; -1: what the policy is made for
-    int32_t n_checkpoints;       // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
-                                 // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
-                                 // changed. 0: none, and a compressed sequence can only be removed as a whole
-    enum elastic_layers layers;  // how many cells the layers keep in relation to each other, while the budget holds on average
+    int32_t n_checkpoints;  // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
+                            // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
+                            // changed; what several have in common is stored once. 0: none, and a compressed sequence can only be removed
+                            // as a whole
+    enum elastic_layers layers;          // how many cells the layers keep in relation to each other, while the budget holds on average
     const float *       layer_share;     // of each layer of the cache in relation to the others, > 0; NULL: see layers
     int32_t             n_layer_share;   // their number, that of the layers of the cache, or 0
     bool                record;          // keep every score that any policy looks at, so that a saved prompt can be loaded under each
     bool                release_memory;  // rows that are not in use go back to the operating system (CPU buffers, Linux)
+    int32_t n_question;  // cells of the budget that elastic_compress leaves free where a prompt ends with an image, so that its question
+                         // need not be compressed with it; a fifth of the budget at most. 0: none
 };
 
 struct elastic_stats {

@@ -23,6 +23,13 @@ void room_maker::or_log(llama_seq_id seq_id, const std::function<void()> & chang
 // on request
 //
 
+// what is said next is a question about the image
+int32_t room_maker::cells_for_question(llama_seq_id seq_id, int32_t n_target) const {
+    const auto rows = parts.kv.rows(seq_id);
+    const bool asks = !rows.empty() && parts.table.kind(parts.kv.stream(seq_id), rows.back()) == cell_kind::image;
+    return asks ? std::min(parts.cfg.n_question, n_target / 5) : 0;
+}
+
 int32_t room_maker::compress(llama_seq_id seq_id) {
     logits.collect();
     const auto    st       = parts.seqs.get(seq_id);
@@ -30,7 +37,7 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
     if (!st.pending && parts.n_per_layer(seq_id) <= n_target) {
         return parts.kv.n_cells(seq_id);  // has been, and what the answer goes by stays as it is
     }
-    const int32_t n = compress_.run(seq_id, { n_target, true });
+    const int32_t n = compress_.run(seq_id, { n_target - cells_for_question(seq_id, n_target), true });
     kept.take(seq_id, logits.find(seq_id, parts.kv.pos_max(seq_id) + 1));
     if (parts.memory.is_enabled()) {
         trim_heap();  // what planning took, megabytes

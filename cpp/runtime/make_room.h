@@ -44,6 +44,7 @@ class room_maker {
     compressor      compress_;
     cell_evictor    evict;
 
+    int32_t cells_for_question(llama_seq_id seq_id, int32_t n_target) const;
     // cells that a prompt may take before it is compressed for max_cells
     int32_t room_under_cap(llama_seq_id seq_id) const;
 

@@ -72,7 +72,8 @@ struct sequence_maps {
 // writing
 //
 
-void write_sequence(const cache_parts & parts, checkpoints & taken, llama_io_write_i & io, const state_header & h, llama_seq_id seq_id) {
+void write_sequence(const cache_parts & parts, const checkpoints & taken, llama_io_write_i & io, const state_header & h,
+                    llama_seq_id seq_id) {
     const auto     st   = parts.seqs.get(seq_id);
     const auto     rows = parts.kv.rows(seq_id);
     const uint32_t strm = parts.kv.stream(seq_id);
@@ -91,10 +92,7 @@ void write_sequence(const cache_parts & parts, checkpoints & taken, llama_io_wri
 
     // the one after the last prompt, so that its answer can be taken back after loading too
     const checkpoint * newest = st.pending ? nullptr : taken.newest(seq_id);
-    if (newest) {
-        taken.before_change(seq_id);
-        s.n_checkpoints = 1;
-    }
+    s.n_checkpoints           = newest ? 1 : 0;
     io.write(&s, sizeof(s));
 
     std::vector<uint8_t> kinds;
@@ -112,7 +110,7 @@ void write_sequence(const cache_parts & parts, checkpoints & taken, llama_io_wri
     const auto rank_scores = parts.table.rank_scores(strm, rows);
     io.write(rank_scores.data(), rank_scores.size() * sizeof(float));
     if (newest) {
-        newest->write(io);
+        taken.write(*newest, io, seq_id);
     }
 }
 
@@ -212,7 +210,7 @@ void read_sequence(cache_parts & parts, checkpoints & taken, llama_io_read_i & i
 
     taken.forget(seq_id);
     if (s.n_checkpoints > 0) {
-        checkpoint ck      = checkpoint::read(io, parts.kv.shape);
+        checkpoint ck      = checkpoint::read(io, parts.kv);
         ck.state.pos_first = s.pos_first;
         if (parts.cfg.n_checkpoints > 0 && h.same_maps(own)) {
             taken.add(seq_id, std::move(ck));
@@ -222,7 +220,7 @@ void read_sequence(cache_parts & parts, checkpoints & taken, llama_io_read_i & i
 
 }  // namespace
 
-void write_state(const cache_parts & parts, checkpoints & taken, llama_io_write_i & io, llama_seq_id seq_id) {
+void write_state(const cache_parts & parts, const checkpoints & taken, llama_io_write_i & io, llama_seq_id seq_id) {
     if (!parts.active) {
         return;
     }

@@ -97,8 +97,9 @@ static bool attach(llama_context * ctx) {
     if (!options.policy.empty()) {
         params.policy = options.policy.c_str();
     }
-    params.max_cells = options.max_cells;
-    params.layers    = options.layers;
+    params.max_cells  = options.max_cells;
+    params.layers     = options.layers;
+    params.n_question = options.image_checkpoint ? 24 : 0;  // a question and the chat template around it
     if (options.n_checkpoints >= 0) {
         params.n_checkpoints = options.n_checkpoints;
     } else if (options.image_checkpoint) {

@@ -3,9 +3,11 @@
 #include "check.h"
 #include "runtime/cell_table.h"
 #include "runtime/importance.h"
+#include "runtime/packed_map.h"
 #include "runtime/sequence_table.h"
 
 #include <cstdio>
+#include <cstring>
 #include <set>
 
 using namespace elastic;
@@ -261,6 +263,33 @@ static void test_cell_table() {
     CHECK(!plain.has_counts() && plain.counts(0, { 1 }).row(0, 0)[0] == 1.0f);
 }
 
+static bool same_bits(const head_map & a, const head_map & b) {
+    return a.n_layer == b.n_layer && a.n_head_kv == b.n_head_kv && a.n_cells == b.n_cells && a.data.size() == b.data.size() &&
+           (a.data.empty() || std::memcmp(a.data.data(), b.data.data(), a.data.size() * sizeof(float)) == 0);
+}
+
+static void test_packed_map() {
+    const std::vector<bool> masked = { false, true, true, false, false, true };  // 2 layers of 3 cells
+    head_map                m(2, 2, 3);
+    for (size_t i = 0; i < m.data.size(); ++i) {
+        m.data[i] = masked[i / 6 * 3 + i % 3] ? -HUGE_VALF : 0.5f * i;
+    }
+    CHECK(same_bits(packed_map(m, masked).unpack(masked), m) && packed_map(m, masked).n_bytes() == 6 * 4);
+    CHECK(same_bits(packed_map(m, {}).unpack({}), m) && packed_map(m, {}).n_bytes() == 12 * 4);
+
+    head_map ones(2, 2, 3, 1.0f);  // the same in all
+    CHECK(same_bits(packed_map(ones, masked).unpack(masked), ones) && packed_map(ones, masked).n_bytes() == 0);
+
+    m.data[1] = -0.0f;  // masked, and not as the others
+    CHECK(same_bits(packed_map(m, masked).unpack(masked), m) && packed_map(m, masked).n_bytes() == 12 * 4);
+    head_map zeros(1, 1, 2);
+    zeros.data[1] = -0.0f;
+    CHECK(same_bits(packed_map(zeros, {}).unpack({}), zeros));
+
+    CHECK(same_bits(packed_map({}, masked).unpack(masked), {}) && packed_map().n_bytes() == 0);
+    CHECK(same_bits(packed_map(ones, std::vector<bool>(6, true)).unpack(std::vector<bool>(6, true)), ones));
+}
+
 int main() {
     test_stages();
     test_scored_steps();
@@ -269,6 +298,7 @@ int main() {
     test_window();
     test_nothing_kept();
     test_cell_table();
+    test_packed_map();
     if (n_failed) {
         fprintf(stderr, "%d checks failed\n", n_failed);
         return 1;
