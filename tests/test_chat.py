@@ -303,6 +303,38 @@ def test_leaving_an_answer_early(vlm):
         talk.close()
 
 
+@pytest.mark.parametrize("max_tokens", [1, 8])
+def test_the_first_piece_does_not_wait_for_the_compression(vlm, max_tokens):
+    with vlm(kv_budget=0.5) as llm:
+        talk = el.Conversation(llm)
+        answer = talk.ask(TEXT, [picture("red")], max_tokens=max_tokens)
+        next(answer)
+        assert llm.stats.compressions == 0
+        next(answer, None)
+        assert llm.stats.compressions == 1
+        list(answer)
+        assert llm.stats.compressions == 1
+        assert talk.stats.cells_kept < talk.stats.cells_prompt
+
+
+@pytest.mark.parametrize("other", ["ask", "complete", "close"])
+def test_nothing_of_another_call_is_compressed(vlm, other):
+    """An answer that goes on late finds another prompt in the cache, or none."""
+    with vlm(kv_budget=0.5) as llm:
+        talk = el.Conversation(llm)
+        answer = talk.ask(TEXT, [picture("red")], max_tokens=8)
+        next(answer)
+        if other == "ask":
+            el.Conversation(llm).prefill(TEXT + "the sea")
+        elif other == "complete":
+            llm.prefill([el.pieces.TextPiece(tuple(llm.tokenize(TEXT.encode())))])
+        else:
+            llm.close()
+        with pytest.raises(el.StateError):
+            next(answer)
+        assert other == "close" or llm.stats.compressions == 0
+
+
 # -- templates
 
 

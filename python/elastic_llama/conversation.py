@@ -334,20 +334,22 @@ class Conversation:
         start = time.perf_counter()
         for token in llm.generate([], reset=False, **sampling):
             # the pause that the consumer takes between pieces is no decoding
-            now = time.perf_counter()
+            now, n_calls = time.perf_counter(), llm._n_calls
             if stats.n_answer > 0:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
-            if stats.n_answer == 0:
-                self._compress(token)
-            if llama_cpp.llama_vocab_is_eog(vocab, token):
+            is_first, is_end = stats.n_answer == 0, llama_cpp.llama_vocab_is_eog(vocab, token)
+            if not is_end:
+                stats.n_answer += 1
+                turn.tokens.append(token)
+                piece = decoder.decode(llm.detokenize([token], special=False))
+                if piece:
+                    yield piece
+            if is_first and n_calls == llm._n_calls and not llm._closed:
+                self._compress(token)  # whoever reads the first piece need not wait for it
+            if is_end:
                 stats.finish = "stop"
                 break
-            stats.n_answer += 1
-            turn.tokens.append(token)
-            piece = decoder.decode(llm.detokenize([token], special=False))
-            if piece:
-                yield piece
             if stats.n_answer == limit or not self._room():
                 break
             start = time.perf_counter()

@@ -168,11 +168,11 @@ class PrefixReader:
             llm.session.compress_prefix(self.budget)
             llm._requires_eval = True  # the logits are of all cells
 
-    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, bytes]:
+    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, memoryview]:
         llm, ctx = self.llm, self.llm._ctx.ctx
         size = llama_cpp.llama_state_seq_get_size(ctx, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        n = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, 0)
+        state = memoryview(np.empty(size, np.uint8))
+        n = llama_cpp.llama_state_seq_get_data(ctx, _bytes_of(state), size, 0)
         if n != size:
             raise StateError(message("memory", "llama.cpp could not save the sequence", n, size))
         session = llm.session
@@ -183,7 +183,6 @@ class PrefixReader:
             "positions": len(ids),
             "cells": len(ids) if session is None else session.n_per_layer(0),
         }
-        state = bytes(buffer)
         return Entry.of_state(key, ids, state, info), state
 
     def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
@@ -192,8 +191,7 @@ class PrefixReader:
         llm._rewind.cut(0)
         assert self.memory is not None
         state = self.memory.state_of(entry)
-        buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
-        if llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0) != len(state):
+        if llama_cpp.llama_state_seq_set_data(ctx, _bytes_of(state), len(state), 0) != len(state):
             llm._rewind.cut(0)  # the context has too few cells
             self.memory.forget(entry.key)
             return False
@@ -207,3 +205,8 @@ class PrefixReader:
         llm.n_tokens = n
         llm._requires_eval = True
         return True
+
+
+def _bytes_of(state: memoryview) -> Any:
+    """The pointer to bytes that llama.cpp takes."""
+    return np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
