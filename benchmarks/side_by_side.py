@@ -124,7 +124,7 @@ def folder(n: int, n_broken: int, model: list[str]) -> None:
             make_scene("test", i, grid=3).render().save(path)
             if i % max(1, n // max(1, n_broken)) == 0 and i // max(1, n // n_broken) < n_broken:
                 path.write_bytes(path.read_bytes()[:1000])
-        command = [sys.executable, "-m", "elastic_llama", "caption", str(images), "-t", "1"]
+        command = [sys.executable, "-m", "elastic_llama", "caption", str(images)]
         command += ["-p", CAPTION_PROMPT, "-o", str(out), "-n", "64", *model]
         process = subprocess.Popen(command)
         while process.poll() is None and not (
