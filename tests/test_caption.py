@@ -116,6 +116,36 @@ def test_captions_that_another_call_ended(tiny_vlm, folder, alone, other):
             next(first)
 
 
+@pytest.mark.parametrize("options", [{}, {"elastic": None}], ids=str)
+@pytest.mark.parametrize("n_seq_max", [1, 4])
+def test_the_text_before_the_images_is_read_once(tiny_vlm, folder, monkeypatch, n_seq_max, options):
+    names = [str(path) for path in sorted(folder.glob("0?.png"))]
+    system, read = "the heat on the earth " * 9, []
+    decode = el.ElasticLlama._decode
+
+    def counted(self, tokens, *args, **kwargs):
+        read.append(tuple(tokens))
+        return decode(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(el.ElasticLlama, "_decode", counted)
+    with load(tiny_vlm, n_seq_max, **options) as llm:
+        chat = el.Conversation(llm, system=system)
+        expected = {}
+        for name in names:
+            chat.clear()
+            llm.reset()
+            expected[name] = "".join(chat.ask("the sea", name, max_tokens=20))
+        before = read[0]
+        assert len(before) > 40
+        assert read.count(before) == len(names)
+        for _ in range(2):
+            read.clear()
+            llm.reset()
+            found = {c.name: c.text for c in captions(chat, names, "the sea", 20)}
+            assert found == expected
+            assert read.count(before) == 1
+
+
 def test_captions_by_two_models(tiny_vlm, folder, alone, monkeypatch):
     """Each image once, whoever read it, and as alone."""
     names = [*sorted(map(str, folder.rglob("*.png"))), "none.png"]

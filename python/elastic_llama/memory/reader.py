@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import llama_cpp
 import numpy as np
 
 from ..config import budget_value
 from ..errors import ConfigError, StateError, message
 from ..pieces import ImagePiece, Piece, n_cells_from, piece_ids
+from ..sequence_state import load_sequence, save_sequence
 from .container import Entry
 from .keys import owner_of, prefix_key, stamps
 from .store import ImageMemory
@@ -169,12 +168,7 @@ class PrefixReader:
             llm._requires_eval = True  # the logits are of all cells
 
     def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, memoryview]:
-        llm, ctx = self.llm, self.llm._ctx.ctx
-        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
-        state = memoryview(np.empty(size, np.uint8))
-        n = llama_cpp.llama_state_seq_get_data(ctx, _bytes_of(state), size, 0)
-        if n != size:
-            raise StateError(message("memory", "llama.cpp could not save the sequence", n, size))
+        llm, state = self.llm, save_sequence(self.llm)
         session = llm.session
         info = {
             "model": os.path.basename(llm.model_path),
@@ -187,26 +181,13 @@ class PrefixReader:
 
     def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
-        llm, ctx = self.llm, self.llm._ctx.ctx
-        llm._rewind.cut(0)
         assert self.memory is not None
-        state = self.memory.state_of(entry)
-        if llama_cpp.llama_state_seq_set_data(ctx, _bytes_of(state), len(state), 0) != len(state):
-            llm._rewind.cut(0)  # the context has too few cells
+        if not load_sequence(self.llm, self.memory.state_of(entry), ids):
             self.memory.forget(entry.key)
             return False
-        llm._grow_scores(len(ids))
-        llm.input_ids[: len(ids)] = ids
         n = 0
         for piece in pieces:
             if isinstance(piece, ImagePiece):
-                llm._spans.put(n, len(piece), piece.n_cells)
+                self.llm._spans.put(n, len(piece), piece.n_cells)
             n += len(piece)
-        llm.n_tokens = n
-        llm._requires_eval = True
         return True
-
-
-def _bytes_of(state: memoryview) -> Any:
-    """The pointer to bytes that llama.cpp takes."""
-    return np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
