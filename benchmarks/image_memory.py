@@ -1,11 +1,12 @@
 """Time to the first token of the second question about an image, and what an image takes on disk.
 
 The first question encodes and reads the image; it is compressed and kept. The second one comes in
-the same context, in another one of this process, or from the folder, as in a new process. Its time
-has the compression of its prompt, which comes before the first token is decoded.
+the same context, in another one of this process, or from the folder, as in a new process. The
+prompt is compressed behind the first token. The compression is printed beside it, and so is the
+share of both together.
 
-With --shaped FILE (benchmarks/shaped_model.py OUT --layers 4) the image is 576 random embeddings of
-that model's width, and there is no tower to run: the first question is faster by that.
+With --shaped FILE (benchmarks/shaped_model.py OUT --layers 4) the model is that one, with a tower
+of two narrow layers (benchmarks/shaped_tower.py).
 
 Seconds are CPU seconds of one thread, which other programs on the machine change little.
 
@@ -19,53 +20,33 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 from elastic_llama import Conversation, ElasticLlama, ImageMemory
 from elastic_llama.bench.contexts import llama_cpp
 from elastic_llama.kv_types import KV_TYPES
 from elastic_llama.memory import MemoryFolder
-from elastic_llama.pieces import ImagePiece, TextPiece
 from elastic_llama.scenes import make_scene
+from shaped_tower import write as write_tower
 
 QUESTIONS = ("What is in row 1, column 2?", "What is in row 2, column 1?")
 
 
-class Embedded:
-    """The embedded model, and a scene."""
-
-    def __init__(self, number: int) -> None:
-        self.image = make_scene("test", number, grid=3).render()
-
-    def seconds(self, llm: ElasticLlama, question: str) -> float:
-        chat = Conversation(llm)
-        start = time.process_time()
-        next(iter(chat.ask(question, self.image, max_tokens=1)))
-        return time.process_time() - start
-
-
-class Shaped:
-    """Random embeddings, and a question of as many tokens as those of the embedded model."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def seconds(self, llm: ElasticLlama, question: str) -> float:
-        rng = np.random.default_rng(self.number)
-        image = rng.normal(0, 1, (576, llm.n_embd())).astype(np.float32)
-        text = llm.tokenize(f"\nUSER: {question}\nASSISTANT: ".encode(), False)
-        before = llm.tokenize(b"A chat between a human and an assistant. USER: ", True)
-        pieces = [
-            TextPiece(tuple(before)),
-            ImagePiece(f"random-{self.number}", 576, lambda n: decode(llm, image, n)),
-            TextPiece(tuple(text)),
-        ]
-        start = time.process_time()
-        llm.prefill(pieces)
-        next(iter(llm.generate([], reset=False, temp=0.0)))
-        llm.session.compress(0)
-        return time.process_time() - start
+def seconds(llm: ElasticLlama, question: str, number: int) -> tuple[float, float]:
+    """To the first token of an answer about a scene, and of the compression behind it."""
+    image = make_scene("test", number, grid=3).render()
+    start = time.process_time()
+    chat = Conversation(llm)
+    answer = chat.ask(question, image, max_tokens=1)
+    next(answer)
+    first = time.process_time()
+    if chat.stats.n_answer != 1:
+        raise RuntimeError("the first token is no text; take another scene")
+    next(answer, None)
+    out = first - start, time.process_time() - first
+    chat.close()
+    return out
 
 
 def decode(llm: ElasticLlama, image: np.ndarray, n_past: int) -> int:
@@ -87,29 +68,26 @@ def decode(llm: ElasticLlama, image: np.ndarray, n_past: int) -> int:
     return n_past + len(image)
 
 
-def measure(load: Callable[..., ElasticLlama], make: Callable[[int], Any], times: int) -> None:
-    rows: dict[str, list[float]] = {"same context": [], "other context": [], "from disk": []}
-    firsts = []
+def measure(load: Callable[..., ElasticLlama], times: int) -> None:
+    names = ("same context", "other context", "from disk")
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in ("first", *names)}
     with tempfile.TemporaryDirectory() as folder:
         memory = ImageMemory(folder)
         with load(memory) as llm, load(memory) as other, load(ImageMemory(folder)) as disk:
-            warm = make(10**6)
             for one in (llm, other, disk):
-                warm.seconds(one, QUESTIONS[0])
+                seconds(one, QUESTIONS[0], 10**6)  # to warm up
             for i in range(times):
-                image = make(i)
-                firsts.append(image.seconds(llm, QUESTIONS[0]))
-                rows["same context"].append(image.seconds(llm, QUESTIONS[1]))
-                rows["other context"].append(image.seconds(other, QUESTIONS[1]))
-                rows["from disk"].append(image.seconds(disk, QUESTIONS[1]))
-    first = statistics.median(firsts)
-    print(f"first question: {first:.2f} s ({min(firsts):.2f} to {max(firsts):.2f})")
-    for name, seconds in rows.items():
-        ratio = [s / f for s, f in zip(seconds, firsts)]
+                rows["first"].append(seconds(llm, QUESTIONS[0], i))
+                for name, one in zip(names, (llm, other, disk)):
+                    rows[name].append(seconds(one, QUESTIONS[1], i))
+    for name, row in rows.items():
+        token, behind = (statistics.median(column) for column in zip(*row))
+        shares = [100 * a[0] / b[0] for a, b in zip(row, rows["first"])]
+        both = [100 * sum(a) / sum(b) for a, b in zip(row, rows["first"])]
         print(
-            f"second, {name}: {statistics.median(seconds):.3f} s, "
-            f"{100 * statistics.median(ratio):.1f} % ({100 * min(ratio):.1f} to "
-            f"{100 * max(ratio):.1f} %)"
+            f"{name}: {token:.3f} s and {behind:.3f} s for the compression behind it; "
+            f"{statistics.median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f} %), "
+            f"both together {statistics.median(both):.1f} %"
         )
 
 
@@ -135,14 +113,13 @@ def main() -> None:
     args = parser.parse_args()
     threads = {"n_threads": 1, "n_threads_batch": 1}
     if args.shaped is None:
-        measure(lambda memory: ElasticLlama(memory=memory, **threads), Embedded, args.times)
+        measure(lambda memory: ElasticLlama(memory=memory, **threads), args.times)
         sizes()
-    else:
-        measure(
-            lambda memory: ElasticLlama(args.shaped, memory=memory, n_ctx=1024, **threads),
-            Shaped,
-            args.times,
-        )
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tower = write_tower(Path(folder) / "mmproj.gguf")
+        options = {"mmproj_path": tower, "n_ctx": 1024, **threads}
+        measure(lambda memory: ElasticLlama(args.shaped, memory=memory, **options), args.times)
 
 
 if __name__ == "__main__":

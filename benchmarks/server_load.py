@@ -261,10 +261,10 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.stop()
 
 
-def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, str]:
-    """Seconds to the first token, and the answer."""
+def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, int, str]:
+    """Seconds to the first token, tokens that were read for it, and the answer."""
     start = time.perf_counter()
-    seconds, text = 0.0, ""
+    seconds, n_read, text = 0.0, 0, ""
     for event in client.chat.completions.create(
         model="embedded", messages=messages, max_tokens=16, temperature=0, stream=True
     ):
@@ -272,7 +272,8 @@ def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, 
         if piece:
             seconds = seconds or time.perf_counter() - start
             text += piece
-    return seconds, text
+        n_read = (event.model_extra or {}).get("timings", {}).get("prompt_n", n_read)
+    return seconds, n_read, text
 
 
 def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -284,19 +285,21 @@ def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def times_again(client: OpenAI) -> dict[str, Any]:
-    times = collections.defaultdict(list)
+    rows = collections.defaultdict(list)
     for i in range(5):
         asked = ask_about(photo(i), QUESTIONS[0])
-        seconds, answer = first_token(client, asked)
-        times["first"].append(seconds)
+        *first, answer = first_token(client, asked)
         said = {"role": "assistant", "content": answer}
         turn = [*asked, said, {"role": "user", "content": QUESTIONS[1]}]
-        times["next turn"].append(first_token(client, turn)[0])
-        times["same question"].append(first_token(client, asked)[0])
-        times["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[0])
-    out = {name: round(statistics.median(row), 3) for name, row in times.items()}
+        rows["first"].append(first)
+        rows["next turn"].append(first_token(client, turn)[:2])
+        rows["same question"].append(first_token(client, asked)[:2])
+        rows["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[:2])
+    median = {name: [*map(statistics.median, zip(*row))] for name, row in rows.items()}
+    out = {name: round(seconds, 3) for name, (seconds, _) in median.items()}
+    read = {f"{name}, tokens read": n for name, (_, n) in median.items()}
     share = {f"{name}, share": round(out[name] / out["first"], 3) for name in list(out)[1:]}
-    return {**out, **share}
+    return {**out, **read, **share}
 
 
 def kv_resident(server: Server) -> tuple[int, int]:

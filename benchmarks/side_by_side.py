@@ -1,9 +1,13 @@
 """What answering side by side is worth: many questions about one image, and a folder of images.
 
-CPU seconds of this process (one thread), which a busy machine changes little. `ask`: 8 questions
-as one batch, against 8 calls of `ask` over the same cells, and against 8 calls that read the image
-each, as llama-cpp-python's handlers do. `caption`: images with answers decoded together, against
-one image after the other; the image's share is that of encoding and reading alone.
+ask:     8 questions as one batch, against 8 calls of `ask` over the same cells, and against 8 calls
+         that read the image each, as llama-cpp-python's handlers do. CPU seconds of one thread,
+         which a busy machine changes little.
+caption: image files answered as by `elastic-llama caption`, against one after the other with the
+         threads that llama-cpp-python chooses: in a `Conversation`, by chat completions, and by
+         chat completions without an elastic cache. Seconds, in turns; the machine must be idle,
+         and what other programs took of it meanwhile is printed.
+folder:  the command over scenes and broken files, killed once in the middle.
 
 Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [-n IMAGES]
 """
@@ -12,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from elastic_llama import Conversation, ElasticLlama
+from elastic_llama import Conversation, ElasticLlama, caption_workers
 from elastic_llama.ask import SharedImage
-from elastic_llama.caption import captions
+from elastic_llama.caption_workers import captions_by
+from elastic_llama.embedded import embedded_mmproj
+from elastic_llama.images import to_data_uri
 from elastic_llama.memory.reader import PrefixReader
 from elastic_llama.pieces import ImagePiece, TextPiece
 from elastic_llama.scenes import CAPTION_PROMPT, make_scene
@@ -85,33 +93,83 @@ def ask_shaped(path: Path, n_tokens: int) -> None:
         print(f"  answers equal: {sum(x == y for x, y in zip(a, b))} of {N_QUESTIONS}")
 
 
-def caption(n: int) -> None:
-    images = [make_scene("test", i, grid=3).render() for i in range(n)]
-    with ElasticLlama(**THREADS) as llm:
-        chat = Conversation(llm)
+def completions(llm: ElasticLlama) -> Callable[[list[Path]], list[str]]:
+    """One chat completion for each image."""
 
-        def one(limit: int) -> list[str]:
-            out = []
-            for image in images:
-                chat.clear()
-                out.append("".join(chat.ask(CAPTION_PROMPT, image, max_tokens=limit)))
-            return out
+    def one(path: Path) -> str:
+        url = {"url": to_data_uri(path)}
+        parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": CAPTION_PROMPT}]
+        messages = [{"role": "user", "content": parts}]
+        out = llm.create_chat_completion(messages, temperature=0, max_tokens=64)
+        return str(out["choices"][0]["message"]["content"])
 
-        read, _ = cpu_seconds(lambda: one(1))
-        llm.reset()
-        chat.close()
-    with ElasticLlama(**THREADS) as llm:
-        chat = Conversation(llm)
-        alone, expected = cpu_seconds(lambda: one(64))
-        chat.close()
-    with ElasticLlama(n_seq_max=9, n_ctx=9 * 1024, **THREADS) as llm:
-        chat = Conversation(llm)
-        together, found = cpu_seconds(lambda: list(captions(chat, images, CAPTION_PROMPT, 64)))
-        chat.close()
-    said = {id(c.name): c.text for c in found}
-    same = sum(said[id(image)] == text for image, text in zip(images, expected))
-    print(f"throughput: {alone / together:.2f} times, {same} of {n} captions equal")
-    print(f"images alone: {100 * read / alone:.0f} % of the time; at most {alone / read:.2f} times")
+    return lambda paths: [one(path) for path in paths]
+
+
+def in_turn(chat: Conversation) -> Callable[[list[Path]], list[str]]:
+    """A new conversation for each image."""
+
+    def one(path: Path) -> str:
+        chat.clear()
+        return "".join(chat.ask(CAPTION_PROMPT, path, max_tokens=64))
+
+    return lambda paths: [one(path) for path in paths]
+
+
+def at_once(chats: list[Conversation]) -> Callable[[list[Path]], list[str]]:
+    """As the command does it."""
+
+    def all_of(paths: list[Path]) -> list[str]:
+        said = {c.name: c.text for c in captions_by(chats, paths, CAPTION_PROMPT, 64)}
+        return [said[path] for path in paths]
+
+    return all_of
+
+
+def busy_seconds() -> float:
+    """Of all cores since the start of the machine (Linux)."""
+    user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def caption(n: int, rounds: int, model: dict[str, Any]) -> None:
+    n_cores = caption_workers.n_cores()
+    n_workers = caption_workers.default_workers([])
+    threads = max(1, n_cores // n_workers)
+    options = {"n_threads": threads, "n_threads_batch": threads, "n_seq_max": 9, "n_ctx": 9 * 1024}
+    workers = [Conversation(ElasticLlama(**model, **options)) for _ in range(n_workers)]
+    ways = {
+        "caption": at_once(workers),
+        "conversation": in_turn(Conversation(ElasticLlama(**model))),
+        "chat completion": completions(ElasticLlama(**model)),
+        "chat completion, off": completions(ElasticLlama(**model, elastic=None)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as temp:
+        paths = [Path(temp) / f"{i}.png" for i in range(n)]
+        for i in range(-1, rounds):
+            for k, path in enumerate(paths):
+                make_scene("test", (i + 1) * n + k, grid=3).render().save(path)
+            expected: list[str] = []
+            for name, way in ways.items():
+                if i < 0:  # to warm up
+                    way(paths[:n_workers])
+                    continue
+                own, busy, start = time.process_time(), busy_seconds(), time.perf_counter()
+                said = way(paths)
+                took = time.perf_counter() - start
+                other = busy_seconds() - busy - (time.process_time() - own)
+                expected = expected or said
+                seconds[name].append(took / n)
+                print(
+                    f"{name}: {took / n:.3f} s for an image; others took "
+                    f"{100 * other / took / n_cores:.0f} % of the machine; "
+                    f"{sum(a == b for a, b in zip(said, expected))} of {n} captions equal",
+                    flush=True,
+                )
+    for name, row in list(seconds.items())[1:]:
+        ratio = statistics.median(a / b for a, b in zip(row, seconds["caption"]))
+        print(f"throughput of caption: {ratio:.2f} times that of {name}")
 
 
 def folder(n: int, n_broken: int, model: list[str]) -> None:
@@ -124,7 +182,7 @@ def folder(n: int, n_broken: int, model: list[str]) -> None:
             make_scene("test", i, grid=3).render().save(path)
             if i % max(1, n // max(1, n_broken)) == 0 and i // max(1, n // n_broken) < n_broken:
                 path.write_bytes(path.read_bytes()[:1000])
-        command = [sys.executable, "-m", "elastic_llama", "caption", str(images), "-t", "1"]
+        command = [sys.executable, "-m", "elastic_llama", "caption", str(images)]
         command += ["-p", CAPTION_PROMPT, "-o", str(out), "-n", "64", *model]
         process = subprocess.Popen(command)
         while process.poll() is None and not (
@@ -146,11 +204,13 @@ def main() -> None:
     parser.add_argument("--shaped", type=Path, metavar="FILE")
     parser.add_argument("-n", "--images", type=int, default=16)
     parser.add_argument("--broken", type=int, default=5)
-    parser.add_argument("-m", "--model", help="folder: another model, such as a tiny one")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("-m", "--model", help="caption, folder: another language model")
     parser.add_argument("--mmproj")
     args = parser.parse_args()
     if args.what == "caption":
-        caption(args.images)
+        model = {"model_path": args.model, "mmproj_path": args.mmproj or embedded_mmproj()}
+        caption(args.images, args.rounds, model if args.model else {})
     elif args.what == "folder":
         given = {"-m": args.model, "--mmproj": args.mmproj}
         folder(args.images, args.broken, [x for name, v in given.items() if v for x in (name, v)])

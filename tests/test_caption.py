@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import elastic_llama as el
 import numpy as np
 import pytest
+from elastic_llama import caption_workers
 from elastic_llama.caption import captions
+from elastic_llama.caption_workers import captions_by, default_workers
 from elastic_llama.cli import main
 from elastic_llama.cli.caption import SOME_FAILED
 from PIL import Image
@@ -112,10 +116,100 @@ def test_captions_that_another_call_ended(tiny_vlm, folder, alone, other):
             next(first)
 
 
+@pytest.mark.parametrize("options", [{}, {"elastic": None}], ids=str)
+@pytest.mark.parametrize("n_seq_max", [1, 4])
+def test_the_text_before_the_images_is_read_once(tiny_vlm, folder, monkeypatch, n_seq_max, options):
+    names = [str(path) for path in sorted(folder.glob("0?.png"))]
+    system, read = "the heat on the earth " * 9, []
+    decode = el.ElasticLlama._decode
+
+    def counted(self, tokens, *args, **kwargs):
+        read.append(tuple(tokens))
+        return decode(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(el.ElasticLlama, "_decode", counted)
+    with load(tiny_vlm, n_seq_max, **options) as llm:
+        chat = el.Conversation(llm, system=system)
+        expected = {}
+        for name in names:
+            chat.clear()
+            llm.reset()
+            expected[name] = "".join(chat.ask("the sea", name, max_tokens=20))
+        before = read[0]
+        assert len(before) > 40
+        assert read.count(before) == len(names)
+        for _ in range(2):
+            read.clear()
+            llm.reset()
+            found = {c.name: c.text for c in captions(chat, names, "the sea", 20)}
+            assert found == expected
+            assert read.count(before) == 1
+
+
+def test_captions_by_two_models(tiny_vlm, folder, alone, monkeypatch):
+    """Each image once, whoever read it, and as alone."""
+    names = [*sorted(map(str, folder.rglob("*.png"))), "none.png"]
+    with load(tiny_vlm, 3) as one, load(tiny_vlm, 2) as two:
+        chats = [el.Conversation(one), el.Conversation(two)]
+        for few in (names, names[:1], []):
+            found = list(captions_by(chats, few, "the sea", 20))
+            assert sorted(c.name for c in found) == sorted(few)
+            said = {c.name: c.text for c in found if not c.error}
+            assert said == {name: alone[name] for name in few if name in alone}
+        # at the same time: neither reads its first image before the other one does
+        meet, prefill, begun = threading.Barrier(2, timeout=60), el.ElasticLlama.prefill, set()
+
+        def after_the_other(self, pieces):
+            if self not in begun:
+                begun.add(self)
+                meet.wait()
+            return prefill(self, pieces)
+
+        monkeypatch.setattr(el.ElasticLlama, "prefill", after_the_other)
+        assert len(list(captions_by(chats, names, "the sea", 20))) == len(names)
+        assert len(begun) == 2
+
+
+def test_what_stops_captions_by_two_models(tiny_vlm, folder, alone):
+    """An exception of a model, or of the images, is the caller's; nothing goes on behind it."""
+    names = sorted(alone)
+    with load(tiny_vlm, 3) as one, load(tiny_vlm, 3) as two:
+        chats = [el.Conversation(one), el.Conversation(two)]
+        n_before = threading.active_count()
+
+        def broken():
+            yield names[0]
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(captions_by(chats, broken(), "the sea", 20))
+        assert threading.active_count() == n_before
+        found = captions_by(chats, names, "the sea", 20)
+        next(found)
+        found.close()
+        assert threading.active_count() == n_before
+        two.close()
+        with pytest.raises(el.StateError, match="closed"):
+            list(captions_by(chats, names, "the sea", 20))
+        assert threading.active_count() == n_before
+
+
+def test_models_as_cores_and_memory_allow(tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(1000))
+    for n_cores, free, expected in ((4, 10**9, 4), (64, 10**9, 8), (4, 4000, 2), (4, 100, 1)):
+        monkeypatch.setattr(caption_workers, "n_cores", lambda n=n_cores: n)
+        monkeypatch.setattr(caption_workers, "free_memory", lambda n=free: n)
+        assert default_workers([file, tmp_path / "none.gguf"]) == expected
+    monkeypatch.undo()
+    assert 1 <= caption_workers.n_cores() <= (os.cpu_count() or 1)
+    assert caption_workers.free_memory() > 1 << 20
+
+
 def arguments(tiny_vlm, folder: Path, out: Path) -> list[str]:
     model, mmproj = map(str, tiny_vlm)
     options = ["-m", model, "--mmproj", mmproj, "-t", "1", "-n", "20", "-p", "the sea", "-np", "3"]
-    return ["caption", str(folder), "-o", str(out), *options]
+    return ["caption", str(folder), "-o", str(out), "--workers", "2", *options]
 
 
 def lines(out: Path) -> list[dict]:
@@ -139,6 +233,7 @@ def test_the_command(tiny_vlm, folder, tmp_path, capsys):
     assert main(command) == SOME_FAILED
     assert sorted(map(str, lines(out))) == sorted(map(str, said.values()))
     assert main([*command, "-np", "0"]) == 1
+    assert main([*command, "--workers", "0"]) == 1
     out.write_text("no caption\n")
     assert main(command) == 1
     assert "no caption" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 
 import elastic_llama as el
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from elastic_llama.chat import PLAIN_CHATML, VICUNA, template_for
 from elastic_llama.images import to_data_uri
-from llama_cpp import LlamaRAMCache
+from llama_cpp import LlamaRAMCache, mtmd_cpp
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from PIL import Image
 
@@ -301,6 +302,75 @@ def test_leaving_an_answer_early(vlm):
         list(talk.ask("the", max_tokens=4))
         assert talk.stats.n_answer == 4
         talk.close()
+
+
+def test_conversations_share_a_tower(vlm, monkeypatch):
+    """It is loaded once, and freed with the model or with the last conversation."""
+    n_loaded, n_freed = [], []
+    load, free = mtmd_cpp.mtmd_init_from_file, mtmd_cpp.mtmd_free
+    monkeypatch.setattr(
+        mtmd_cpp, "mtmd_init_from_file", lambda *args: n_loaded.append(1) or load(*args)
+    )
+    monkeypatch.setattr(mtmd_cpp, "mtmd_free", lambda ctx: n_freed.append(1) or free(ctx))
+    with vlm(kv_budget=0.5) as llm:
+        for _ in range(3):  # that nobody closes
+            answer = "".join(el.Conversation(llm).ask("the", [picture("red")], max_tokens=4))
+        one, two = el.Conversation(llm), el.Conversation(llm)
+        assert len(n_loaded) == 1
+        late = two.ask("the", [picture("blue")])
+        one.close()
+        one.close()
+        assert not n_freed
+        assert "".join(two.ask("the", [picture("red")], max_tokens=4)) == answer
+        gc.collect()  # those of the loop
+        two.close()
+        assert len(n_freed) == 1
+        for closed in (one, two):
+            for use in (closed.ask, closed.first_prompt, closed.prefill):
+                with pytest.raises(el.StateError, match="conversation is closed"):
+                    use("the", [picture("red")])
+        with pytest.raises(el.StateError, match="conversation is closed"):
+            next(late)
+        three = el.Conversation(llm)
+        assert "".join(three.ask("the", [picture("red")], max_tokens=4)) == answer
+        assert len(n_loaded) == 2
+    assert len(n_freed) == 2
+    three.close()
+    assert len(n_freed) == 2
+    with pytest.raises(el.StateError, match="closed"):
+        el.Conversation(llm)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8])
+def test_the_first_piece_does_not_wait_for_the_compression(vlm, max_tokens):
+    with vlm(kv_budget=0.5) as llm:
+        talk = el.Conversation(llm)
+        answer = talk.ask(TEXT, [picture("red")], max_tokens=max_tokens)
+        next(answer)
+        assert llm.stats.compressions == 0
+        next(answer, None)
+        assert llm.stats.compressions == 1
+        list(answer)
+        assert llm.stats.compressions == 1
+        assert talk.stats.cells_kept < talk.stats.cells_prompt
+
+
+@pytest.mark.parametrize("other", ["ask", "complete", "close"])
+def test_nothing_of_another_call_is_compressed(vlm, other):
+    """An answer that goes on late finds another prompt in the cache, or none."""
+    with vlm(kv_budget=0.5) as llm:
+        talk = el.Conversation(llm)
+        answer = talk.ask(TEXT, [picture("red")], max_tokens=8)
+        next(answer)
+        if other == "ask":
+            el.Conversation(llm).prefill(TEXT + "the sea")
+        elif other == "complete":
+            llm.prefill([el.pieces.TextPiece(tuple(llm.tokenize(TEXT.encode())))])
+        else:
+            llm.close()
+        with pytest.raises(el.StateError):
+            next(answer)
+        assert other == "close" or llm.stats.compressions == 0
 
 
 # -- templates

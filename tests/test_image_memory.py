@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import elastic_llama as el
 import numpy as np
 import pytest
+import safetensors.numpy
 from elastic_llama.images import to_data_uri
 from elastic_llama.memory import DamagedFileError, Entry, ImageMemory, MemoryFolder
 from elastic_llama.memory.container import pack, unpack
+from elastic_llama.memory.packing import PART, pack_state, unpack_state
 from elastic_llama.memory.reader import leading_images
 from elastic_llama.pieces import ImagePiece, TextPiece
 from llama_cpp import mtmd_cpp
@@ -198,8 +200,29 @@ def test_a_file_says_what_was_written():
     assert read.state() == written.state()
     assert read.ids.tolist() == written.ids.tolist()
     assert read.info == written.info
+    tensors = safetensors.numpy.load(data)
+    assert bytes(tensors["state"]) == written.packed
+    assert tensors["ids"].tolist() == written.ids.tolist()
     with pytest.raises(DamagedFileError):
         unpack(data, "1" * 64)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, PART - 1, PART, PART + 1, 5 * PART + 3])
+def test_a_state_is_packed_without_its_zeros(n):
+    rng = np.random.default_rng(n)
+    noise = rng.integers(1, 256, n, np.uint8)
+    some = np.where(np.arange(n) // 100 % 2, noise, 0).astype(np.uint8)
+    rows = np.where(np.arange(n) // PART % 2, noise, 0).astype(np.uint8)
+    extra = 8 + 4 * -(-n // PART)
+    for state, limit in (
+        (noise, n),
+        (some, 0.6 * n + 90),
+        (rows, (rows > 0).sum()),
+        (0 * noise, 0),
+    ):
+        packed = pack_state(state.tobytes())
+        assert len(packed) <= limit + extra
+        assert bytes(unpack_state(packed)) == state.tobytes()
 
 
 def test_every_flipped_byte_is_noticed():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, ElasticError
 from .pieces import Piece, n_cells_from
 from .sequences import SequenceGroup, sequences
+from .text_before import TextBefore
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -89,6 +90,7 @@ class _Captioner:
         self.chat, self.prompt, self.max_tokens = chat, prompt, max_tokens
         self.name: Any = None
         self.pieces: Sequence[Piece] = ()  # of an image that waits for room
+        self._before = TextBefore(chat.llm)
 
     def can_begin(self, group: SequenceGroup) -> bool:
         return group.n_free > 0
@@ -117,6 +119,7 @@ class _Captioner:
 
     def _read(self, group: SequenceGroup) -> None:
         llm = self.chat.llm
+        self._before.hold(self.pieces)
         llm.prefill(self.pieces)
         token = llm.sample(temp=0.0)
         if llm.session is not None:

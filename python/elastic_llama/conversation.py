@@ -28,7 +28,7 @@ from .pieces import ImagePiece, Piece, TextPiece, pixel_key
 from .prompt_reader import EncodedImages
 from .stats import TurnStats
 from .templates import ChatTemplate
-from .vision import MARKER, Chunk, Vision
+from .vision import MARKER, Chunk
 
 __all__ = ["Conversation"]
 
@@ -65,8 +65,9 @@ class Conversation:
 
     def __init__(self, llm: ElasticLlama, system: str | None = None) -> None:
         self.llm = llm
-        path = llm.mmproj_path
-        self.vision = Vision(path, llm, llm.image_tokens) if path else None
+        llm._check_open("ask")
+        self.vision = llm._tower.take(self, llm)
+        self._closed = False
         self.stats = TurnStats()  # of the last turn
         self._system = as_text("system", system)
         self._encoded = EncodedImages()
@@ -84,9 +85,9 @@ class Conversation:
             self._messages.append(_message("system", self._system))
 
     def close(self) -> None:
-        """Free the vision tower; the model stays."""
-        if self.vision is not None:
-            self.vision.close()
+        """Free the vision tower, if no other conversation has it; the model stays."""
+        self._closed = True
+        self.llm._tower.leave(self)
 
     def ask(
         self,
@@ -170,9 +171,15 @@ class Conversation:
         ------
         ImageError, ConfigError
         """
+        self._check_open()
         message, loaded = self._question(question, images)
         before = [_message("system", self._system)] if self._system else []
         return self._cut_up(self._render([*before, message], len(loaded)), loaded)
+
+    def _check_open(self) -> None:
+        self.llm._check_open("ask")
+        if self._closed:
+            raise StateError(error_message("ask", "the conversation is closed", do="begin another"))
 
     def _question(self, question: str, images: Any) -> tuple[dict[str, Any], list[Image.Image]]:
         loaded = [load_image(image) for image in as_images(images)]
@@ -190,7 +197,7 @@ class Conversation:
 
     def _extended(self, message: dict[str, Any], images: list[Image.Image]) -> _Extended:
         """Text and pieces of the conversation with one more question, and the images in it."""
-        self.llm._check_open("ask")
+        self._check_open()
         images = [*self._images, *images]
         prompt = self._render([*self._messages, message], len(images))
         if self._pieces and prompt.startswith(self._text):
@@ -307,6 +314,7 @@ class Conversation:
         key, n_cells = f"{key}-{part}", like.n_tokens
 
         def decode(n_past: int) -> int:
+            self._check_open()
             assert self.vision is not None
             prompt = MARKER * len(counted)
             with self.vision.chunks(prompt, counted, add_special=False) as chunks:
@@ -334,20 +342,22 @@ class Conversation:
         start = time.perf_counter()
         for token in llm.generate([], reset=False, **sampling):
             # the pause that the consumer takes between pieces is no decoding
-            now = time.perf_counter()
+            now, n_calls = time.perf_counter(), llm._n_calls
             if stats.n_answer > 0:
                 stats.decode_ms += 1000 * (now - start)
                 stats.n_decoded += 1
-            if stats.n_answer == 0:
-                self._compress(token)
-            if llama_cpp.llama_vocab_is_eog(vocab, token):
+            is_first, is_end = stats.n_answer == 0, llama_cpp.llama_vocab_is_eog(vocab, token)
+            if not is_end:
+                stats.n_answer += 1
+                turn.tokens.append(token)
+                piece = decoder.decode(llm.detokenize([token], special=False))
+                if piece:
+                    yield piece
+            if is_first and n_calls == llm._n_calls and not llm._closed:
+                self._compress(token)  # whoever reads the first piece need not wait for it
+            if is_end:
                 stats.finish = "stop"
                 break
-            stats.n_answer += 1
-            turn.tokens.append(token)
-            piece = decoder.decode(llm.detokenize([token], special=False))
-            if piece:
-                yield piece
             if stats.n_answer == limit or not self._room():
                 break
             start = time.perf_counter()

@@ -47,6 +47,7 @@ from .probe import probe
 from .rewind import Rewinder
 from .room import Room
 from .session import Resolved, attach, lazy_buffers, resolve
+from .shared_tower import SharedTower
 from .stats import ElasticStats
 from .vision import ImageTokens
 
@@ -136,6 +137,7 @@ class ElasticLlama(llama_cpp.Llama):
         self._phase = _Phase.FREE
         self._in_chat = False
         self._closed = False
+        self._tower = SharedTower()
         self._probe_ms = 0.0
         self._n_calls = 0  # of what changes the cache, so that a stream notices another's
         self._spans = ImageSpans()
@@ -771,6 +773,9 @@ class ElasticLlama(llama_cpp.Llama):
         asking, self._asking = getattr(self, "_asking", None), None
         if asking is not None:
             asking.close()
+        tower = getattr(self, "_tower", None)
+        if tower is not None:
+            tower.close()
         session, self._session = getattr(self, "_session", None), None
         if session is not None:
             session.forget()

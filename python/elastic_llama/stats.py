@@ -75,7 +75,7 @@ class TurnStats(_Renamed):
     encode_ms: float = 0.0  # vision tower and projector
     prefill_ms: float = 0.0  # llama_decode of text and image embeddings
     probe_ms: float = 0.0  # decoding what the answer begins with, to compress by it (probe)
-    compress_ms: float = 0.0
+    compress_ms: float = 0.0  # after the first token of the answer was given out
     decode_ms: float = 0.0
     n_decoded: int = 0  # llama_decode calls behind decode_ms
     n_answer: int = 0  # tokens of the answer

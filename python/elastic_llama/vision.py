@@ -6,6 +6,7 @@ import ctypes
 import numbers
 import os
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,6 +164,9 @@ class Vision:
                     "a vision tower for this model",
                 )
             )
+        # also where nobody closes it; the system frees the rest
+        self._free = weakref.finalize(self, mtmd_cpp.mtmd_free, self.ctx)
+        self._free.atexit = False
 
     @property
     def n_embd(self) -> int:
@@ -170,9 +174,8 @@ class Vision:
         return int(llama_cpp.llama_model_n_embd_inp(self.llm.model))
 
     def close(self) -> None:
-        if self.ctx is not None:
-            mtmd_cpp.mtmd_free(self.ctx)
-            self.ctx = None
+        self._free()
+        self.ctx = None
 
     @contextmanager
     def chunks(

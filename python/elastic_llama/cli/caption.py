@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,19 @@ def add_parser(commands: Any) -> None:
         "already are left out (captions.jsonl)",
     )
     parser.add_argument(
-        "-np", "--parallel", type=int, default=4, metavar="N", help="images answered at once (4)"
+        "-np",
+        "--parallel",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images that each model answers at once (8)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="models that work at the same time, with -t threads each (one for each core as far as "
+        "half of the free memory takes them; 1 on a GPU, with -t, or without an elastic cache)",
     )
     options.add_model_options(parser)
     options.add_elastic_options(parser)
@@ -53,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from ..image_files import image_files
 
     whole("--parallel", args.parallel, 1, 255)
+    if args.workers is not None:
+        whole("--workers", args.workers, 1, 64)
     whole("--predict", args.predict, 1)
     folder = Path(args.folder).expanduser()
     files = {file.relative_to(folder).as_posix(): file for file in image_files(folder)}
@@ -68,29 +84,57 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace, files: dict[str, Path], out: CaptionFile) -> None:
-    from ..caption import captions
-    from ..conversation import Conversation
+    from ..caption_workers import captions_by
     from .report import progress
 
+    names = {str(file): name for name, file in files.items()}
+    with _conversations(args, len(files)) as chats:
+        found = captions_by(chats, names, args.prompt, args.predict)
+        for one in progress(found, "caption", len(names)):
+            name = names[one.name]
+            if one.error:
+                print(f"error: {name}: {one.error}", file=sys.stderr)
+                out.add({"file": name, "error": one.error})
+            else:
+                out.add({"file": name, "caption": one.text, "tokens": one.n_tokens})
+
+
+@contextmanager
+def _conversations(args: argparse.Namespace, n_images: int) -> Iterator[list[Any]]:
+    """A conversation for each model that answers at the same time."""
+    from ..caption_workers import default_workers, n_cores
+    from ..conversation import Conversation
+
+    n = args.workers
+    if n is None:
+        on_device = args.gpu_layers != 0 or args.rpc
+        takes_all = options.elastic_config(args).is_off  # the memory of all of its context
+        is_given = args.threads is not None
+        alone = on_device or takes_all or is_given
+        n = 1 if alone else min(default_workers(_files(args)), n_images)
+    if n > 1 and args.threads is None:
+        args.threads = max(1, n_cores() // n)
     if args.ctx_size is None and args.kv_cells is None:
         args.ctx_size = _CELLS * (args.parallel + 1)
-    llm = options.load_llm(args, options.elastic_config(args), n_seq_max=args.parallel + 1)
-    names = {str(file): name for name, file in files.items()}
-    try:
-        chat = Conversation(llm)
-        try:
-            found = captions(chat, names, args.prompt, args.predict)
-            for one in progress(found, "caption", len(names)):
-                name = names[one.name]
-                if one.error:
-                    print(f"error: {name}: {one.error}", file=sys.stderr)
-                    out.add({"file": name, "error": one.error})
-                else:
-                    out.add({"file": name, "caption": one.text, "tokens": one.n_tokens})
-        finally:
-            chat.close()
-    finally:
-        llm.close()
+    with ExitStack() as stack:
+        chats = []
+        for _ in range(n):
+            llm = options.load_llm(args, options.elastic_config(args), args.parallel + 1)
+            stack.callback(llm.close)
+            chats.append(Conversation(llm))
+            stack.callback(chats[-1].close)
+        yield chats
+
+
+def _files(args: argparse.Namespace) -> list[str | Path]:
+    """Of the model and its vision tower."""
+    from ..embedded import embedded_mmproj, embedded_model
+    from ..memory.keys import model_parts
+
+    model, mmproj = options.model_files(args)
+    if model is None:
+        return [embedded_model(), embedded_mmproj()]
+    return [*model_parts(model), *([] if mmproj is None else [mmproj])]
 
 
 class CaptionFile:

@@ -257,15 +257,8 @@ def check_flash(args: argparse.Namespace, do: str = "leave it out") -> None:
         )
 
 
-def load_llm(
-    args: argparse.Namespace,
-    elastic: ElasticConfig,
-    n_seq_max: int = 1,
-    swa_full: bool | None = None,
-) -> Any:
-    """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
-    model does not take an elastic one and no option asks for it.
-    """
+def model_files(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """The files that the options name, fetched if need be; None: the embedded ones."""
     model, mmproj = args.model, args.mmproj
     if args.hf_repo:
         from ..hub import fetch
@@ -282,6 +275,19 @@ def load_llm(
         raise ConfigError(
             message("options", "--mmproj without -m", do="name the language model too")
         )
+    return model, mmproj
+
+
+def load_llm(
+    args: argparse.Namespace,
+    elastic: ElasticConfig,
+    n_seq_max: int = 1,
+    swa_full: bool | None = None,
+) -> Any:
+    """The `ElasticLlama` that the options describe; with its cache off, and a warning, where the
+    model does not take an elastic one and no option asks for it.
+    """
+    model, mmproj = model_files(args)
     if args.ctx_size is not None and args.ctx_size < 1:
         raise ConfigError(message("options", "--ctx-size", args.ctx_size, "at least 1"))
 

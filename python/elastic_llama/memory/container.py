@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import ElasticError, message
+from .packing import pack_state, unpack_state
 
-FORMAT = "elastic-llama image memory 1"
+FORMAT = "elastic-llama image memory 2"
 
 _BLANK = b"0" * 64
 # safetensors writes plain JSON; the name is found once, since values cannot hold a bare quote
@@ -34,26 +34,26 @@ class Entry:
         Says what it is of (`keys.prefix_key`), 64 hexadecimal digits.
     ids : ndarray, int32 [n_positions]
         Ids of the prompt's positions: tokens >= 0, places of an image < 0.
-    packed : bytes
-        The sequence's saved state, deflated: rows that single layers do without are zero in it.
+    packed : bytes-like
+        The sequence's saved state, without its zeros (`packing`).
     info : dict of str
         For people: the model, the policy, the budget, cells.
     """
 
     key: str
     ids: np.ndarray
-    packed: bytes = field(repr=False)
+    packed: bytes | memoryview = field(repr=False)
     info: dict[str, str]
 
     @classmethod
     def of_state(cls, key: str, ids: np.ndarray, state: Any, info: dict[str, Any]) -> Entry:
         """Of a state as `llama_state_seq_get_data` gives it."""
         named = {name: str(value) for name, value in info.items()}
-        return cls(key, np.asarray(ids, np.int32), zlib.compress(state, 1), named)
+        return cls(key, np.asarray(ids, np.int32), pack_state(state), named)
 
-    def state(self) -> bytes:
+    def state(self) -> memoryview:
         """What `llama_state_seq_set_data` takes."""
-        return zlib.decompress(self.packed)
+        return unpack_state(self.packed)
 
     @property
     def n_bytes(self) -> int:
@@ -73,7 +73,8 @@ def pack(entry: Entry) -> bytes:
     }
     tensors = {"state": np.frombuffer(entry.packed, np.uint8), "ids": entry.ids}
     data = save(tensors, metadata=metadata)
-    return _with_checksum(data, hashlib.sha256(data).hexdigest().encode())
+    start, end = _checksum_span(data)
+    return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[end:]
 
 
 def unpack(data: bytes, key: str | None = None) -> Entry:
@@ -89,28 +90,27 @@ def unpack(data: bytes, key: str | None = None) -> Entry:
     DamagedFileError
         A byte is not what was written, or it is a file of another kind, version or key.
     """
-    found = _CHECKSUM.findall(_header(data))
-    if len(found) != 1:
-        raise _damaged("no file of the image memory, or a damaged one")
-    if hashlib.sha256(_with_checksum(data, _BLANK)).hexdigest().encode() != found[0]:
+    start, end = _checksum_span(data)
+    view, state = memoryview(data), hashlib.sha256()
+    for part in (view[:start], _BLANK, view[end:]):  # as it was when it was computed
+        state.update(part)
+    if state.hexdigest().encode() != data[start:end]:
         raise _damaged("damaged: its checksum is another one")
     return _read(data, key)
 
 
 def _read(data: bytes, key: str | None) -> Entry:
-    from safetensors.numpy import load
-
     try:
-        n = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + n])["__metadata__"]
-        tensors = load(data)
+        n = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:n])
+        metadata = header["__metadata__"]
         entry = Entry(
             key=metadata["key"],
-            ids=np.array(tensors["ids"], np.int32),
-            packed=tensors["state"].tobytes(),
+            ids=np.frombuffer(_tensor(data, n, header["ids"]), np.int32),
+            packed=_tensor(data, n, header["state"]),
             info=json.loads(metadata["info"]),
         )
-    except Exception as e:  # safetensors' own classes
+    except Exception as e:  # whatever another file has there
         raise _damaged(f"of another kind ({e})") from e
     if metadata.get("format") != FORMAT:
         raise _damaged(f"of another version ({metadata.get('format')})")
@@ -119,16 +119,19 @@ def _read(data: bytes, key: str | None) -> Entry:
     return entry
 
 
-def _header(data: bytes) -> bytes:
-    return data[: 8 + int.from_bytes(data[:8], "little")]
+def _tensor(data: bytes, start: int, about: dict[str, Any]) -> memoryview:
+    """The bytes of a tensor, which safetensors would copy twice."""
+    first, last = about["data_offsets"]
+    return memoryview(data)[start + first : start + last]
 
 
-def _with_checksum(data: bytes, digits: bytes) -> bytes:
-    found = _CHECKSUM.search(_header(data))
-    if found is None:
-        raise _damaged("no file of the image memory")
-    start, end = found.span(1)
-    return data[:start] + digits + data[end:]
+def _checksum_span(data: bytes) -> tuple[int, int]:
+    """Where the digits of the checksum are."""
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    found = list(_CHECKSUM.finditer(header))
+    if len(found) != 1:
+        raise _damaged("no file of the image memory, or a damaged one")
+    return found[0].span(1)
 
 
 def _damaged(what: str) -> DamagedFileError:

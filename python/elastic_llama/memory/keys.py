@@ -66,7 +66,7 @@ def owner_of(llm: ElasticLlama, budget: float | int) -> dict[str, Any]:
     lora = llm.lora_path
     return {
         "build": build_info(),
-        "model": [file_digest(path) for path in _parts(llm.model_path)],
+        "model": [file_digest(path) for path in model_parts(llm.model_path)],
         "mmproj": None if llm.mmproj_path is None else file_digest(llm.mmproj_path),
         "image_tokens": [llm.image_tokens.least, llm.image_tokens.most],
         "lora": None if lora is None else [file_digest(lora), llm.lora_scale],
@@ -79,7 +79,7 @@ def owner_of(llm: ElasticLlama, budget: float | int) -> dict[str, Any]:
 
 def stamps(llm: ElasticLlama) -> list[Any]:
     """What tells that a file of the model was replaced since it was loaded."""
-    paths = [*_parts(llm.model_path), llm.mmproj_path, llm.lora_path]
+    paths = [*model_parts(llm.model_path), llm.mmproj_path, llm.lora_path]
     return [_stamp(path) for path in paths if path is not None]
 
 
@@ -112,7 +112,7 @@ def _is_long(llm: ElasticLlama) -> bool:
     return bool(known) and llm.context_params.n_ctx > known[0]
 
 
-def _parts(path: str) -> list[str]:
+def model_parts(path: str) -> list[str]:
     """All files of a model that is cut into several."""
     match = _SPLIT.fullmatch(path)
     if match is None:

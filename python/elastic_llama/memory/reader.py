@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import llama_cpp
 import numpy as np
 
 from ..config import budget_value
 from ..errors import ConfigError, StateError, message
 from ..pieces import ImagePiece, Piece, n_cells_from, piece_ids
+from ..sequence_state import load_sequence, save_sequence
 from .container import Entry
 from .keys import owner_of, prefix_key, stamps
 from .store import ImageMemory
@@ -168,13 +167,8 @@ class PrefixReader:
             llm.session.compress_prefix(self.budget)
             llm._requires_eval = True  # the logits are of all cells
 
-    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, bytes]:
-        llm, ctx = self.llm, self.llm._ctx.ctx
-        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        n = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, 0)
-        if n != size:
-            raise StateError(message("memory", "llama.cpp could not save the sequence", n, size))
+    def _saved(self, key: str, ids: np.ndarray) -> tuple[Entry, memoryview]:
+        llm, state = self.llm, save_sequence(self.llm)
         session = llm.session
         info = {
             "model": os.path.basename(llm.model_path),
@@ -183,27 +177,17 @@ class PrefixReader:
             "positions": len(ids),
             "cells": len(ids) if session is None else session.n_per_layer(0),
         }
-        state = bytes(buffer)
         return Entry.of_state(key, ids, state, info), state
 
     def _load(self, entry: Entry, pieces: Sequence[Piece], ids: np.ndarray) -> bool:
         """Whether the cache holds the entry, and nothing else, of sequence 0."""
-        llm, ctx = self.llm, self.llm._ctx.ctx
-        llm._rewind.cut(0)
         assert self.memory is not None
-        state = self.memory.state_of(entry)
-        buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
-        if llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0) != len(state):
-            llm._rewind.cut(0)  # the context has too few cells
+        if not load_sequence(self.llm, self.memory.state_of(entry), ids):
             self.memory.forget(entry.key)
             return False
-        llm._grow_scores(len(ids))
-        llm.input_ids[: len(ids)] = ids
         n = 0
         for piece in pieces:
             if isinstance(piece, ImagePiece):
-                llm._spans.put(n, len(piece), piece.n_cells)
+                self.llm._spans.put(n, len(piece), piece.n_cells)
             n += len(piece)
-        llm.n_tokens = n
-        llm._requires_eval = True
         return True

@@ -51,7 +51,7 @@ class ImageMemory:
         self.ram_bytes = whole("memory ram_bytes", ram_bytes, 0, 2**63 - 1)
         self.folder = None if folder is None else MemoryFolder(folder, max_bytes)
         self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self._newest: tuple[str, bytes] = ("", b"")  # a state that need not be inflated again
+        self._newest = ("", memoryview(b""))  # a state that need not be unpacked again
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class ImageMemory:
             self.folder.put(entry)
         return entry is not None
 
-    def state_of(self, entry: Entry) -> bytes:
+    def state_of(self, entry: Entry) -> memoryview:
         """What `llama_state_seq_set_data` takes; that of the entry used last is at hand."""
         key, state = self._newest
         if key != entry.key:
@@ -87,7 +87,7 @@ class ImageMemory:
             self._newest = (entry.key, state)
         return state
 
-    def put(self, entry: Entry, state: bytes | None = None) -> None:
+    def put(self, entry: Entry, state: memoryview | None = None) -> None:
         """Keep an entry, in the folder too; `state` is that of the entry, where it is at hand."""
         if state is not None and self.ram_bytes > 0:
             self._newest = (entry.key, state)
