@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.device_cases import POLICIES, case, run
-from tests.support.engine import N_GPU_LAYERS
+from tests.support.engine import N_GPU_LAYERS, Engine, random_tokens
+from tests.support.splits import Splits
 from tests.support.tiny_llama import write_tiny_llama
 
 IMAGE, TEXT = 0, 1  # what the first sequence is given
@@ -39,3 +41,39 @@ def test_answers_are_those_of_the_host(model: Path, type_kv: str, given: dict[st
         print(f"{policy}: {got['nmse']:.1e}, stock {stock['nmse']:.1e}, by {got['ways']}")
         assert got["same_cells"], (policy, got)
         assert got["nmse"] <= max(MORE_THAN_STOCK * stock["nmse"], 1e-6), (policy, got, stock)
+
+
+N_VOCAB, N_PROMPT = 384, 260
+
+
+def answers(model: Path, elastic: dict[str, Any] | None, type_kv: str, n_seq: int = 1) -> Any:
+    """Logits of two turns with an image in each sequence, and how each graph was cut."""
+    tokens = random_tokens(N_PROMPT, N_VOCAB, 5)
+    image = np.random.default_rng(0).normal(scale=0.5, size=(200, 128)).astype(np.float32)
+    same = {"type_k": type_kv, "type_v": type_kv, "n_seq_max": n_seq, "n_ctx": 512 * n_seq}
+    logits = []
+    with Splits() as splits, Engine(model, elastic, flash_attn=True, unified=False, **same) as e:
+        for seq in range(n_seq):
+            e.prompt(tokens[:20], 0, seq, logits=False)
+            e.image(image[:, : e.n_embd], 20, seq)
+            e.prompt(tokens[220:], 220, seq)
+        logits += e.forced(tokens[:36], N_PROMPT)
+        e.prompt(tokens[100:140], N_PROMPT + 36)
+        logits += e.forced(tokens[:6], N_PROMPT + 76)
+    return np.stack(logits), splits.graphs
+
+
+@pytest.mark.parametrize("type_kv", ["f16", "q8_0"])
+def test_no_op_goes_through_the_host(model: Path, type_kv: str) -> None:
+    """Every graph is cut into the parts that stock's are: what a device lacks would be one more."""
+    stock = set(answers(model, None, type_kv)[1])
+    assert all(len(parts) <= 2 and parts[-1] != "CPU" for parts in stock), stock
+    for policy in POLICIES:
+        elastic = {"policy": policy, "budget": 0.2, "min_cells": 8}
+        assert set(answers(model, elastic, type_kv)[1]) <= stock, policy
+
+
+@pytest.mark.parametrize("type_kv", ["f16", "q8_0"])
+def test_keeping_all_is_off_to_the_last_bit(model: Path, type_kv: str) -> None:
+    stock, ours = (answers(model, x, type_kv, n_seq=2)[0] for x in (None, {"budget": 1.0}))
+    np.testing.assert_array_equal(stock, ours)

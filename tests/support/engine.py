@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -32,6 +33,10 @@ GGML_TYPES = {
 _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
+if "ELASTIC_TEST_BACKEND" in os.environ:  # a library beside the package, make test-vulkan
+    from tests.support.backend import add_backend
+
+    add_backend(Path(os.environ["ELASTIC_TEST_BACKEND"]))
 
 
 @dataclass

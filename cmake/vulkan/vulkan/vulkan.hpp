@@ -1,0 +1,36 @@
+// The machine's vulkan.hpp, and what ggml-vulkan names of VK_EXT_layer_settings where it is older than 1.3.272, as Debian 12's.
+// Only a build with GGML_VULKAN_VALIDATE lets a layer read these settings.
+
+#pragma once
+
+#include_next <vulkan/vulkan.hpp>
+
+#ifndef VK_EXT_layer_settings
+
+#include <cstdint>
+#include <vector>
+
+namespace VULKAN_HPP_NAMESPACE {
+
+enum class LayerSettingTypeEXT { eBool32 = 0 };
+
+struct LayerSettingEXT {
+    const char *        layer;
+    const char *        name;
+    LayerSettingTypeEXT type;
+    uint32_t            n_values;
+    const void *        values;
+};
+
+struct LayerSettingsCreateInfoEXT {
+    explicit LayerSettingsCreateInfoEXT(const std::vector<LayerSettingEXT> & s) : n(uint32_t(s.size())), settings(s.data()) {}
+
+    VkStructureType         type = VkStructureType(1000496000);
+    const void *            next = nullptr;
+    uint32_t                n;
+    const LayerSettingEXT * settings;
+};
+
+}  // namespace VULKAN_HPP_NAMESPACE
+
+#endif
