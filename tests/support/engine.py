@@ -17,6 +17,8 @@ import numpy as np
 
 # to run the tests where model and cache lie on a device, whose arithmetic is less exact
 N_GPU_LAYERS = int(os.environ.get("ELASTIC_TEST_GPU_LAYERS", "0"))
+# the most tokens of a ubatch: a device's driver may not survive more (docs/backends.md, Vulkan)
+MAX_UBATCH = int(os.environ.get("ELASTIC_TEST_MAX_UBATCH", "512"))
 
 GGML_TYPES = {
     "f32": 0,
@@ -80,7 +82,7 @@ class Engine:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.n_ctx
         params.n_batch = self.n_batch
-        params.n_ubatch = self.n_ubatch
+        params.n_ubatch = min(self.n_ubatch, MAX_UBATCH)
         params.n_seq_max = self.n_seq_max
         params.kv_unified = self.unified
         params.n_threads = params.n_threads_batch = self.n_threads
