@@ -16,8 +16,11 @@ from tests.support.tiny_llama import write_tiny_llama
 
 N_VOCAB, N_PROMPT, N_ANSWER = 384, 260, 24
 FUSED, FUSED_STREAMS = "fused op, a mask per head", "fused op, a head as a stream"
-# times stock's difference between host and device, for the same cells
-AS_STOCK = {"h2o": 20, "elastic-evict": 20}  # they evict by what the device has summed up since
+AS_STOCK = 3  # times stock's difference between host and device, for the same cells
+# Of a random model's scores many are nearly equal; q8_0 rounds more on either side.
+SAME_CHOICE = {"f16": 0.9, "q8_0": 0.5}
+# These evict, head by head, by what was summed up since: compared are tokens before that counts.
+SUMMED = {"h2o", "elastic-evict"}
 
 pytestmark = pytest.mark.skipif(
     N_GPU_LAYERS == 0, reason="for builds with a device: ELASTIC_TEST_GPU_LAYERS=99"
@@ -59,7 +62,7 @@ def start(e: Engine, with_image: bool) -> list[np.ndarray]:
     for seq in range(e.n_seq_max):
         n = feed(e, with_image, seq)
         first.append(e.logits(-1))
-        if e.session is not None and (sums := e.session.importance(seq)).size:
+        if e.session is not None and (sums := e.session.importance(seq)).any():
             first.append(sums)
         e.token(20, n, seq)
     return first
@@ -118,14 +121,17 @@ def test_answers_are_those_of_the_host(
             if policy:
                 assert set(e.session.attention()) <= {FUSED, FUSED_STREAMS}
                 same = np.mean(joined(e.session.last_plan()) == joined(plan))
-                assert same >= 0.9, (policy, same)
+                assert same >= SAME_CHOICE[type_kv], (policy, same)
         with on(99, monkeypatch, model, given) as e:
             e.load(state)
-            differs = nmse(expected, go_on(e))
+            n = n_seq if policy in SUMMED else len(expected)
+            got = go_on(e)
+            differs = nmse(expected[:n], got[:n])
+            assert nmse(expected, got) <= 1e-2
         print(f"{policy}: {differs:.1e}" + (f", choice {same:.4f} the same" if policy else ""))
         stock = stock or differs
         assert stock > 0, "equal to the last bit: no device took part"
-        assert differs <= max(AS_STOCK.get(policy, 3) * stock, 1e-6), (policy, differs, stock)
+        assert differs <= max(AS_STOCK * stock, 1e-6), (policy, differs, stock)
 
 
 def answers(model: Path, elastic: dict[str, Any] | None, type_kv: str, n_seq: int = 1) -> Any:
@@ -144,7 +150,7 @@ def answers(model: Path, elastic: dict[str, Any] | None, type_kv: str, n_seq: in
 def test_no_op_goes_through_the_host(model: Path, type_kv: str) -> None:
     """Every graph is cut into the parts that stock's are: what a device lacks would be one more."""
     stock = set(answers(model, None, type_kv)[1])
-    assert all(len(parts) <= 2 and parts[-1] != "CPU" for parts in stock), stock
+    assert stock and all(len(parts) <= 2 and parts[-1] != "CPU" for parts in stock), stock
     for policy in POLICIES:
         elastic = {"policy": policy, "budget": 0.2, "min_cells": 8}
         assert set(answers(model, elastic, type_kv)[1]) <= stock, policy
