@@ -6,7 +6,7 @@
 #include_next <vulkan/vulkan.hpp>
 
 #if VK_HEADER_VERSION < 239
-#    error "ggml-vulkan needs Vulkan's headers of 1.3.239 or later; newer ones need no build: -DVulkan_INCLUDE_DIR=/path/to/include"
+#error "ggml-vulkan needs Vulkan's headers of 1.3.239 or later; newer ones need no build: -DVulkan_INCLUDE_DIR=/path/to/include"
 #endif
 
 #ifndef VK_EXT_layer_settings
