@@ -16,7 +16,8 @@ from tests.support.tiny_llama import write_tiny_llama
 
 N_VOCAB, N_PROMPT, N_ANSWER = 384, 260, 24
 FUSED, FUSED_STREAMS = "fused op, a mask per head", "fused op, a head as a stream"
-AS_STOCK = 3  # times stock's difference between host and device, for the same cells
+# times stock's difference between host and device: fewer cells average less of it out
+AS_STOCK = 5
 # Of a random model's scores many are nearly equal; q8_0 rounds more on either side.
 SAME_CHOICE = {"f16": 0.9, "q8_0": 0.5}
 # These evict, head by head, by what was summed up since: compared are tokens before that counts.

@@ -2,6 +2,7 @@
 // Only a build with GGML_VULKAN_VALIDATE lets a layer read these settings.
 
 #pragma once
+#pragma GCC system_header  // for include_next
 
 #include_next <vulkan/vulkan.hpp>
 
