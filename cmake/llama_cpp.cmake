@@ -42,6 +42,9 @@ include(${CMAKE_CURRENT_LIST_DIR}/llama_cpp_options.cmake)
 
 if (NOT ELASTIC_ONLY_CORE)
     add_subdirectory(${ELASTIC_LLAMA_CPP_TREE} llama.cpp EXCLUDE_FROM_ALL)
+    if (TARGET ggml-vulkan AND NOT MSVC)  # vulkan.hpp of Debian 12 is a little too old for it
+        target_include_directories(ggml-vulkan BEFORE PRIVATE ${CMAKE_CURRENT_LIST_DIR}/vulkan)
+    endif()
 else()
     add_subdirectory(${ELASTIC_LLAMA_CPP_TREE}/ggml ggml EXCLUDE_FROM_ALL)
 endif()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -16,6 +17,8 @@ import numpy as np
 
 # to run the tests where model and cache lie on a device, whose arithmetic is less exact
 N_GPU_LAYERS = int(os.environ.get("ELASTIC_TEST_GPU_LAYERS", "0"))
+# the most tokens of a ubatch: a device's driver may not survive more (docs/backends.md, Vulkan)
+MAX_UBATCH = int(os.environ.get("ELASTIC_TEST_MAX_UBATCH", "512"))
 
 GGML_TYPES = {
     "f32": 0,
@@ -32,6 +35,10 @@ GGML_TYPES = {
 _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
+if "ELASTIC_TEST_BACKEND" in os.environ:  # a library beside the package, make test-vulkan
+    from tests.support.backend import add_backend
+
+    add_backend(Path(os.environ["ELASTIC_TEST_BACKEND"]))
 
 
 @dataclass
@@ -75,7 +82,7 @@ class Engine:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.n_ctx
         params.n_batch = self.n_batch
-        params.n_ubatch = self.n_ubatch
+        params.n_ubatch = min(self.n_ubatch, MAX_UBATCH)
         params.n_seq_max = self.n_seq_max
         params.kv_unified = self.unified
         params.n_threads = params.n_threads_batch = self.n_threads
