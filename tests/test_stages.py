@@ -265,7 +265,7 @@ def test_copied_stream_goes_on_alike(tiny_gqa: Path) -> None:
 
 @pytest.mark.parametrize("seq", [0, None], ids=["sequence", "context"])
 def test_a_load_that_fails(tiny_gqa: Path, seq: int | None) -> None:
-    """A state that ends early leaves no cells, and nothing is known of what was there before."""
+    """A state that ends early, in llama.cpp's part or in ours, leaves no cells behind."""
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         n = feed(e)
         expected = e.token(20, n)
@@ -276,7 +276,7 @@ def test_a_load_that_fails(tiny_gqa: Path, seq: int | None) -> None:
             assert e.load(other.save(seq), seq) == 0  # refused before anything is read
         assert (e.session.n_cells(0), e.session.n_tokens(0)) == (kept, n + 1)
 
-        for size in (len(data) // 20, len(data) // 2, len(data) - 1):  # of llama.cpp's part, and of ours
+        for size in (len(data) // 20, len(data) // 2, len(data) - 1):
             assert e.load(data[:size], seq) == 0
             assert (e.session.n_cells(0), e.session.n_tokens(0)) == (0, 0)
             feed(e)
