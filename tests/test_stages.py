@@ -285,6 +285,34 @@ def test_copied_stream_goes_on_alike(tiny_gqa: Path) -> None:
         assert np.abs(e.session.bias(0)).max() > 0
 
 
+@pytest.mark.parametrize("seq", [0, None], ids=["sequence", "context"])
+def test_a_load_that_fails(tiny_gqa: Path, seq: int | None) -> None:
+    """A state that ends early, in llama.cpp's part or in ours, leaves no cells behind."""
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        n = feed(e)
+        expected = e.token(20, n)
+        kept = e.session.n_cells(0)
+        data = e.save(seq)
+        with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=False) as other:
+            feed(other)
+            assert e.load(other.save(seq), seq) == 0  # refused before anything is read
+        assert (e.session.n_cells(0), e.session.n_tokens(0)) == (kept, n + 1)
+
+        for size in (len(data) // 20, len(data) // 2, len(data) - 1):
+            assert e.load(data[:size], seq) == 0
+            assert (e.session.n_cells(0), e.session.n_tokens(0)) == (0, 0)
+            feed(e)
+            np.testing.assert_allclose(e.token(20, n), expected, rtol=1e-5, atol=1e-5)
+            assert e.session.n_cells(0) == kept
+
+
+def test_no_context_shift(tiny_gqa: Path) -> None:
+    """Who asks is about to remove cells in the middle, which merged ones may not allow."""
+    for elastic, can in ((ELASTIC, False), ({**ELASTIC, "budget": 1.0}, True), (None, True)):
+        with Engine(tiny_gqa, elastic=elastic) as e:
+            assert llama_cpp.llama_memory_can_shift(e.memory) is can
+
+
 def test_copied_stream_leaves_no_old_bias(tiny_gqa: Path) -> None:
     """Cells of the destination that the source does not use are ordinary when they are used."""
     with Engine(tiny_gqa, elastic=ELASTIC, n_seq_max=2, unified=False, n_ctx=2048) as e:

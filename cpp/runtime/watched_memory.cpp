@@ -126,10 +126,17 @@ void watched_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         throw;
     }
     const auto & parts = attached->parts().kv.parts;
-    if (!(flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)) {
+    if (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
+        if (!parts.window && !parts.recurrent) {
+            attached->forget(seq_id);
+        }
+        return;
+    }
+    try {
         attached->state_read(io, seq_id);
-    } else if (!parts.window && !parts.recurrent) {
-        attached->forget(seq_id);
+    } catch (...) {  // as llama.cpp: cells that nothing is known of do not stay
+        seq_id < 0 ? clear(true) : (void) seq_rm(seq_id, -1, -1);
+        throw;
     }
 }
 
