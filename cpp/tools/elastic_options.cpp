@@ -98,7 +98,7 @@ static bool attach(llama_context * ctx, const elastic_options & options) {
     }
     params.max_cells  = options.max_cells;
     params.layers     = layers;
-    params.n_question = options.image_checkpoint ? 24 : 0;  // a question and the chat template around it
+    params.n_question = options.image_checkpoint ? 16 : 0;  // a question and the chat template around it
     if (options.n_checkpoints >= 0) {
         params.n_checkpoints = options.n_checkpoints;
     } else if (options.image_checkpoint) {
