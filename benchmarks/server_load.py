@@ -121,9 +121,9 @@ def ask_about(url: str, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
 
 
-def prompts() -> list[list[dict[str, Any]]]:
+def prompts(n_photos: int, n_questions: int) -> list[list[dict[str, Any]]]:
     """With and without images; every other one of a text has the same beginning as another."""
-    out = [ask_about(photo(i), QUESTIONS[j]) for i in range(4) for j in range(2)]
+    out = [ask_about(photo(i), q) for i in range(n_photos) for q in QUESTIONS[:n_questions]]
     for n in (6, 9):
         for question in TEXT_QUESTIONS:
             out.append([{"role": "user", "content": FACTS * n + question}])
@@ -141,11 +141,11 @@ MALFORMED: list[dict[str, Any]] = [
 
 
 class Load:
-    def __init__(self, server: Server, seed: int, save_slots: bool = False) -> None:
+    def __init__(self, server: Server, args: argparse.Namespace) -> None:
         self.server = server
-        self.weights = [40, 41, 10, 5, 4] if save_slots else [42, 43, 10, 5, 0]
-        self.rng = random.Random(seed)
-        self.prompts = prompts()
+        self.weights = [40, 41, 10, 5, 4] if args.save_slots else [42, 43, 10, 5, 0]
+        self.rng = random.Random(args.seed)
+        self.prompts = prompts(args.photos, args.questions)
         self.counts: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self.lock = threading.Lock()
@@ -234,8 +234,9 @@ class Load:
 def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = Server(["-lv", "4", *args.options], folder)  # the log has the size of the prompt cache
     try:
-        run = Load(server, args.seed, args.save_slots)
+        run = Load(server, args)
         run.answers_alone()
+        print(f"alone: {server.resident()} bytes", file=sys.stderr, flush=True)
         run.run(args.requests // 2)
         warm, cached = server.resident(), server.cached()
         print(f"warm: {warm} bytes, {cached} of them cached", file=sys.stderr, flush=True)
@@ -373,6 +374,8 @@ def main() -> int:
     parser.add_argument("what", choices=("load", "again", "conversations"))
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--save-slots", action="store_true")
+    parser.add_argument("--photos", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=2, help="about each photo, 1 or 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument(

@@ -99,7 +99,7 @@ static bool attach(llama_context * ctx) {
     }
     params.max_cells  = options.max_cells;
     params.layers     = options.layers;
-    params.n_question = options.image_checkpoint ? 24 : 0;  // a question and the chat template around it
+    params.n_question = options.image_checkpoint ? 16 : 0;  // a question and the chat template around it
     if (options.n_checkpoints >= 0) {
         params.n_checkpoints = options.n_checkpoints;
     } else if (options.image_checkpoint) {

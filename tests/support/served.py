@@ -22,7 +22,7 @@ from tests.support.replay import NMSE, Record, Step
 from tests.support.server import Server, data_uri
 
 N_CTX = 1024
-N_QUESTION = 24  # cells that `serve` leaves free behind an image
+N_QUESTION = 16  # cells that `serve` leaves free behind an image
 LETTERS = "BCDFGJKLMNPQRSVWXZ"  # a token each, also as a part of a text
 N_PROBS = 64  # most likely tokens that are compared
 
