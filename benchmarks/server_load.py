@@ -262,12 +262,12 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.stop()
 
 
-def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, int, str]:
+def first_token(client: OpenAI, messages: list[Any], n: int) -> tuple[float, int, str]:
     """Seconds to the first token, tokens that were read for it, and the answer."""
     start = time.perf_counter()
     seconds, n_read, text = 0.0, 0, ""
     for event in client.chat.completions.create(
-        model="embedded", messages=messages, max_tokens=16, temperature=0, stream=True
+        model="embedded", messages=messages, max_tokens=n, temperature=0, stream=True
     ):
         piece = event.choices[0].delta.content if event.choices else None
         if piece:
@@ -280,22 +280,23 @@ def first_token(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[float, 
 def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = Server(["-np", "1", "-c", "2048", *args.options], folder)
     try:
-        return times_again(server.client())
+        return times_again(server.client(), args.predict)
     finally:
         server.stop()
 
 
-def times_again(client: OpenAI) -> dict[str, Any]:
+def times_again(client: OpenAI, n: int) -> dict[str, Any]:
     rows = collections.defaultdict(list)
     for i in range(5):
         asked = ask_about(photo(i), QUESTIONS[0])
-        *first, answer = first_token(client, asked)
+        *first, answer = first_token(client, asked, n)
         said = {"role": "assistant", "content": answer}
         turn = [*asked, said, {"role": "user", "content": QUESTIONS[1]}]
+        other = ask_about(photo(i), QUESTIONS[1])
         rows["first"].append(first)
-        rows["next turn"].append(first_token(client, turn)[:2])
-        rows["same question"].append(first_token(client, asked)[:2])
-        rows["new conversation"].append(first_token(client, ask_about(photo(i), QUESTIONS[1]))[:2])
+        rows["next turn"].append(first_token(client, turn, n)[:2])
+        rows["same question"].append(first_token(client, asked, n)[:2])
+        rows["new conversation"].append(first_token(client, other, n)[:2])
     median = {name: [*map(statistics.median, zip(*row))] for name, row in rows.items()}
     out = {name: round(seconds, 3) for name, (seconds, _) in median.items()}
     read = {f"{name}, tokens read": n for name, (_, n) in median.items()}
@@ -377,6 +378,12 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=4)
     parser.add_argument("--questions", type=int, default=2, help="about each photo, 1 or 2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--predict",
+        type=int,
+        default=16,
+        help="again: tokens of an answer; 1 for random weights, whose text becomes other tokens",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--only", metavar="NAME,...", help="of the conversations: llama.cpp, serve, …"
