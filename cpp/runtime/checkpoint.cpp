@@ -1,7 +1,5 @@
 #include "runtime/checkpoint.h"
 
-#include "runtime/kv_layers.h"
-
 #include "kernels/kv_rows.h"
 
 #include <algorithm>
@@ -72,6 +70,11 @@ std::vector<int32_t> checkpoint::rows_of_layer(int32_t il) const {
     return res;
 }
 
+void checkpoint::store(int32_t il, const kv_layer & layer) {
+    k.push_back(read_bytes(layer.k, rows_of_layer(il)));
+    v.push_back(read_bytes(layer.v, rows_of_layer(il)));
+}
+
 //
 // taking
 //
@@ -112,18 +115,36 @@ void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
 }
 
 void checkpoints::before_change(llama_seq_id seq_id) {
-    for (auto & ck : kept[seq_id]) {
-        if (ck.is_stored()) {
-            continue;
-        }
-        parts.kv.synchronize();
-        for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
-            kv_layer layer = layer_of(parts.kv, il, parts.kv.stream(seq_id));
-            layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
-            ck.k.push_back(read_bytes(layer.k, ck.rows_of_layer(il)));
-            ck.v.push_back(read_bytes(layer.v, ck.rows_of_layer(il)));
+    const auto lying = in_cache(seq_id);
+    if (lying.empty()) {
+        return;
+    }
+    parts.kv.synchronize();
+    for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {  // one in host memory at a time
+        kv_layer layer = layer_of(parts.kv, il, parts.kv.stream(seq_id));
+        layer.load(parts.kv.n_used(parts.kv.stream(seq_id)));
+        for (auto * ck : lying) {
+            ck->store(il, layer);
         }
     }
+}
+
+void checkpoints::before_change(llama_seq_id seq_id, const std::vector<kv_layer> & loaded) {
+    for (auto * ck : in_cache(seq_id)) {
+        for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
+            ck->store(il, loaded[il]);
+        }
+    }
+}
+
+std::vector<checkpoint *> checkpoints::in_cache(llama_seq_id seq_id) {
+    std::vector<checkpoint *> res;
+    for (auto & ck : kept[seq_id]) {
+        if (!ck.is_stored()) {
+            res.push_back(&ck);
+        }
+    }
+    return res;
 }
 
 void checkpoints::forget_after(llama_seq_id seq_id, llama_pos p0) {

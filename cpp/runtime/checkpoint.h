@@ -4,6 +4,7 @@
 // a row of them is about to change.
 
 #include "runtime/cache_parts.h"
+#include "runtime/kv_layers.h"
 
 #include <map>
 #include <vector>
@@ -34,8 +35,9 @@ struct checkpoint {
 
     bool                 is_stored() const { return !k.empty(); }
     bool                 ends_before(llama_pos p) const { return places.back().pos < p; }
-    std::vector<int32_t> rows_of_layer(int32_t il) const;  // that the layer holds
-    int64_t              n_bytes() const;                  // of everything above
+    std::vector<int32_t> rows_of_layer(int32_t il) const;            // that the layer holds
+    void                 store(int32_t il, const kv_layer & layer);  // K and V of the next layer, as they lie in the cache
+    int64_t              n_bytes() const;                            // of everything above
 
     void              write(llama_io_write_i & io) const;
     static checkpoint read(llama_io_read_i & io, const kv_shape & shape);  // throws std::runtime_error
@@ -50,8 +52,9 @@ class checkpoints {
     void take(llama_seq_id seq_id, const std::vector<float> & logits);
     void add(llama_seq_id seq_id, checkpoint ck) { kept[seq_id].push_back(std::move(ck)); }
 
-    // before rows of the sequence change: copies K and V of those that lie in the cache
+    // before rows of the sequence change: copies K and V of those that lie in the cache. loaded: the layers of its stream
     void before_change(llama_seq_id seq_id);
+    void before_change(llama_seq_id seq_id, const std::vector<kv_layer> & loaded);
 
     // one that can be restored; nullptr: there is none
     const checkpoint * find(llama_seq_id seq_id, llama_pos pos_end) const;
@@ -72,12 +75,13 @@ class checkpoints {
     cache_parts &                                   parts;
     std::map<llama_seq_id, std::vector<checkpoint>> kept;
 
-    bool                 can_restore(llama_seq_id seq_id, const checkpoint & ck) const;
-    bool                 still_same(llama_seq_id seq_id, const checkpoint & ck, size_t i) const;
-    std::vector<uint8_t> find_unchanged(llama_seq_id seq_id, const checkpoint & ck) const;
-    std::vector<int32_t> place_rows(llama_seq_id seq_id, const checkpoint & ck) const;
-    void                 put_back(llama_seq_id seq_id, checkpoint & ck, const std::vector<uint8_t> & unchanged);
-    void                 put_scores_back(llama_seq_id seq_id, const checkpoint & ck);
+    std::vector<checkpoint *> in_cache(llama_seq_id seq_id);  // those that are not stored
+    bool                      can_restore(llama_seq_id seq_id, const checkpoint & ck) const;
+    bool                      still_same(llama_seq_id seq_id, const checkpoint & ck, size_t i) const;
+    std::vector<uint8_t>      find_unchanged(llama_seq_id seq_id, const checkpoint & ck) const;
+    std::vector<int32_t>      place_rows(llama_seq_id seq_id, const checkpoint & ck) const;
+    void                      put_back(llama_seq_id seq_id, checkpoint & ck, const std::vector<uint8_t> & unchanged);
+    void                      put_scores_back(llama_seq_id seq_id, const checkpoint & ck);
 };
 
 }  // namespace elastic

@@ -47,7 +47,7 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
     validate(p, in.described, sink_cells(parts.cfg.pol.select, params));
 
     const int64_t n_bytes = parts.kv_bytes(seq_id);
-    kept.before_change(seq_id);
+    kept.before_change(seq_id, in.layers);
 
     const int64_t t_merge = ggml_time_us();
 
