@@ -2,21 +2,33 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 namespace elastic {
 
 namespace {
 
+int64_t bits_of(double x) {
+    int64_t res;
+    std::memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
 // One run in one head. What a place is worth to a cell only shrinks as others get theirs, so a worth that was worked
-// out earlier is a bound: only the cell at the top of the heap has to be brought up to date. All others are, once there
+// out earlier is a bound: only the cell of the highest one has to be brought up to date. All others are, once there
 // are N_ANCHORS new anchors: many cells with a few anchors at a time stay in the cache.
 class chooser {
   public:
     chooser(const run & r, const kv_points & points, const float * score)
-        : r(r), points(points), score(score), n((int32_t) r.cells.size()), has_place(n, 0), known(n) {}
+        : r(r), points(points), score(score), n((int32_t) r.cells.size()), known(n),
+          worth((size_t) (n + N_AT_ONCE) / N_AT_ONCE * N_AT_ONCE, TAKEN) {}
 
     // kept cells, indices in the run, ascending
     std::vector<int32_t> choose() {
+        for (int32_t i = 0; i < n; ++i) {
+            rate(i);
+        }
         for (int32_t i = 0; i < n; ++i) {
             if (r.stay[i]) {
                 take(i);
@@ -25,32 +37,23 @@ class chooser {
         if (anchors.empty() && n_taken < r.n_keep) {
             take(highest_score());
         }
+        pass();
         while (n_taken < r.n_keep) {
-            std::vector<std::pair<double, int32_t>> heap;  // (worth, -place): ties to the earlier cell
-            for (int32_t i = 0; i < n; ++i) {
-                if (!has_place[i]) {
-                    heap.emplace_back(worth(i), -i);
-                }
+            const int32_t i = highest_worth();
+            if (known[i].n_seen < (int32_t) anchors.size()) {
+                look_at_all(i);
+                continue;
             }
-            std::make_heap(heap.begin(), heap.end());
-            while (n_taken < r.n_keep && (int32_t) anchors.size() - n_passed < N_ANCHORS) {
-                const int32_t i = -heap.front().second;
-                std::pop_heap(heap.begin(), heap.end());
-                if (known[i].n_seen == (int32_t) anchors.size()) {
-                    heap.pop_back();
-                    take(i);
-                } else {
-                    heap.back().first = worth(i);
-                    std::push_heap(heap.begin(), heap.end());
-                }
+            take(i);
+            if ((int32_t) anchors.size() - n_passed == N_ANCHORS) {
+                pass();
             }
-            pass();
         }
         pass();
 
         std::vector<int32_t> res;
         for (int32_t i = 0; i < n; ++i) {
-            if (has_place[i]) {
+            if (has_place(i)) {
                 res.push_back(i);
             }
         }
@@ -67,20 +70,25 @@ class chooser {
         int32_t n_seen   = 0;  // anchors looked at
     };
 
+    static constexpr double  TAKEN     = -1.0;  // below the worth of any cell without a place
+    static constexpr int32_t N_AT_ONCE = 64;
+
     const run &       r;
     const kv_points & points;
     const float *     score;
     const int32_t     n;
 
-    std::vector<uint8_t>        has_place;
     std::vector<nearest_anchor> known;
+    std::vector<double>         worth;    // as of the anchors that a cell has looked at, to a multiple of N_AT_ONCE
     std::vector<int32_t>        anchors;  // cells that may be joined, in the order in which they were chosen
     anchor_block                block;    // a few of them
     int32_t                     n_taken  = 0;
     int32_t                     n_passed = 0;  // anchors that all cells have looked at
 
+    bool has_place(int32_t i) const { return worth[i] == TAKEN; }
+
     void take(int32_t i) {
-        has_place[i] = 1;
+        worth[i] = TAKEN;
         n_taken++;
         if (!r.verbatim[i]) {
             anchors.push_back(i);
@@ -90,18 +98,54 @@ class chooser {
     int32_t highest_score() const {
         int32_t best = -1;
         for (int32_t i = 0; i < n; ++i) {
-            if (!has_place[i] && (best < 0 || score[r.cells[i]] > score[r.cells[best]])) {
+            if (!has_place(i) && (best < 0 || score[r.cells[i]] > score[r.cells[best]])) {
                 best = i;
             }
         }
         return best;
     }
 
-    void look(int32_t i, int32_t anchor) {
+    // The earlier one of equals. The bits of numbers that are not below 0 have their order, and vectors have a maximum of those.
+    int32_t highest_worth() const {
+        int64_t best  = std::numeric_limits<int64_t>::min();
+        int32_t first = 0;
+        for (int32_t i = 0; i < n; i += N_AT_ONCE) {
+            int64_t highest = best;
+            for (int32_t j = i; j < i + N_AT_ONCE; ++j) {
+                highest = std::max(highest, bits_of(worth[j]));
+            }
+            first = highest > best ? i : first;
+            best  = highest;
+        }
+        while (bits_of(worth[first]) != best) {
+            ++first;
+        }
+        return first;
+    }
+
+    void rate(int32_t i) {
+        const double distance = known[i].distance;
+        const float  by       = score[r.cells[i]];
+        worth[i]              = by > 0.0f ? (double) by * distance * std::sqrt(distance) : 0.0;
+    }
+
+    bool look(int32_t i, int32_t anchor) {
         const float distance = points.distance(i, anchors[anchor]);
-        if (distance < known[i].distance) {
+        const bool  nearer   = distance < known[i].distance;
+        if (nearer) {
             known[i].distance = distance;
             known[i].by       = anchors[anchor];
+        }
+        return nearer;
+    }
+
+    void look_at_all(int32_t i) {
+        bool nearer = false;
+        for (auto & seen = known[i].n_seen; seen < (int32_t) anchors.size(); ++seen) {
+            nearer |= look(i, seen);
+        }
+        if (nearer) {
+            rate(i);
         }
     }
 
@@ -109,7 +153,7 @@ class chooser {
     void pass() {
         std::vector<int32_t> open;
         for (int32_t i = 0; i < n; ++i) {
-            if (!has_place[i]) {
+            if (!has_place(i)) {
                 open.push_back(i);
             }
         }
@@ -133,22 +177,18 @@ class chooser {
         block.bound(points, cells, n_cells, than, bounds, any);
 
         for (int32_t q = 0; q < n_cells; ++q) {
-            auto & cell = known[cells[q]];
+            auto & cell   = known[cells[q]];
+            bool   nearer = false;
             for (int32_t r = 0; any[q] && r < n_here; ++r) {
                 if (bounds[q][r] < cell.distance && n_passed + r >= cell.n_seen) {
-                    look(cells[q], n_passed + r);
+                    nearer |= look(cells[q], n_passed + r);
                 }
+            }
+            if (nearer) {
+                rate(cells[q]);
             }
             cell.n_seen = std::max(cell.n_seen, n_passed + n_here);
         }
-    }
-
-    double worth(int32_t i) {
-        for (auto & seen = known[i].n_seen; seen < (int32_t) anchors.size(); ++seen) {
-            look(i, seen);
-        }
-        const double distance = known[i].distance;
-        return (double) score[r.cells[i]] * distance * std::sqrt(distance);
     }
 };
 

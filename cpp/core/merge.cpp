@@ -33,14 +33,13 @@ struct groups {
     }
 };
 
-// sum(w_i x_i) / sum(w_i) over rows of x [n][d]; in f64, so that the order of the rows does not show
-void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<int32_t> & members, const std::vector<float> & weights,
-                   float * dst) {
+// sum(w_i x_i) / sum(w_i) over the rows of x [weights][d]; in f64, so that the order of the rows does not show
+void weighted_mean(const std::vector<float> & x, int32_t d, const std::vector<float> & weights, float * dst) {
     std::vector<double> sum(d, 0.0);
     double              total = 0.0;
-    for (size_t k = 0; k < members.size(); ++k) {
+    for (size_t k = 0; k < weights.size(); ++k) {
         const double  w   = weights[k];
-        const float * row = x.data() + (size_t) members[k] * d;
+        const float * row = x.data() + k * d;
         for (int32_t e = 0; e < d; ++e) {
             sum[e] += w * row[e];
         }
@@ -81,20 +80,22 @@ double log_weight_lost(const float * weight, const float * bias, const std::vect
 class moving_rows {
   public:
     // moved: the rows of the kept cells
-    moving_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & moved, int32_t ih, bool merges)
-        : t(t), ih(ih) {
+    moving_rows(const kv_rows & t, const std::vector<int32_t> & rows_src, const std::vector<int32_t> & moved, int32_t ih)
+        : t(t), ih(ih), rows_src(rows_src) {
         raw.resize(moved.size() * head_bytes(t));
         read_raw(t, moved, ih, raw.data());
-        if (merges) {
-            all.resize(rows_src.size() * t.n_embd_head);
-            read_f32(t, rows_src, ih, all.data());
-        }
     }
 
     void merge(int32_t row_dst, const std::vector<int32_t> & members, const std::vector<float> & weights) {
+        rows_members.clear();
+        for (const int32_t i : members) {
+            rows_members.push_back(rows_src[i]);
+        }
+        of_members.resize(members.size() * t.n_embd_head);
+        read_f32(t, rows_members, ih, of_members.data());
         rows_merged.push_back(row_dst);
         merged.resize(rows_merged.size() * t.n_embd_head);
-        weighted_mean(all, t.n_embd_head, members, weights, merged.data() + merged.size() - t.n_embd_head);
+        weighted_mean(of_members, t.n_embd_head, weights, merged.data() + merged.size() - t.n_embd_head);
     }
 
     void write(const std::vector<int32_t> & rows_dst) {
@@ -103,12 +104,14 @@ class moving_rows {
     }
 
   private:
-    const kv_rows &      t;
-    const int32_t        ih;
-    std::vector<uint8_t> raw;  // [moved][head_bytes]
-    std::vector<float>   all;  // [n_cells][n_embd_head]
-    std::vector<int32_t> rows_merged;
-    std::vector<float>   merged;  // [rows_merged][n_embd_head]
+    const kv_rows &              t;
+    const int32_t                ih;
+    const std::vector<int32_t> & rows_src;
+    std::vector<uint8_t>         raw;  // [moved][head_bytes]
+    std::vector<int32_t>         rows_members;
+    std::vector<float>           of_members;  // [rows_members][n_embd_head]
+    std::vector<int32_t>         rows_merged;
+    std::vector<float>           merged;  // [rows_merged][n_embd_head]
 };
 
 void check_shape(const kv_rows & t, const plan & p, const char * what) {
@@ -131,11 +134,6 @@ void check_rows(const std::vector<int32_t> & rows, const kv_rows & k, const kv_r
     }
 }
 
-bool any_key_moves(const plan & p, merging how) {
-    const bool weighed = std::any_of(p.key_weight.begin(), p.key_weight.end(), [](float x) { return x > 0.0f; });
-    return how == merging::mean || (how == merging::biased && weighed);
-}
-
 // one layer and head
 class head_merge {
   public:
@@ -155,8 +153,8 @@ class head_merge {
             }
         }
         // everything is read before anything is written, so rows may move anywhere
-        moving_rows head_k(k, rows_src, moved, ih, any_key_moves(p, how));
-        moving_rows head_v(v, rows_src, moved, ih, how != merging::none);
+        moving_rows head_k(k, rows_src, moved, ih);
+        moving_rows head_v(v, rows_src, moved, ih);
         for (int32_t j = 0; j < p.n_keep; ++j) {
             if (kept[j] < 0) {
                 importance_out[j] = 0.0f;

@@ -25,14 +25,25 @@ class kv_points {
   private:
     friend class anchor_block;
 
-    int32_t            n = 0;
-    int32_t            d = 0;
-    std::vector<float> data;   // [n][d]
-    std::vector<float> norms;  // squared, [n]
+    // a point in bytes, for quick products
+    struct rounding {
+        float   scale;  // of a byte
+        int32_t sum;    // of the bytes
+        float   size;   // length of what the bytes say
+        float   lost;   // length of what they do not say, or a little more
+    };
+
+    int32_t               n = 0;
+    int32_t               d = 0;
+    std::vector<float>    data;     // [n][d]
+    std::vector<float>    norms;    // squared, [n]
+    std::vector<int8_t>   bytes;    // [n][d]; empty where the processor multiplies floats as fast
+    std::vector<rounding> rounded;  // [n], as bytes
 
     const float * row(int32_t i) const { return data.data() + (size_t) i * d; }
 
     void put(const std::vector<int32_t> & cells, const std::vector<float> & x, int32_t d_x, int32_t first);
+    void round(int32_t i);
 };
 
 // up to N_ANCHORS anchors side by side
@@ -45,8 +56,14 @@ class anchor_block {
                bool * any) const;
 
   private:
-    float              norms[N_ANCHORS];  // squared
-    std::vector<float> data;              // [d][N_ANCHORS]
+    float                norms[N_ANCHORS];  // squared
+    std::vector<float>   data;              // [d][N_ANCHORS]
+    std::vector<uint8_t> bytes;             // [d / 4][N_ANCHORS][4], 128 more
+    kv_points::rounding  rounded[N_ANCHORS];
+
+    void set_bytes(const kv_points & points, const int32_t * anchors, int32_t n);
+    void bound_bytes(const kv_points & points, const int32_t * cells, int32_t n_cells, float (*dst)[N_ANCHORS]) const;
+    void bound_floats(const kv_points & points, const int32_t * cells, int32_t n_cells, float (*dst)[N_ANCHORS]) const;
 };
 
 }  // namespace elastic

@@ -55,9 +55,21 @@ static void q4_0_to_f32(const uint8_t * src, float * dst, int64_t n) {
     }
 }
 
+static void f16_to_f32(const uint16_t * src, float * dst, int64_t n) {
+    int64_t i = 0;
+    for (; i + N_SIMD <= n; i += N_SIMD) {
+        store(dst + i, load(src + i));
+    }
+    for (; i < n; ++i) {
+        dst[i] = f16_to_f32(src[i]);
+    }
+}
+
 void to_f32(ggml_type type, const uint8_t * src, float * dst, int64_t n) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(dst, src, n * sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        f16_to_f32((const uint16_t *) src, dst, n);
     } else if (type == GGML_TYPE_Q8_0) {
         q8_0_to_f32(src, dst, n);
     } else if (type == GGML_TYPE_Q4_0) {

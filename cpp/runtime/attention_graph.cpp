@@ -15,7 +15,8 @@ namespace elastic {
 
 // of one layer  [n_stream][n_head][n_rows][n_kv]
 struct attention_graph::layer_sums {
-    int32_t             il;  // of the cache
+    int32_t             il;        // of the cache
+    int32_t             il_model;  // others may use K and V of the same layer
     int64_t             n_kv;
     int64_t             n_rows;
     int64_t             n_head;
@@ -86,8 +87,11 @@ class graph_sums : public llm_graph_input_i {
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits) : parts(parts), logits(logits), on_device(parts.kv) {
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         ways.push_back(find_way(parts.kv, il));
-        if (ways.back() != attention_way::own_op) {
-            on_device.use(il);
+    }
+    for (size_t il = 0; il < parts.kv.shape.owners.size(); ++il) {
+        const int32_t owner = parts.kv.shape.owners[il];
+        if (owner >= 0 && ways[owner] != attention_way::own_op) {
+            on_device.use((int32_t) il);
         }
     }
     own_op = std::all_of(ways.begin(), ways.end(), [](attention_way way) { return way == attention_way::own_op; });
@@ -178,12 +182,12 @@ graph_sums & attention_graph::sums_of(const llm_graph_context & graph) {
 // Of one token of each stream they are copied to one place for all layers. Not in the largest graph, which is reserved between batches.
 void attention_graph::add_sums(const llm_graph_context & graph, graph_sums & sums, ggml_tensor * t, int32_t il, int32_t il_cache) {
     graph.cb(t, "attn_sums", il);
-    sums.layers.push_back({ il_cache, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
+    sums.layers.push_back({ il_cache, il, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t });
     if (ways[il_cache] != attention_way::own_op && logits.in_batch() && sums.weights[1]->ne[0] == 1) {
         on_device.reserve(ggml_nelements(t));
         sums.version              = on_device.version();
         sums.layers.back().packed = true;
-        t                         = ggml_cpy(graph.ctx0, t, on_device.place(graph.ctx0, il_cache, ggml_nelements(t)));
+        t                         = ggml_cpy(graph.ctx0, t, on_device.place(graph.ctx0, il, ggml_nelements(t)));
     } else {
         ggml_set_output(t);
     }
@@ -252,7 +256,7 @@ ggml_tensor * attention_graph::weights_of(const llm_graph_context & graph, graph
 ggml_tensor * attention_graph::build_with_op(const attention_inputs & in, int32_t il_cache, graph_sums & sums) {
     ggml_tensor * w = weights_of(in.graph, sums, in.q_perm, false);
 
-    sums.layers.push_back({ il_cache, in.k_perm->ne[1], w->ne[0], w->ne[2], w->ne[3] });
+    sums.layers.push_back({ il_cache, in.il, in.k_perm->ne[1], w->ne[0], w->ne[2], w->ne[3] });
     auto & op   = sums.layers.back().op;
     op.scale    = in.kq_scale;
     op.soft_cap = soft_cap_of(in.graph);
@@ -314,7 +318,7 @@ void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & u
     const float *       sums = layer.op.sums;
     const ggml_tensor * t    = layer.tensor;
     if (layer.packed) {
-        sums = on_device.of(layer.il);
+        sums = on_device.of(layer.il_model, (int64_t) layer.n());
     } else if (t && ggml_backend_buffer_is_host(t->buffer)) {
         sums = (const float *) t->data;
     } else if (t) {
@@ -369,8 +373,9 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
     }
     const auto   n_queries = begin_queries(ubatch, placed);
     const auto & layers    = it->second->layers;
-    if (std::any_of(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; })) {
-        on_device.fetch();
+    const auto   packed    = std::find_if(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; });
+    if (packed != layers.end()) {
+        on_device.fetch((int64_t) packed->n());
     }
     for (const auto & layer : layers) {
         add_layer(layer, ubatch, placed, used, n_queries);

@@ -16,13 +16,14 @@ void device_sums::reserve(int64_t n) {
 
     std::map<ggml_backend_buffer_type_t, std::vector<int32_t>> layers_of;
     for (const int32_t il : layers) {
-        layers_of[ggml_backend_buffer_get_type(kv.k(il)->buffer)].push_back(il);
+        layers_of[ggml_backend_buffer_get_type(kv.k(kv.shape.owners[il])->buffer)].push_back(il);
     }
     for (const auto & [buft, of_buft] : layers_of) {
         ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
         block            b      = {};
         b.ctx.reset(ggml_init(params));
-        b.tensor = ggml_new_tensor_2d(b.ctx.get(), GGML_TYPE_F32, capacity, (int64_t) of_buft.size());
+        b.n_layers = (int64_t) of_buft.size();
+        b.tensor   = ggml_new_tensor_1d(b.ctx.get(), GGML_TYPE_F32, capacity * b.n_layers);
         b.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(b.ctx.get(), buft));
         if (!b.buf) {
             throw std::runtime_error("[elastic] a device has no memory for the sums of the attention");
@@ -35,14 +36,13 @@ void device_sums::reserve(int64_t n) {
 }
 
 ggml_tensor * device_sums::place(ggml_context * ctx, int32_t il, int64_t n) const {
-    ggml_tensor * t = blocks[slots[il].block].tensor;
-    return ggml_view_1d(ctx, t, n, slots[il].index * t->nb[1]);
+    return ggml_view_1d(ctx, blocks[slots[il].block].tensor, n, slots[il].index * n * (int64_t) sizeof(float));
 }
 
-void device_sums::fetch() {
+void device_sums::fetch(int64_t n) {
     for (auto & b : blocks) {
-        b.data.resize(ggml_nelements(b.tensor));
-        ggml_backend_tensor_get(b.tensor, b.data.data(), 0, ggml_nbytes(b.tensor));
+        b.data.resize(n * b.n_layers);
+        ggml_backend_tensor_get(b.tensor, b.data.data(), 0, b.data.size() * sizeof(float));
     }
 }
 
