@@ -25,7 +25,7 @@ from elastic_llama.evaluation.runner import make_config
 from elastic_llama.evaluation.streams import Streams
 from elastic_llama.scenes import SPLITS, Scene, Turn, exact, parse_caption
 from elastic_llama.scenes.scenarios import SCENARIOS, make_scenario
-from forced_answers import ForcedAnswers
+from forced_answers import ForcedAnswers, divergence
 from turns_shared import FirstPrompt
 
 POLICIES = "full,random,local,h2o,snapkv,elastic-paper,elastic-evict,elastic"
@@ -50,6 +50,7 @@ class Table:
         self.prefiller = Prefiller(self.streams) if args.share else None
         self.max_tokens = args.max_tokens
         self.forced = ForcedAnswers(llm) if args.forced else None
+        self.full: list[list[Any]] = []  # log p of forced answers with all cells, by turn
 
     def close(self) -> None:
         self.chat.close()
@@ -80,6 +81,7 @@ class Table:
         if prompt is not None:
             prompt.load()
         arrived: list[Scene] = []
+        full: list[list[Any]] = []
         out = []
         for i, turn in enumerate(turns):
             arrived += turn.images
@@ -92,7 +94,12 @@ class Table:
             found = {**score(turn, scene, said), "cells": llm.stats.cells}
             if self.forced is not None:
                 found |= {"right": self.forced.right, "nll": round(self.forced.nll, 4)}
+                full.append(self.forced.rows)
+                if self.full and not config.is_off:
+                    found["kl"] = round(divergence(self.full[i], full[i]), 4)
             out.append(found)
+        if config.is_off:
+            self.full = full
         return out
 
     def ask(self, question: str, images: list[Any], answer: str) -> str:
@@ -195,6 +202,7 @@ def measure(args: argparse.Namespace, results: Results, table: Table) -> Iterato
         turns = make_scenario(args.split, scenario, index, grid)
         images = {scene.seed: scene.render() for turn in turns for scene in turn.images}
         prompt = table.first_prompt(turns, images)
+        table.full = []
         n_right = 0
         for config in waiting:
             begun = time.perf_counter()
@@ -242,7 +250,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=True,
                         help="read a first prompt once for all settings")  # fmt: skip
     parser.add_argument("--forced", action="store_true",
-                        help="decode the right answers, note how likely each was")  # fmt: skip
+                        help="decode the right answers, note how likely each was, and the KL to "
+                             "the full cache where that runs, too")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
     parser.add_argument("--n-ctx", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)

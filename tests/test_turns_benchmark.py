@@ -184,6 +184,17 @@ def test_forced_answers_are_as_likely_as_computed(run, tiny_vlm):
     assert not found[0]["right"]  # random weights
 
 
+def test_forced_answers_say_how_far_from_the_full_cache(run, turns):
+    p = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    q = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert turns.divergence(list(p), list(q)) == pytest.approx(expected, rel=1e-5)
+    lines = {x["policy"]: x["turns"] for x in run("--forced", "--budgets", "0.2")}
+    assert all("kl" not in turn for turn in lines["full"])
+    assert all(turn["kl"] >= 0 for turn in lines["elastic"])
+    assert lines["elastic"][4]["kl"] > 0
+
+
 def last_logits(llm):
     row = llama_cpp.llama_get_logits(llm._ctx.ctx)  # of the only output
     return np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).astype(np.float64)
