@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,19 @@ def test_without_the_program(
     assert main(["serve", "--port", "1"]) == 1
     assert "make server" in capsys.readouterr().err
     assert serve.page_dir().is_dir()
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_few_arenas_for_the_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None
+) -> None:
+    monkeypatch.setattr(serve, "find_server", lambda: tmp_path / "llama-server")
+    seen = []
+    monkeypatch.setattr(serve.os, "execv", lambda *_: seen.append(os.environ["MALLOC_ARENA_MAX"]))
+    if given:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "")
+        monkeypatch.delenv("MALLOC_ARENA_MAX")
+    main(["serve", "--port", "80"])
+    assert seen == [given or "2"]

@@ -47,6 +47,7 @@ class Session:
         auto_layers: bool = True,
         record: bool = False,
         release_memory: bool = True,
+        n_question: typing.SupportsInt | typing.SupportsIndex = 0,
         scorer: collections.abc.Callable | None = None,
     ) -> None:
         """
@@ -59,7 +60,8 @@ class Session:
         > 0, while the budget holds on average (policy "elastic", without max_cells; empty: all the same); with
         `auto_layers` only where rows of single layers can go back to the operating system, and measured if empty. With
         `release_memory`, rows that are not in use go back to the operating system. With `record`, every score
-        that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `scorer`: a callable that is given a ScoreView at each compression and returns
+        that any policy looks at is kept, so that a saved prompt can be loaded under each of them. `n_question`: cells of the budget that
+        stay free where `compress` finds an image at the end, for its question. `scorer`: a callable that is given a ScoreView at each compression and returns
         scores float32 [n_layer, n_head_kv, n_cells], finite and >= 0, higher = keep; instead of the scores of `policy`, whose
         other parts stay.
 

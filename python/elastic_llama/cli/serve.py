@@ -176,6 +176,8 @@ def run(args: argparse.Namespace) -> int:
         print(_ABOUT, flush=True)
         return subprocess.run([str(server), "--help"], check=False).returncode
     command = [str(server), *server_arguments(args.arguments, os.environ)]
+    # glibc: else each of the server's many threads keeps freed memory for itself
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     sys.stdout.flush()
     sys.stderr.flush()
     # the server becomes this process: signals and the exit code are its own
