@@ -24,7 +24,7 @@ from elastic_llama.rpc import add_rpc_server
 
 POLICIES = ("elastic", "elastic-evict", "elastic-paper", "h2o", "snapkv", "local")
 # flash attention, and a policy or stock; an elastic cache has flash attention
-N_PROMPT, N_ANSWER = 2944, 64
+N_PROMPT, N_ANSWER = 2944, 192
 RUNS = ((False, None), (True, None), *((True, policy) for policy in POLICIES))
 
 
@@ -35,7 +35,7 @@ class Answer:
     logits: list[np.ndarray]
     prompt: float
     first: float
-    mean: float  # without the first; a compression every 32 tokens is a part of it
+    mean: float  # without the first; the compressions of an answer are a part of it
     n_cells: int
 
 
