@@ -70,16 +70,16 @@ def test_without_the_program(
 
 
 @pytest.mark.parametrize("given", [None, "7"])
-def test_few_arenas_for_the_threads(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_memory_goes_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, given: str | None
 ) -> None:
     monkeypatch.setattr(serve, "find_server", lambda: tmp_path / "llama-server")
     seen = []
-    monkeypatch.setattr(serve.os, "execv", lambda *_: seen.append(os.environ["MALLOC_ARENA_MAX"]))
-    if given:
-        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
-    else:
-        monkeypatch.setenv("MALLOC_ARENA_MAX", "")
-        monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setattr(serve.os, "execv", lambda *_: seen.append(os.environ[name]))
+    for other in serve._MALLOC:
+        monkeypatch.setenv(other, given or "")  # and is taken back after the test
+        if given is None:
+            monkeypatch.delenv(other)
     main(["serve", "--port", "80"])
-    assert seen == [given or "2"]
+    assert seen == [given or serve._MALLOC[name]]

@@ -60,6 +60,10 @@ _DEFAULTS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("--path",), "STATIC_PATH", ("--path", "PAGE")),
 )
 
+# glibc's: else each of the server's many threads keeps freed memory for itself, and large buffers
+# that are freed stay in the heap
+_MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -176,8 +180,8 @@ def run(args: argparse.Namespace) -> int:
         print(_ABOUT, flush=True)
         return subprocess.run([str(server), "--help"], check=False).returncode
     command = [str(server), *server_arguments(args.arguments, os.environ)]
-    # glibc: else each of the server's many threads keeps freed memory for itself
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    for name, setting in _MALLOC.items():
+        os.environ.setdefault(name, setting)
     sys.stdout.flush()
     sys.stderr.flush()
     # the server becomes this process: signals and the exit code are its own
