@@ -27,7 +27,7 @@ N_STEPS = 10
 
 
 def prompt(e: Engine, seq: int = 0, n: int = N) -> int:
-    e.prompt(random_tokens(n, N_VOCAB, 1 + seq), seq=seq, logits=False)
+    e.prompt(random_tokens(n, N_VOCAB, 1 + seq), seq=seq)
     return n
 
 
