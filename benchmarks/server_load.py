@@ -262,12 +262,20 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.stop()
 
 
-def first_token(client: OpenAI, messages: list[Any], n: int) -> tuple[float, int, str]:
+def first_token(
+    client: OpenAI, messages: list[Any], n: int, answer: str = ""
+) -> tuple[float, int, str]:
     """Seconds to the first token, tokens that were read for it, and the answer."""
     start = time.perf_counter()
     seconds, n_read, text = 0.0, 0, ""
+    more = {"grammar": f'root ::= "{answer}"'} if answer else {}
     for event in client.chat.completions.create(
-        model="embedded", messages=messages, max_tokens=n, temperature=0, stream=True
+        model="embedded",
+        messages=messages,
+        max_tokens=n,
+        temperature=0,
+        stream=True,
+        extra_body=more,
     ):
         piece = event.choices[0].delta.content if event.choices else None
         if piece:
@@ -280,23 +288,23 @@ def first_token(client: OpenAI, messages: list[Any], n: int) -> tuple[float, int
 def again(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = Server(["-np", "1", "-c", "2048", *args.options], folder)
     try:
-        return times_again(server.client(), args.predict)
+        return times_again(server.client(), args.predict, args.answer)
     finally:
         server.stop()
 
 
-def times_again(client: OpenAI, n: int) -> dict[str, Any]:
+def times_again(client: OpenAI, n: int, text: str = "") -> dict[str, Any]:
     rows = collections.defaultdict(list)
     for i in range(5):
         asked = ask_about(photo(i), QUESTIONS[0])
-        *first, answer = first_token(client, asked, n)
+        *first, answer = first_token(client, asked, n, text)
         said = {"role": "assistant", "content": answer}
         turn = [*asked, said, {"role": "user", "content": QUESTIONS[1]}]
         other = ask_about(photo(i), QUESTIONS[1])
         rows["first"].append(first)
-        rows["next turn"].append(first_token(client, turn, n)[:2])
-        rows["same question"].append(first_token(client, asked, n)[:2])
-        rows["new conversation"].append(first_token(client, other, n)[:2])
+        rows["next turn"].append(first_token(client, turn, n, text)[:2])
+        rows["same question"].append(first_token(client, asked, n, text)[:2])
+        rows["new conversation"].append(first_token(client, other, n, text)[:2])
     median = {name: [*map(statistics.median, zip(*row))] for name, row in rows.items()}
     out = {name: round(seconds, 3) for name, (seconds, _) in median.items()}
     read = {f"{name}, tokens read": n for name, (_, n) in median.items()}
@@ -382,7 +390,13 @@ def main() -> int:
         "--predict",
         type=int,
         default=16,
-        help="again: tokens of an answer; 1 for random weights, whose text becomes other tokens",
+        help="again: tokens of an answer at most",
+    )
+    parser.add_argument(
+        "--answer",
+        default="",
+        help="again: the answer, by a grammar; one word for random weights, whose text becomes "
+        "other tokens when it comes back",
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument(

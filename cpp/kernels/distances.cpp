@@ -59,6 +59,10 @@ void kv_points::fill(const std::vector<int32_t> & cells, const std::vector<float
     }
 }
 
+bool kv_points::by_bytes() {
+    return BY_BYTES;
+}
+
 void kv_points::round(int32_t i) {
     const float * x               = row(i);
     int8_t *      dst             = bytes.data() + (size_t) i * d;

@@ -19,6 +19,9 @@ class kv_points {
     // of the given rows of k [.., d_k] and v [.., d_v]; memory is kept from call to call
     void fill(const std::vector<int32_t> & cells, const std::vector<float> & k, int32_t d_k, const std::vector<float> & v, int32_t d_v);
 
+    // whether bounds are made of bytes, which makes them lower: by 2 % of the squared lengths of both points, more or less
+    static bool by_bytes();
+
     // squared distance between two cells
     float distance(int32_t i, int32_t j) const;
 
