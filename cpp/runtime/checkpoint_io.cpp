@@ -18,7 +18,9 @@ template <typename T> int64_t bytes_of(const std::vector<T> & v) {
 template <typename T> void write_vector(llama_io_write_i & io, const std::vector<T> & v) {
     const uint64_t n = v.size();
     io.write(&n, sizeof(n));
-    io.write(v.data(), n * sizeof(T));
+    if (n > 0) {  // an empty vector has no address
+        io.write(v.data(), n * sizeof(T));
+    }
 }
 
 template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v, uint64_t n_max) {
@@ -28,7 +30,9 @@ template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v,
         throw std::runtime_error("elastic state: a checkpoint is larger than the context");
     }
     v.resize(n);
-    io.read(v.data(), n * sizeof(T));
+    if (n > 0) {
+        io.read(v.data(), n * sizeof(T));
+    }
 }
 
 void check(bool is_good) {
