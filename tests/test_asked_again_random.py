@@ -142,14 +142,14 @@ class World:
             self.do(("prompt", "image", "prompt")[x % 3], seq, 30 + x % 50)
             self.do("generate", seq, 8 + x % 23)
         elif what == "prompt" and room > 90:
-            self.decode(seq, self.tokens(2 + x % 89), x % 5 > 0)
+            self.decode(seq, self.tokens(2 + x % 89), True)
         elif what == "image" and room > 70:
             rows = image_rows(20 + x % 50, self.e.n_embd, self.n_random)
             self.n_random += 1
-            self.decode(seq, rows, False)
+            self.decode(seq, rows, True)
         elif what == "held" and room > 6:
             for _ in range(1 + x % 5):
-                self.decode(seq, self.tokens(1), x % 2 > 0, hold=True)
+                self.decode(seq, self.tokens(1), True, hold=True)
         elif what == "generate" and end > 0 and room > 30:
             tokens = self.tokens(1 + x % 30)
             first = int(tokens[0])

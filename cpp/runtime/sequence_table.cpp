@@ -99,6 +99,7 @@ void sequence_table::cut(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int32_
     st.n_unscored = std::max(0, st.n_unscored - n);
     if (p1 > st.pos_prompt && p0 <= st.pos_prompt) {
         st.pos_prompt = p0 - 1;
+        st.has_output = true;
         st.pending    = true;  // what is left of the prompt was not compressed, and may be when its answer begins
     }
     st.n_prompt_cells = std::min(st.n_prompt_cells, n_cells);
