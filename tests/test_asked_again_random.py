@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.engine import Engine, nmse, random_tokens
-from tests.support.replay import NMSE, Record, Step, decode
+from tests.support.replay import NMSE, Record, Step, cut_steps, decode
 from tests.test_oracles import N_VOCAB, image_rows
 
 N_EXAMPLES = int(os.environ.get("ELASTIC_EXAMPLES", "100"))
@@ -106,15 +106,15 @@ class World:
         if pos == 0:
             return self.drop(seq)
         before = self.of(seq)
+        if pos >= before.end():
+            return None
         gone = len([1 for s, _ in self.steps if s == seq]) - len(before.steps)
         out = []
         for s, step in self.steps:
             if s == seq and gone > 0:
                 gone -= 1
             elif s == seq:
-                one = Record([step])
-                one.cut(pos)
-                out += [(s, new) for new in one.steps]
+                out += [(s, new) for new in cut_steps([step], pos)]
                 continue
             out.append((s, step))
         self.steps = out
@@ -142,14 +142,14 @@ class World:
             self.do(("prompt", "image", "prompt")[x % 3], seq, 30 + x % 50)
             self.do("generate", seq, 8 + x % 23)
         elif what == "prompt" and room > 90:
-            self.decode(seq, self.tokens(2 + x % 89), True)
+            self.decode(seq, self.tokens(2 + x % 89), x % 5 > 0)
         elif what == "image" and room > 70:
             rows = image_rows(20 + x % 50, self.e.n_embd, self.n_random)
             self.n_random += 1
-            self.decode(seq, rows, True)
+            self.decode(seq, rows, False)
         elif what == "held" and room > 6:
             for _ in range(1 + x % 5):
-                self.decode(seq, self.tokens(1), True, hold=True)
+                self.decode(seq, self.tokens(1), x % 2 > 0, hold=True)
         elif what == "generate" and end > 0 and room > 30:
             tokens = self.tokens(1 + x % 30)
             first = int(tokens[0])
@@ -194,7 +194,9 @@ class World:
         llama_cpp.llama_memory_seq_cp(self.e.memory, seq, other, -1, -1)
         own = self.of(seq)
         if self.unified:
-            self.steps.append((other, Step("copy", own.end(), seq, own.pending())))
+            self.steps.append(
+                (other, Step("copy", own.end(), seq, own.pending(), own.may_answer()))
+            )
             self.floor = {0: own.end(), 1: own.end()}
         else:
             self.steps += [(other, step) for step in own.steps]

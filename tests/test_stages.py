@@ -102,6 +102,19 @@ def test_a_last_token_alone_is_of_the_prompt(tiny_gqa: Path) -> None:
         assert e.session.stats()["compressions"] == 1
 
 
+@pytest.mark.parametrize("seq", [None, 0])
+def test_a_state_says_whether_a_prompt_is_over(tiny_gqa: Path, seq: int | None) -> None:
+    text = random_tokens(65, N_VOCAB, 1)
+    for wants, n_compressions in ((False, 0), (True, 1)):
+        with Engine(tiny_gqa, elastic=ELASTIC) as e:
+            e.prompt(text[:64], logits=wants)
+            state = e.save(seq)
+        with Engine(tiny_gqa, elastic=ELASTIC) as e:
+            assert e.load(state, seq) == len(state)
+            e.token(text[64], 64)
+            assert e.session.stats()["compressions"] == n_compressions
+
+
 def test_single_prompt_tokens(tiny_gqa: Path) -> None:
     """A lone token belongs to the prompt when it wants no logits, or while the caller holds."""
     with Engine(tiny_gqa, elastic=ELASTIC) as e:

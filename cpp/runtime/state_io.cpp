@@ -35,7 +35,7 @@ struct state_sequence {
     int32_t  pos_turn       = 0;
     int32_t  pos_moved      = -1;
     int32_t  n_prompt_cells = 0;
-    uint32_t pending        = 0;
+    uint32_t pending        = 0;  // 1: the prompt is not compressed; 2: nor does it end with a token that wanted logits
     int32_t  n_unscored     = 0;
     int32_t  n_checkpoints  = 0;  // 1: the newest one follows
     int32_t  pos_first      = 0;
@@ -87,7 +87,7 @@ void write_sequence(const cache_parts & parts, const checkpoints & taken, llama_
     s.pos_turn       = st.pos_turn;
     s.pos_moved      = st.pos_moved;
     s.n_prompt_cells = st.n_prompt_cells;
-    s.pending        = st.pending;
+    s.pending        = !st.pending ? 0 : st.has_output ? 1 : 2;
     s.n_unscored     = st.n_unscored;
 
     // the one after the last prompt, so that its answer can be taken back after loading too
@@ -206,6 +206,7 @@ void read_sequence(cache_parts & parts, checkpoints & taken, llama_io_read_i & i
     st.pos_changed    = parts.kv.pos_max(seq_id);  // the importance is of all that is there
     st.n_prompt_cells = s.n_prompt_cells;
     st.pending        = s.pending != 0;
+    st.has_output     = s.pending != 2;
     st.n_unscored     = s.n_unscored;
 
     taken.forget(seq_id);

@@ -39,7 +39,7 @@ class Step:
     pos: int
     data: Any = None
     hold: bool = False
-    wants: bool = False  # logits of the last token
+    wants: bool = False  # logits of the last token, of a copy those that were there
 
     def __len__(self) -> int:
         return len(self.data) if self.what == "decode" else 0
@@ -49,6 +49,19 @@ class Step:
         """Unless it comes first."""
         one_token = self.what == "decode" and self.data.ndim == 1 and len(self) == 1
         return one_token and self.wants and not self.hold and self.pos > 0
+
+
+def cut_steps(steps: list[Step], pos: int) -> list[Step]:
+    """What a removal from `pos` on leaves. An answer may follow what is left of a prompt."""
+    kept = []
+    for step in steps:
+        if step.what != "decode" or step.is_generated:
+            if step.pos + len(step) <= pos:
+                kept.append(step)
+        elif step.pos < pos:
+            data = step.data[: pos - step.pos]
+            kept.append(replace(step, data=data, hold=True, wants=True))
+    return kept
 
 
 @dataclass
@@ -72,23 +85,27 @@ class Record:
                 return True
         return False
 
+    def may_answer(self) -> bool:
+        """Whether an answer may follow: the last token wanted logits, or was probed behind."""
+        for step in reversed(self.steps):
+            if step.what == "probe":
+                return True
+            if step.what in ("decode", "copy"):
+                return step.wants
+        return True
+
     def add(self, step: Step) -> None:
         """What has just happened. Compressions that came with it get a step of their own."""
         if step.is_generated and self.pending():
-            self.steps.append(Step("compress", step.pos))
+            if self.may_answer():
+                self.steps.append(Step("compress", step.pos))
+            else:
+                step = replace(step, hold=True)  # the prompt's last token
         self.steps.append(step)
 
     def cut(self, pos: int) -> None:
-        kept = []
-        for step in self.steps:
-            if step.what != "decode":
-                if step.pos <= pos:
-                    kept.append(step)
-            elif step.pos + len(step) <= pos:
-                kept.append(step)
-            elif step.pos < pos:
-                kept.append(replace(step, data=step.data[: pos - step.pos], wants=False))
-        self.steps = kept
+        if pos < self.end():
+            self.steps = cut_steps(self.steps, pos)
 
     def replay(
         self, ctx: Any, session: Any, config: ElasticConfig
