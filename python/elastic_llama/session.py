@@ -32,7 +32,8 @@ class Resolved:
     scorer, selector, combiner, evictor : str
         Parts of the policy; a scorer written in Python by its name.
     overdraft : int
-        Cells beyond the budget that an answer may take.
+        Cells beyond the budget that an answer may take; where none was chosen and K and V are on a
+        device, at least an eighth of the budget's cells.
     layer_share : tuple of float
         Cells of each layer in relation to the others'; empty: all as many.
     frees_layers : bool

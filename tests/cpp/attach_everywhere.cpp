@@ -1,5 +1,6 @@
 // Preloaded into a program that knows nothing of us: each context that it makes gets an elastic cache.
-// ELASTIC_BUDGET: as in elastic_params. How often prompts were compressed is said when a context is freed.
+// ELASTIC_BUDGET: as in elastic_params. ELASTIC_COMPRESS_SAVED: a sequence is compressed before its state is saved, for programs that
+// want no logits of its prompt. How often prompts were compressed is said when a context is freed.
 
 #include "runtime/elastic.h"
 
@@ -25,6 +26,16 @@ extern "C" llama_context * llama_init_from_model(llama_model * model, llama_cont
         std::exit(70);
     }
     return ctx;
+}
+
+extern "C" size_t llama_state_seq_get_size(llama_context * ctx, llama_seq_id seq_id) {
+    static const auto real = (decltype(&llama_state_seq_get_size)) dlsym(RTLD_NEXT, "llama_state_seq_get_size");
+
+    if (std::getenv("ELASTIC_COMPRESS_SAVED") && elastic_compress(ctx, seq_id) < 0) {
+        std::fprintf(stderr, "%s\n", elastic_last_error());
+        std::exit(70);
+    }
+    return real(ctx, seq_id);
 }
 
 extern "C" void llama_free(llama_context * ctx) {

@@ -28,7 +28,7 @@ def case(policy: str | None = "elastic", **kw: Any) -> dict[str, Any]:
 
 
 def run(model: Path, endpoints: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `rpc_run` says of each; without endpoints the device is one of this machine."""
+    """What `rpc_run` says of each."""
     command = [sys.executable, "-m", "tests.support.rpc_run", str(model), ",".join(endpoints)]
     done = subprocess.run(
         [*command, json.dumps(cases)], capture_output=True, text=True, timeout=300, check=False

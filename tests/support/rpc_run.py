@@ -1,11 +1,8 @@
-"""One model on the host and on devices, in a process of its own: devices cannot be taken back.
-
-The devices are RPC servers, or those of this machine where no endpoint is given.
+"""One model on the host and on RPC servers, in a process of its own: they cannot be taken back.
 
 Prints one JSON object per line: what differed, and the commands that each generated token took.
 
-Usage: python -m tests.support.rpc_run MODEL [ENDPOINT[,ENDPOINT...]] CASES
-An empty string stands for no endpoint.
+Usage: python -m tests.support.rpc_run MODEL ENDPOINT[,ENDPOINT...] CASES
 """
 
 from __future__ import annotations
@@ -70,7 +67,7 @@ def run(
 def main() -> None:
     path, endpoints, cases = sys.argv[1:]
     proxies = []
-    for endpoint in filter(None, endpoints.split(",")):
+    for endpoint in endpoints.split(","):
         host, port = endpoint.split(":")
         proxies.append(RpcProxy((host, int(port))))
         add_rpc_server(proxies[-1].endpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..conversation import Conversation
 from ..errors import ConfigError
 from ..errors import message as error_message
 from ..pieces import TextPiece
+from ..sequence_state import save_sequence
 from ..vision import MARKER
 from .items import Item
 from .streams import Streams
@@ -40,7 +40,7 @@ class Prompt:
         The token that ends an answer.
     """
 
-    state: bytes
+    state: memoryview
     n_positions: int
     logits: np.ndarray
     tail: list[int]
@@ -78,7 +78,7 @@ class Prefiller:
                 tail = self._after_image(item.prompt)
             else:
                 chat.prefill(item.prompt, images)
-        return Prompt(self._save(), llm.n_tokens, self._logits(), tail, np.array(target), end)
+        return Prompt(save_sequence(self.llm), llm.n_tokens, self._logits(), tail, np.array(target), end)
 
     def _prefill_before(self, images: list[Any]) -> None:
         """Decode images, and what the proxy question looks at in them."""
@@ -99,13 +99,6 @@ class Prefiller:
         rendered = self.chat._template.render([message], MARKER)
         after = rendered.split(MARKER, 1)[1]
         return self.llm.tokenize(after.encode(), add_bos=False, special=True)
-
-    def _save(self) -> bytes:
-        ctx = self.llm._ctx.ctx
-        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        n = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, 0)
-        return bytes(memoryview(buffer)[:n])
 
     def _logits(self) -> np.ndarray:
         row = llama_cpp.llama_get_logits_ith(self.llm._ctx.ctx, -1)
