@@ -78,7 +78,7 @@ class Prefiller:
                 tail = self._after_image(item.prompt)
             else:
                 chat.prefill(item.prompt, images)
-        return Prompt(save_sequence(self.llm), llm.n_tokens, self._logits(), tail, np.array(target), end)
+        return Prompt(save_sequence(llm), llm.n_tokens, self._logits(), tail, np.array(target), end)
 
     def _prefill_before(self, images: list[Any]) -> None:
         """Decode images, and what the proxy question looks at in them."""
