@@ -19,24 +19,18 @@ static std::vector<float> carried(const float * x, int32_t n, float text_carry) 
 }
 
 void expected_attention_scorer::score_head(const cells & c, const float * recent, float * score) const {
-    const int32_t      n = c.size();
-    // the first words and the question draw far more than patches do, which must not spill over to the patches beside them
-    std::vector<float> image_only(n);
-    for (int32_t i = 0; i < n; ++i) {
-        image_only[i] = c.is_image(i) ? recent[i] : 0.0f;
-    }
-    const auto   of_image = pooled(image_only.data(), n, n_near);
-    const auto   next     = carried(recent, n, text_carry);
-    const double n_sum    = total_of(score, n);
-    const double n_image  = total_of(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
-    const double n_text   = 2.0 * total_of(recent, n);
-    const double n_next   = 2.0 * total_of(next.data(), n);
+    const int32_t n       = c.size();
+    const auto    next    = carried(recent, n, text_carry);
+    const double  n_sum   = total_of(score, n);
+    const double  n_image = total_of(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
+    const double  n_text  = 2.0 * total_of(recent, n);
+    const double  n_next  = 2.0 * total_of(next.data(), n);
 
     const auto share = [](double x, double all) {
         return all > 0.0 ? x / all : 0.0;
     };
     for (int32_t i = 0; i < n; ++i) {
-        const double asked = c.is_image(i) ? share(of_image[i], n_image) : share(recent[i], n_text) + share(next[i], n_next);
+        const double asked = c.is_image(i) ? share(recent[i], n_image) : share(recent[i], n_text) + share(next[i], n_next);
         score[i]           = (float) (share(score[i], n_sum) + asked);
         if (c.is_image(i) && image_power != 1.0f) {
             score[i] = std::pow(score[i], image_power);

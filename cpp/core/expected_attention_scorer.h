@@ -6,8 +6,9 @@ namespace elastic {
 
 // A cell's share of all attention, and its share of the recent attention:
 //   for text half of it comes from the cells before, text_carry per cell (an answer that quotes a word goes on to the next),
-//   for image cells averaged over the n_near image cells around (text counts as 0) and asked_ahead times if the cells end with an image,
-//   for a question that is still to come will look where the words around the image do, not where patches do.
+//   for image cells asked_ahead times if the cells end with an image, for a question that is still to come will look where the words
+//   around the image do, not where patches do.
+// Neither is averaged over neighbours.
 class expected_attention_scorer : public scorer {
   public:
     explicit expected_attention_scorer(float image_power = 1.0f) : image_power(image_power) {}
@@ -18,14 +19,11 @@ class expected_attention_scorer : public scorer {
     head_map     score(const score_view & v) const override;
 
     // How much the weight of a query of text shrinks with every later one. Chosen on the dev texts with the embedded model.
-    float   decay       = 0.9f;
+    float decay       = 0.9f;
     // How much of what a cell of text was looked at goes on to the next. Chosen on the dev texts with the embedded model.
-    float   text_carry  = 0.94f;
-    // What a patch shows is around it, too. Chosen on the dev scenes with the embedded model. Text is not averaged: on the dev texts
-    // neither model gains by it, and gemma-3-270m loses (documents .158, averaged over 13 .196).
-    int32_t n_near      = 13;
+    float text_carry  = 0.94f;
     // What the recent score counts for image cells while the question is still to come. Chosen on the dev scenes with the embedded model.
-    float   asked_ahead = 3.0f;
+    float asked_ahead = 3.0f;
 
     // The power to which the score of an image cell is raised. Below 1 a cell that this question does not look at is worth more: what the
     // image is asked later is not known.

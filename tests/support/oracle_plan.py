@@ -17,7 +17,7 @@ import numpy as np
 TEXT, IMAGE, GENERATED = 0, 1, 2
 
 
-WINDOW, POOL, KIND_POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 13, 3, 16, 3
+WINDOW, POOL, ASKED_AHEAD, TEXT_RECENT, IMAGE_START = 32, 7, 3, 16, 3
 FOLLOW = np.float64(np.float32(0.94))
 IMAGE_POWER = 0.5  # of the score of an image cell, rule expected_attention_damped
 
@@ -55,13 +55,12 @@ def scores(
                 out[layer, head, i] = pool[i]
             elif rule in ("expected_attention", "expected_attention_damped"):
                 row = recent[layer, head]
-                if kind[i] == IMAGE:
-                    near = pooled(np.where(kind == IMAGE, row, 0), KIND_POOL)[i]
-                    times = ASKED_AHEAD if kind[-1] == IMAGE else 1
-                    asked = times * share_of(near, row)
-                else:
-                    near, next_ = row, carried(row)
-                    asked = (share_of(near[i], near) + share_of(next_[i], next_)) / 2
+                asked = share_of(row[i], row)
+                if kind[i] != IMAGE:
+                    next_ = carried(row)
+                    asked = (asked + share_of(next_[i], next_)) / 2
+                elif kind[-1] == IMAGE:
+                    asked *= ASKED_AHEAD
                 out[layer, head, i] = share_of(sums[i], sums) + asked
                 if rule == "expected_attention_damped" and kind[i] == IMAGE:
                     out[layer, head, i] = out[layer, head, i] ** IMAGE_POWER
