@@ -121,21 +121,36 @@ bool attention_graph::decays(const llama_ubatch & ubatch) const {
 }
 
 uint32_t attention_graph::n_sums(const llama_ubatch & ubatch) const {
-    return 1 + (decays(ubatch) ? 1 : 0) + parts.scores.needs.n_window;
+    return 1 + (decays(ubatch) ? 1 : 0) + parts.windows.n_window;
+}
+
+// fn(each sequence whose window the token's query is a part of)
+template <typename F> void attention_graph::for_each_window(const llama_ubatch & ubatch, int64_t i, F fn) const {
+    for (int32_t j = 0; parts.windows.any() && j < ubatch.n_seq_id[i]; ++j) {
+        if (parts.seqs.is_prompt(ubatch.seq_id[i][j])) {
+            fn(ubatch.seq_id[i][j]);
+        }
+    }
 }
 
 void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream, bool by_sum) const {
-    const int64_t n_tps    = ubatch.n_tokens / n_stream;
-    const int64_t n_rows   = n_sums(ubatch);
-    const int32_t n_window = parts.scores.needs.n_window;
+    const int64_t n_tps  = ubatch.n_tokens / n_stream;
+    const int64_t n_rows = n_sums(ubatch);
 
     for (int64_t s = 0; s < n_stream; ++s) {
         std::vector<float> w(n_tps * n_rows, 0.0f);  // [n_tps][n_rows]
 
-        std::map<llama_seq_id, float> decayed;
-        int64_t                       n_later = 0;
+        std::map<llama_seq_id, float>   decayed;
+        std::map<llama_seq_id, int32_t> n_later;
         for (int64_t i = n_tps - 1; i >= 0; --i) {
             const llama_seq_id seq_id = ubatch.seq_id[s * n_tps + i][0];
+            // sequences share a sum, as their queries look at no cells of each other; what they have in common, both look at
+            for_each_window(ubatch, s * n_tps + i, [&](llama_seq_id id) {
+                const int32_t ago = n_later[id]++;
+                if (ago < parts.windows.n_window) {
+                    w[i * n_rows + n_rows - 1 - ago] = 1.0f;
+                }
+            });
             if (!parts.seqs.is_scored(seq_id)) {
                 continue;
             }
@@ -147,10 +162,6 @@ void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int6
                 row[1]    = f * count;
                 f *= parts.scores.needs.decay;
             }
-            if (n_later < n_window) {
-                row[n_rows - 1 - n_later] = 1.0f;
-            }
-            n_later++;
         }
         if (by_sum) {
             const std::vector<float> of_tokens(w);
@@ -298,22 +309,31 @@ std::vector<float> attention_graph::decay_factors(const llama_ubatch & ubatch, u
     return res;
 }
 
-// rows for the single queries of the window, [n_stream] of each stream
-std::vector<int32_t> attention_graph::begin_queries(const llama_ubatch & ubatch, const placed_cells & placed) {
-    std::vector<int32_t> res(placed.n_stream, 0);
-    for (int32_t s = 0; s < placed.n_stream; ++s) {
-        for (int64_t i = 0; i < placed.n_of_stream && res[s] < parts.scores.needs.n_window; ++i) {
-            if (is_scored(ubatch, s * placed.n_of_stream + i)) {
-                parts.scores.begin_query(placed.strm[s]);
-                res[s]++;
-            }
+// room for the ubatch's queries of a stream, [first, first + n), in the windows of their sequences
+std::vector<attention_graph::window_part> attention_graph::begin_queries(const llama_ubatch & ubatch, int64_t first, int64_t n) {
+    std::map<llama_seq_id, int32_t> n_queries;
+    for (int64_t i = first; i < first + n; ++i) {
+        for_each_window(ubatch, i, [&](llama_seq_id id) { n_queries[id]++; });
+    }
+    std::vector<window_part> res;
+    for (const auto & [seq_id, count] : n_queries) {
+        const auto    rows  = parts.kv.rows(seq_id);
+        const auto    range = std::minmax_element(rows.begin(), rows.end());
+        const int32_t begin = *range.first;
+        window_part   part  = { seq_id, std::min(count, parts.windows.n_window), begin, {} };
+        part.held.resize(*range.second - begin + 1);
+        for (const int32_t row : rows) {
+            part.held[row - begin] = 1.0f;
         }
+        for (int32_t i = 0; i < part.n_queries; ++i) {
+            parts.windows.begin_query(seq_id);
+        }
+        res.push_back(std::move(part));
     }
     return res;
 }
 
-void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & ubatch, const placed_cells & placed,
-                                const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries) {
+void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & ubatch, const std::vector<stream_part> & streams) {
     std::vector<float>  data;
     const float *       sums = layer.op.sums;
     const ggml_tensor * t    = layer.tensor;
@@ -332,20 +352,22 @@ void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & u
     const int64_t n_head = layer.n_head;
     const int64_t n_gqa  = n_head / parts.kv.shape.n_head_kv * parts.kv.shape.n_users[il];  // query heads of a KV head
 
-    for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm[s];
+    for (size_t s = 0; s < streams.size(); ++s) {
+        const stream_part & part = streams[s];
         for (int64_t h = 0; h < n_head; ++h) {
             const float * src = sums + (s * n_head + h) * n_rows * n_kv;
             const int32_t ih  = (int32_t) (h * parts.kv.shape.n_head_kv / n_head);
-            const auto    add = [&](int64_t row, float * dst) {
-                add_share(dst, src + row * n_kv, used[s].data(), (int32_t) used[s].size(), (int32_t) n_gqa);
+            const auto    add = [&](float * dst, int64_t row, int32_t first, const std::vector<float> & cells) {
+                add_share(dst + first, src + row * n_kv + first, cells.data(), (int32_t) cells.size(), (int32_t) n_gqa);
             };
-            add(0, parts.scores.sum_row(strm, il, ih));
+            add(parts.scores.sum_row(part.strm, il, ih), 0, 0, part.used);
             if (decays(ubatch)) {
-                add(1, parts.scores.decayed_row(strm, il, ih));
+                add(parts.scores.decayed_row(part.strm, il, ih), 1, 0, part.used);
             }
-            for (int32_t ago = 0; ago < n_queries[s]; ++ago) {
-                add(n_rows - 1 - ago, parts.scores.query_row(strm, ago, il, ih));
+            for (const auto & window : part.windows) {
+                for (int32_t ago = 0; ago < window.n_queries; ++ago) {
+                    add(parts.windows.row(window.seq_id, ago, il, ih), n_rows - 1 - ago, window.first, window.held);
+                }
             }
         }
     }
@@ -361,24 +383,26 @@ void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch
     const placed_cells placed  = placed_in(mctx);
 
     // what earlier queries left decays first
-    std::vector<std::vector<float>> used(placed.n_stream);  // up to the last row in use
+    std::vector<stream_part> streams;
     for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm[s];
+        const uint32_t strm  = placed.strm[s];
+        const int64_t  first = (int64_t) s * placed.n_of_stream;
         if (decays(ubatch)) {
-            parts.scores.decay(strm, decay_factors(ubatch, strm, (int64_t) s * placed.n_of_stream, placed.n_of_stream));
+            parts.scores.decay(strm, decay_factors(ubatch, strm, first, placed.n_of_stream));
         }
+        stream_part part = { strm, {}, begin_queries(ubatch, first, placed.n_of_stream) };
         for (int32_t i = 0; i < parts.kv.n_used(strm); ++i) {
-            used[s].push_back(parts.kv.is_free(strm, i) ? 0.0f : 1.0f);
+            part.used.push_back(parts.kv.is_free(strm, i) ? 0.0f : 1.0f);
         }
+        streams.push_back(std::move(part));
     }
-    const auto   n_queries = begin_queries(ubatch, placed);
-    const auto & layers    = it->second->layers;
-    const auto   packed    = std::find_if(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; });
+    const auto & layers = it->second->layers;
+    const auto   packed = std::find_if(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; });
     if (packed != layers.end()) {
         on_device.fetch((int64_t) packed->n());
     }
     for (const auto & layer : layers) {
-        add_layer(layer, ubatch, placed, used, n_queries);
+        add_layer(layer, ubatch, streams);
     }
     if (n_buffer > N_BUFFER && ubatch.n_tokens > ubatch.n_seqs_unq) {  // of a prompt; what an answer takes stays as it is
         buffer.reset();
