@@ -35,7 +35,7 @@ template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v,
     }
 }
 
-// what was known of a window of queries before such a window ended with its prompt
+// no window of queries: a checkpoint is taken where no prompt waits. The form has a place for two numbers of them
 constexpr uint64_t no_queries = 0;
 
 void check(bool is_good) {
