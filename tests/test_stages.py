@@ -115,6 +115,29 @@ def test_a_state_says_whether_a_prompt_is_over(tiny_gqa: Path, seq: int | None) 
             assert e.session.stats()["compressions"] == n_compressions
 
 
+@pytest.mark.parametrize("seq", [None, 1], ids=["context", "sequence"])
+def test_a_copy_is_saved_and_loaded_over_at_once(tiny_gqa: Path, seq: int | None) -> None:
+    """llama.cpp copies the rows of a stream at the next decode only."""
+    text, other = random_tokens(65, N_VOCAB, 1), random_tokens(40, N_VOCAB, 2)
+    kw = {"elastic": ELASTIC, "n_seq_max": 2, "unified": False}
+    with Engine(tiny_gqa, **kw) as e:
+        e.prompt(text)
+        e.prompt(other, seq=1)
+        before = e.save(seq)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        copied = e.save(seq)
+        assert e.load(before, seq) == len(before)
+        loaded = e.token(20, 40, seq=1)
+    with Engine(tiny_gqa, **kw) as e:
+        assert e.load(copied, seq) == len(copied)
+        got = e.token(20, 65, seq=1)
+    with Engine(tiny_gqa, **kw) as e:
+        e.prompt(text)
+        e.prompt(other, seq=1)
+        assert nmse(e.token(20, 40, seq=1), loaded) < 1e-9
+        assert nmse(e.token(20, 65), got) < 1e-9
+
+
 def test_single_prompt_tokens(tiny_gqa: Path) -> None:
     """A lone token belongs to the prompt when it wants no logits, or while the caller holds."""
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
