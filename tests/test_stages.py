@@ -115,6 +115,28 @@ def test_a_state_says_whether_a_prompt_is_over(tiny_gqa: Path, seq: int | None) 
             assert e.session.stats()["compressions"] == n_compressions
 
 
+def test_a_saved_checkpoint_knows_when_attention_was_added(tiny_gqa: Path) -> None:
+    """It is that of every fourth token, also behind a checkpoint between two of these."""
+    answer = random_tokens(16, N_VOCAB, 3)
+
+    def goes_on(e: Engine, end: int) -> np.ndarray:
+        e.forced(answer[11:14], end)
+        assert e.seq_rm(0, end, -1)
+        e.forced(answer[13:16], end)
+        return np.asarray(e.session.importance(0))
+
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        end = feed(e) + 11
+        e.forced(answer[:11], end - 11)
+        e.session.compress(0)
+        assert e.session.stats()["compressions"] == 2
+        state = e.save(0)
+        expected = goes_on(e, end)
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        assert e.load(state, 0) == len(state)
+        np.testing.assert_array_equal(goes_on(e, end), expected)
+
+
 @pytest.mark.parametrize("seq", [None, 1], ids=["context", "sequence"])
 def test_a_copy_is_saved_and_loaded_over_at_once(tiny_gqa: Path, seq: int | None) -> None:
     """llama.cpp copies the rows of a stream at the next decode only."""

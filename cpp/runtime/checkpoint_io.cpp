@@ -100,6 +100,7 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_view & kv) {
                   (llama_pos) numbers[4],
                   (int32_t) numbers[5],
                   numbers[6] != 0,
+                  true,
                   (int32_t) numbers[7] };
 
     read_vector(io, res.rows, n_max);
