@@ -15,6 +15,7 @@
 namespace elastic {
 
 class graph_sums;
+struct layer_sums;
 
 class attention_graph {
   public:
@@ -55,8 +56,6 @@ class attention_graph {
 
     friend class graph_sums;
 
-    struct layer_sums;
-
     // queries of an ubatch that are among the last ones of a sequence's prompt
     struct window_part {
         llama_seq_id       seq_id;
@@ -81,7 +80,8 @@ class attention_graph {
     bool any_scored(const llama_ubatch & ubatch) const;
     bool decays(const llama_ubatch & ubatch) const;
 
-    template <typename F> void for_each_window(const llama_ubatch & ubatch, int64_t i, F fn) const;
+    // sequences whose window the token's query is a part of
+    std::vector<llama_seq_id> windows_of(const llama_ubatch & ubatch, int64_t i) const;
 
     std::vector<float>       decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const;
     std::vector<window_part> begin_queries(const llama_ubatch & ubatch, int64_t first, int64_t n);

@@ -5,6 +5,8 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 
 #include <limits>
 
