@@ -142,12 +142,14 @@ def test_a_prompt_goes_on_after_loading(
     """Queries that leave the window after a load had come before it."""
     with Engine(tiny_gqa, elastic=options(policy)) as e:
         e.prompt(TEXT[:-N_LATER], logits=False)
+        saved = e.session.recent(0)[1]
         state = e.save(seq)
         e.prompt(TEXT[-N_LATER:], N - N_LATER)
         window = e.session.recent(0)[1]
         logits, plan = answered(e)
     with Engine(tiny_gqa, elastic=options(policy)) as e:
         assert e.load(state, seq) == len(state)
+        np.testing.assert_array_equal(e.session.recent(0)[1], saved)
         e.prompt(TEXT[-N_LATER:], N - N_LATER)
         np.testing.assert_array_equal(e.session.recent(0)[1], window)
         got, got_plan = answered(e)

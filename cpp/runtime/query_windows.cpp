@@ -31,17 +31,11 @@ void query_windows::reset_cell(llama_seq_id seq_id, int32_t cell) {
     if (it == windows.end()) {
         return;
     }
-    for (auto & q : it->second) {
+    for (const auto & q : it->second) {  // whoever else has it: its query saw no token that comes after it
         for (int32_t r = 0; r < n_rows(); ++r) {
-            if (q->row(r)[cell] == 0.0f) {  // most have never been written, and take no memory
-                continue;
+            if (q->row(r)[cell] != 0.0f) {  // most have never been written, and take no memory
+                q->row(r)[cell] = 0.0f;
             }
-            if (q.use_count() > 1) {
-                const query own = make();
-                own->copy_from(*q, kv_size);
-                q = own;
-            }
-            q->row(r)[cell] = 0.0f;
         }
     }
 }

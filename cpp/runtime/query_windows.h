@@ -42,7 +42,7 @@ class query_windows {
     void                  set(llama_seq_id seq_id, const std::vector<int32_t> & rows, const std::vector<head_map> & queries);
 
   private:
-    // sequences that were copied have queries in common, so a map is written only where it is one sequence's
+    // copies of a sequence have queries in common
     using query = std::shared_ptr<lazy_map>;
 
     const int32_t n_layer;
