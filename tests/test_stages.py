@@ -115,6 +115,51 @@ def test_a_state_says_whether_a_prompt_is_over(tiny_gqa: Path, seq: int | None) 
             assert e.session.stats()["compressions"] == n_compressions
 
 
+def test_a_saved_checkpoint_knows_when_attention_was_added(tiny_gqa: Path) -> None:
+    """It is that of every fourth token, also behind a checkpoint between two of these."""
+    answer = random_tokens(16, N_VOCAB, 3)
+
+    def goes_on(e: Engine, end: int) -> np.ndarray:
+        e.forced(answer[11:14], end)
+        assert e.seq_rm(0, end, -1)
+        e.forced(answer[13:16], end)
+        return np.asarray(e.session.importance(0))
+
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        end = feed(e) + 11
+        e.forced(answer[:11], end - 11)
+        e.session.compress(0)
+        assert e.session.stats()["compressions"] == 2
+        state = e.save(0)
+        expected = goes_on(e, end)
+    with Engine(tiny_gqa, elastic=ELASTIC) as e:
+        assert e.load(state, 0) == len(state)
+        np.testing.assert_array_equal(goes_on(e, end), expected)
+
+
+@pytest.mark.parametrize("seq", [None, 1], ids=["context", "sequence"])
+def test_a_copy_is_saved_and_loaded_over_at_once(tiny_gqa: Path, seq: int | None) -> None:
+    """llama.cpp copies the rows of a stream at the next decode only."""
+    text, other = random_tokens(65, N_VOCAB, 1), random_tokens(40, N_VOCAB, 2)
+    kw = {"elastic": ELASTIC, "n_seq_max": 2, "unified": False}
+    with Engine(tiny_gqa, **kw) as e:
+        e.prompt(text)
+        e.prompt(other, seq=1)
+        before = e.save(seq)
+        llama_cpp.llama_memory_seq_cp(e.memory, 0, 1, -1, -1)
+        copied = e.save(seq)
+        assert e.load(before, seq) == len(before)
+        loaded = e.token(20, 40, seq=1)
+    with Engine(tiny_gqa, **kw) as e:
+        assert e.load(copied, seq) == len(copied)
+        got = e.token(20, 65, seq=1)
+    with Engine(tiny_gqa, **kw) as e:
+        e.prompt(text)
+        e.prompt(other, seq=1)
+        assert nmse(e.token(20, 40, seq=1), loaded) < 1e-9
+        assert nmse(e.token(20, 65), got) < 1e-9
+
+
 def test_single_prompt_tokens(tiny_gqa: Path) -> None:
     """A lone token belongs to the prompt when it wants no logits, or while the caller holds."""
     with Engine(tiny_gqa, elastic=ELASTIC) as e:

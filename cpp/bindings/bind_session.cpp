@@ -108,8 +108,8 @@ static py::dict read_cells(const session & self, llama_seq_id seq_id) {
 }
 
 static py::tuple read_recent(const session & self, llama_seq_id seq_id) {
-    const auto x = importance_of(self.cache(seq_id).parts(), seq_id);
-    return py::make_tuple(to_array(x.decayed), to_array(x.windowed));
+    const auto & parts = self.cache(seq_id).parts();
+    return py::make_tuple(to_array(importance_of(parts, seq_id).decayed), to_array(windowed_of(parts, seq_id)));
 }
 
 // what ElasticConfig and the keywords of Session start from, by their names there
@@ -341,7 +341,8 @@ Raises ValueError while a probe is running, and where there can be none (`can_pr
             [](const session & self, llama_seq_id seq_id) { return to_array(importance_of(self.cache(seq_id).parts(), seq_id).sum); },
             py::arg("seq_id") = 0, "Importance, f32 [n_layer, n_head_kv, n_cells].")
         .def("recent", &read_recent, py::arg("seq_id") = 0,
-             "Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.")
+             "Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept. "
+             "Windowed: 0 once the prompt is compressed.")
         .def(
             "count", [](const session & self, llama_seq_id seq_id) { return to_array(counts_of(self.cache(seq_id).parts(), seq_id)); },
             py::arg("seq_id") = 0, "Tokens merged into each cell, f32 [n_layer, n_head_kv, n_cells].")

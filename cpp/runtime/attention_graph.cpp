@@ -1,88 +1,15 @@
 #include "runtime/attention_graph.h"
 
-#include "core/statistics.h"
 #include "runtime/attention_op.h"
 #include "runtime/attention_ops.h"
+#include "runtime/graph_sums.h"
 
 #include "llama-batch.h"
 #include "llama-kv-cache.h"
 
 #include <algorithm>
-#include <cmath>
-#include <deque>
 
 namespace elastic {
-
-// of one layer  [n_stream][n_head][n_rows][n_kv]
-struct attention_graph::layer_sums {
-    int32_t             il;        // of the cache
-    int32_t             il_model;  // others may use K and V of the same layer
-    int64_t             n_kv;
-    int64_t             n_rows;
-    int64_t             n_head;
-    int64_t             n_stream;
-    ggml_tensor *       tensor = nullptr;  // of llama.cpp's ops
-    bool                packed = false;    // copied to device_sums
-    attention_op_params op     = {};       // of ours, which says where they are
-
-    size_t n() const { return n_kv * n_rows * n_head * n_stream; }
-};
-
-// what one graph was built with, and its sums
-class graph_sums : public llm_graph_input_i {
-  public:
-    graph_sums(attention_graph & owner, const llm_graph_result * graph, bool wanted, bool has_bias)
-        : wanted(wanted), has_bias(has_bias), version(owner.on_device.version()), owner(owner), graph(graph), graphs(owner.graphs) {
-        (*graphs)[graph] = this;
-    }
-    ~graph_sums() override {
-        const auto it = graphs->find(graph);
-        if (it != graphs->end() && it->second == this) {
-            graphs->erase(it);
-        }
-    }
-
-    void set_input(const llama_ubatch * ubatch) override {
-        owner.parts.bias.upload();
-        for (const bool by_sum : { false, true }) {
-            if (ggml_tensor * t = weights[by_sum]) {
-                std::vector<float> data(ggml_nelements(t));
-                owner.set_weights(data.data(), *ubatch, t->ne[2], t->ne[3], by_sum);
-                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-            }
-        }
-        size_t n = 0;
-        for (const auto & layer : layers) {
-            n += layer.tensor ? 0 : layer.n();
-        }
-        float * next = n > 0 ? owner.reserve_sums(n) : nullptr;
-        for (auto & layer : layers) {
-            layer.op.sums = layer.tensor ? nullptr : next;
-            next += layer.tensor ? 0 : layer.n();
-        }
-    }
-
-    bool can_reuse(const llm_graph_params & params) override {
-        if (wanted != owner.wants_sums(params.ubatch) || has_bias != owner.has_bias() || version != owner.on_device.version()) {
-            return false;
-        }
-        const ggml_tensor * t = weights[0] ? weights[0] : weights[1];
-        return !t || ggml_nelements(t) == owner.n_sums(params.ubatch) * t->ne[2] * (int64_t) params.ubatch.n_tokens;
-    }
-
-    const bool    wanted;
-    const bool    has_bias;
-    uint32_t      version;  // of what its sums are copied to
-    // f32 [n_sums, n_tokens / n_stream, n_head, n_stream] for our op; with the first two the other way round for llama.cpp's
-    ggml_tensor * weights[2] = { nullptr, nullptr };
-
-    std::deque<attention_graph::layer_sums> layers;  // which nodes of the graph point to
-
-  private:
-    attention_graph &                          owner;
-    const llm_graph_result *                   graph;
-    std::shared_ptr<attention_graph::registry> graphs;
-};
 
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits) : parts(parts), logits(logits), on_device(parts.kv) {
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
@@ -121,21 +48,37 @@ bool attention_graph::decays(const llama_ubatch & ubatch) const {
 }
 
 uint32_t attention_graph::n_sums(const llama_ubatch & ubatch) const {
-    return 1 + (decays(ubatch) ? 1 : 0) + parts.scores.needs.n_window;
+    return 1 + (decays(ubatch) ? 1 : 0) + parts.windows.n_window;
+}
+
+std::vector<llama_seq_id> attention_graph::windows_of(const llama_ubatch & ubatch, int64_t i) const {
+    std::vector<llama_seq_id> res;
+    for (int32_t j = 0; parts.windows.any() && j < ubatch.n_seq_id[i]; ++j) {
+        if (parts.seqs.is_prompt(ubatch.seq_id[i][j])) {
+            res.push_back(ubatch.seq_id[i][j]);
+        }
+    }
+    return res;
 }
 
 void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int64_t n_head, int64_t n_stream, bool by_sum) const {
-    const int64_t n_tps    = ubatch.n_tokens / n_stream;
-    const int64_t n_rows   = n_sums(ubatch);
-    const int32_t n_window = parts.scores.needs.n_window;
+    const int64_t n_tps  = ubatch.n_tokens / n_stream;
+    const int64_t n_rows = n_sums(ubatch);
 
     for (int64_t s = 0; s < n_stream; ++s) {
         std::vector<float> w(n_tps * n_rows, 0.0f);  // [n_tps][n_rows]
 
-        std::map<llama_seq_id, float> decayed;
-        int64_t                       n_later = 0;
+        std::map<llama_seq_id, float>   decayed;
+        std::map<llama_seq_id, int32_t> n_later;
         for (int64_t i = n_tps - 1; i >= 0; --i) {
             const llama_seq_id seq_id = ubatch.seq_id[s * n_tps + i][0];
+            // sequences share a sum, as their queries look at no cells of each other; what they have in common, both look at
+            for (const llama_seq_id id : windows_of(ubatch, s * n_tps + i)) {
+                const int32_t ago = n_later[id]++;
+                if (ago < parts.windows.n_window) {
+                    w[i * n_rows + n_rows - 1 - ago] = 1.0f;
+                }
+            }
             if (!parts.seqs.is_scored(seq_id)) {
                 continue;
             }
@@ -147,10 +90,6 @@ void attention_graph::set_weights(float * dst, const llama_ubatch & ubatch, int6
                 row[1]    = f * count;
                 f *= parts.scores.needs.decay;
             }
-            if (n_later < n_window) {
-                row[n_rows - 1 - n_later] = 1.0f;
-            }
-            n_later++;
         }
         if (by_sum) {
             const std::vector<float> of_tokens(w);
@@ -261,137 +200,6 @@ ggml_tensor * attention_graph::build_with_op(const attention_inputs & in, int32_
     op.scale    = in.kq_scale;
     op.soft_cap = soft_cap_of(in.graph);
     return attention_op(in.graph.ctx0, in.q_perm, in.k_perm, in.v_perm, in.kq_mask, w, in.bias, in.sinks, op);
-}
-
-//
-// after it was computed
-//
-
-// numbers that stay reserved between the ubatches of a prompt
-static constexpr size_t N_BUFFER = 2 * 1024 * 1024;
-
-// not written here, so that memory is taken only for what is
-float * attention_graph::reserve_sums(size_t n) {
-    if (n > n_buffer) {
-        buffer.reset();
-        buffer.reset(new float[n]);
-        n_buffer = n;
-    }
-    return buffer.get();
-}
-
-// of each cell, by as many steps as its sequence has queries among [first, first + n)
-std::vector<float> attention_graph::decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const {
-    std::map<llama_seq_id, int32_t> n_later;
-    for (int64_t i = first; i < first + n; ++i) {
-        if (is_scored(ubatch, i)) {
-            n_later[ubatch.seq_id[i][0]] += parts.seqs.query_count(ubatch.seq_id[i][0]);
-        }
-    }
-    std::vector<float> res(parts.kv.n_used(strm), 1.0f);
-    for (const auto & [seq_id, count] : n_later) {
-        const float factor = std::pow(parts.scores.needs.decay, (float) count);
-        for (const int32_t row : parts.kv.rows(seq_id)) {
-            res[row] *= factor;
-        }
-    }
-    return res;
-}
-
-// rows for the single queries of the window, [n_stream] of each stream
-std::vector<int32_t> attention_graph::begin_queries(const llama_ubatch & ubatch, const placed_cells & placed) {
-    std::vector<int32_t> res(placed.n_stream, 0);
-    for (int32_t s = 0; s < placed.n_stream; ++s) {
-        for (int64_t i = 0; i < placed.n_of_stream && res[s] < parts.scores.needs.n_window; ++i) {
-            if (is_scored(ubatch, s * placed.n_of_stream + i)) {
-                parts.scores.begin_query(placed.strm[s]);
-                res[s]++;
-            }
-        }
-    }
-    return res;
-}
-
-void attention_graph::add_layer(const layer_sums & layer, const llama_ubatch & ubatch, const placed_cells & placed,
-                                const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries) {
-    std::vector<float>  data;
-    const float *       sums = layer.op.sums;
-    const ggml_tensor * t    = layer.tensor;
-    if (layer.packed) {
-        sums = on_device.of(layer.il_model, (int64_t) layer.n());
-    } else if (t && ggml_backend_buffer_is_host(t->buffer)) {
-        sums = (const float *) t->data;
-    } else if (t) {
-        data.resize(layer.n());
-        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
-        sums = data.data();
-    }
-    const int32_t il     = layer.il;
-    const int64_t n_kv   = layer.n_kv;
-    const int64_t n_rows = layer.n_rows;
-    const int64_t n_head = layer.n_head;
-    const int64_t n_gqa  = n_head / parts.kv.shape.n_head_kv * parts.kv.shape.n_users[il];  // query heads of a KV head
-
-    for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm[s];
-        for (int64_t h = 0; h < n_head; ++h) {
-            const float * src = sums + (s * n_head + h) * n_rows * n_kv;
-            const int32_t ih  = (int32_t) (h * parts.kv.shape.n_head_kv / n_head);
-            const auto    add = [&](int64_t row, float * dst) {
-                add_share(dst, src + row * n_kv, used[s].data(), (int32_t) used[s].size(), (int32_t) n_gqa);
-            };
-            add(0, parts.scores.sum_row(strm, il, ih));
-            if (decays(ubatch)) {
-                add(1, parts.scores.decayed_row(strm, il, ih));
-            }
-            for (int32_t ago = 0; ago < n_queries[s]; ++ago) {
-                add(n_rows - 1 - ago, parts.scores.query_row(strm, ago, il, ih));
-            }
-        }
-    }
-}
-
-void attention_graph::collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx) {
-    const auto it = graphs->find(&graph);
-    if (it == graphs->end() || it->second->layers.empty() || !any_scored(ubatch)) {
-        return;
-    }
-    parts.kv.synchronize();
-    const int64_t      t_start = ggml_time_us();
-    const placed_cells placed  = placed_in(mctx);
-
-    // what earlier queries left decays first
-    std::vector<std::vector<float>> used(placed.n_stream);  // up to the last row in use
-    for (int32_t s = 0; s < placed.n_stream; ++s) {
-        const uint32_t strm = placed.strm[s];
-        if (decays(ubatch)) {
-            parts.scores.decay(strm, decay_factors(ubatch, strm, (int64_t) s * placed.n_of_stream, placed.n_of_stream));
-        }
-        for (int32_t i = 0; i < parts.kv.n_used(strm); ++i) {
-            used[s].push_back(parts.kv.is_free(strm, i) ? 0.0f : 1.0f);
-        }
-    }
-    const auto   n_queries = begin_queries(ubatch, placed);
-    const auto & layers    = it->second->layers;
-    const auto   packed    = std::find_if(layers.begin(), layers.end(), [](const layer_sums & layer) { return layer.packed; });
-    if (packed != layers.end()) {
-        on_device.fetch((int64_t) packed->n());
-    }
-    for (const auto & layer : layers) {
-        add_layer(layer, ubatch, placed, used, n_queries);
-    }
-    if (n_buffer > N_BUFFER && ubatch.n_tokens > ubatch.n_seqs_unq) {  // of a prompt; what an answer takes stays as it is
-        buffer.reset();
-        n_buffer = 0;
-    }
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-            if (parts.seqs.is_scored(ubatch.seq_id[i][j])) {
-                parts.seqs.scored(ubatch.seq_id[i][j], ubatch.pos[i]);
-            }
-        }
-    }
-    parts.stats.t_score_us += ggml_time_us() - t_start;
 }
 
 }  // namespace elastic

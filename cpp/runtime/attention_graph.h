@@ -15,6 +15,7 @@
 namespace elastic {
 
 class graph_sums;
+struct layer_sums;
 
 class attention_graph {
   public:
@@ -55,7 +56,19 @@ class attention_graph {
 
     friend class graph_sums;
 
-    struct layer_sums;
+    // queries of an ubatch that are among the last ones of a sequence's prompt
+    struct window_part {
+        llama_seq_id       seq_id;
+        int32_t            n_queries;
+        int32_t            first;  // row of a cell of the sequence
+        std::vector<float> held;   // 1 for its cells from there on, 0 for others
+    };
+    // what an ubatch brings to a stream
+    struct stream_part {
+        uint32_t                 strm;
+        std::vector<float>       used;  // 1 for cells in use, up to the last one
+        std::vector<window_part> windows;
+    };
 
     graph_sums &  sums_of(const llm_graph_context & graph);
     ggml_tensor * weights_of(const llm_graph_context & graph, graph_sums & sums, const ggml_tensor * q, bool by_sum) const;
@@ -67,11 +80,13 @@ class attention_graph {
     bool any_scored(const llama_ubatch & ubatch) const;
     bool decays(const llama_ubatch & ubatch) const;
 
-    std::vector<float>   decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const;
-    std::vector<int32_t> begin_queries(const llama_ubatch & ubatch, const placed_cells & placed);
-    float *              reserve_sums(size_t n);
-    void                 add_layer(const layer_sums & sums, const llama_ubatch & ubatch, const placed_cells & placed,
-                                   const std::vector<std::vector<float>> & used, const std::vector<int32_t> & n_queries);
+    // sequences whose window the token's query is a part of
+    std::vector<llama_seq_id> windows_of(const llama_ubatch & ubatch, int64_t i) const;
+
+    std::vector<float>       decay_factors(const llama_ubatch & ubatch, uint32_t strm, int64_t first, int64_t n) const;
+    std::vector<window_part> begin_queries(const llama_ubatch & ubatch, int64_t first, int64_t n);
+    float *                  reserve_sums(size_t n);
+    void                     add_layer(const layer_sums & sums, const llama_ubatch & ubatch, const std::vector<stream_part> & streams);
 };
 
 }  // namespace elastic

@@ -6,7 +6,7 @@
 namespace elastic {
 
 static importance_needs needs_of(const config & cfg) {
-    return { cfg.has_sum(), cfg.decay(), cfg.n_window() };
+    return { cfg.has_sum(), cfg.decay() };
 }
 
 static int32_t interval_of(const policy & pol) {
@@ -16,7 +16,7 @@ static int32_t interval_of(const policy & pol) {
 cache_parts::cache_parts(llama_context & ctx, const config & cfg, int32_t n_threads, int32_t n_ubatch)
     : cfg(cfg), active(cfg.record || !cfg.keeps_all()), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
       kv(ctx), seqs(interval_of(cfg.pol)), scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
-      bias(kv, cfg.pol.needs_bias()),
+      windows(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, cfg.n_window()), bias(kv, cfg.pol.needs_bias()),
       table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.needs_counts()),
       memory(kv, bias, cfg.release_memory && active) {}
 
@@ -57,6 +57,11 @@ int64_t cache_parts::kv_bytes(llama_seq_id seq_id) const {
 
 int32_t cache_parts::n_generated(llama_seq_id seq_id) const {
     return kv.n_cells(seq_id, seqs.get(seq_id).pos_prompt + 1, INT32_MAX);
+}
+
+void cache_parts::end_prompt(llama_seq_id seq_id) {
+    seqs.at(seq_id).pending = false;
+    windows.forget(seq_id);
 }
 
 void cache_parts::reset_cell(uint32_t strm, int32_t row, cell_kind kind) {

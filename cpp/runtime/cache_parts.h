@@ -9,6 +9,7 @@
 #include "runtime/importance.h"
 #include "runtime/kv_view.h"
 #include "runtime/layer_bias.h"
+#include "runtime/query_windows.h"
 #include "runtime/resident_memory.h"
 #include "runtime/sequence_table.h"
 
@@ -26,6 +27,7 @@ struct cache_parts {
     kv_view         kv;
     sequence_table  seqs;
     importance      scores;
+    query_windows   windows;
     layer_bias      bias;
     cell_table      table;
     resident_memory memory;
@@ -40,6 +42,9 @@ struct cache_parts {
     int32_t              n_per_layer(llama_seq_id seq_id) const;      // the average, rounded up
     int64_t              kv_bytes(llama_seq_id seq_id) const;         // K, V and bias of what its layers hold
     int32_t              n_generated(llama_seq_id seq_id) const;      // cells of the answer to the last prompt
+
+    // nothing of the prompt is to be compressed any more, and what its last queries looked at is of no use
+    void end_prompt(llama_seq_id seq_id);
 
     // an ordinary, new cell
     void reset_cell(uint32_t strm, int32_t row, cell_kind kind);

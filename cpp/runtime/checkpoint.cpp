@@ -21,11 +21,7 @@ head_map pick(const head_map & m, const std::vector<int32_t> & index) {
 }
 
 cell_importance pick(const cell_importance & s, const std::vector<int32_t> & index) {
-    cell_importance res = { pick(s.sum, index), pick(s.decayed, index), pick(s.windowed, index), {} };
-    for (const auto & m : s.queries) {
-        res.queries.push_back(pick(m, index));
-    }
-    return res;
+    return { pick(s.sum, index), pick(s.decayed, index) };
 }
 
 // row j of n_rows is the same in both
@@ -64,8 +60,7 @@ void checkpoints::take(llama_seq_id seq_id, const std::vector<float> & logits) {
     }
     ck.rank_scores       = parts.table.rank_scores(strm, ck.rows);
     ck.logits            = logits;
-    checkpoint_maps maps = { parts.scores.gather_exact(strm, ck.rows), parts.table.counts(strm, ck.rows),
-                             parts.bias.gather(strm, ck.rows) };
+    checkpoint_maps maps = { parts.scores.gather(strm, ck.rows), parts.table.counts(strm, ck.rows), parts.bias.gather(strm, ck.rows) };
     ck.pack(maps);
 
     auto & of_seq = kept[seq_id];
@@ -309,7 +304,7 @@ void checkpoints::put_scores_back(llama_seq_id seq_id, const checkpoint & ck) {
         }
     }
     const checkpoint_maps maps = ck.unpack();
-    parts.scores.scatter_exact(strm, rows, pick(maps.scores, own));
+    parts.scores.scatter(strm, rows, pick(maps.scores, own));
     parts.table.set_counts(strm, rows, pick(maps.counts, own));
     parts.table.set_rank_scores(strm, rows, rank_scores);
     parts.bias.scatter(strm, rows, pick(maps.bias, own));
@@ -340,6 +335,7 @@ void checkpoints::restore(llama_seq_id seq_id, llama_pos pos_end) {
     put_scores_back(seq_id, ck);
 
     parts.seqs.at(seq_id) = ck.state;
+    parts.windows.forget(seq_id);  // its prompt is over
     parts.kv.search_from(strm, 0);
 }
 

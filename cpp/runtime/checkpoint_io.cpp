@@ -35,10 +35,19 @@ template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v,
     }
 }
 
+// no window of queries: a checkpoint is taken where no prompt waits. The form has a place for two numbers of them
+constexpr uint64_t no_queries = 0;
+
 void check(bool is_good) {
     if (!is_good) {
         throw std::runtime_error("elastic state: a checkpoint is damaged");
     }
+}
+
+void read_no_queries(llama_io_read_i & io) {
+    uint64_t n = 0;
+    io.read(&n, sizeof(n));
+    check(n == no_queries);
 }
 
 }  // namespace
@@ -60,12 +69,12 @@ void checkpoint::write(llama_io_write_i & io, const kv_view & kv, uint32_t strm)
     write_vector(io, rows);
     write_vector(io, places);
     write_vector(io, kinds);
-    checkpoint_maps of_cells  = unpack();
-    const uint64_t  n_queries = of_cells.scores.queries.size();
-    io.write(&n_queries, sizeof(n_queries));
+    checkpoint_maps of_cells = unpack();
+    io.write(&no_queries, sizeof(no_queries));
     for (const head_map * m : of_cells.all()) {
         write_vector(io, m->data);
     }
+    io.write(&no_queries, sizeof(no_queries));
     write_vector(io, rank_scores);
     write_vector(io, logits);
     for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
@@ -91,17 +100,16 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_view & kv) {
                   (llama_pos) numbers[4],
                   (int32_t) numbers[5],
                   numbers[6] != 0,
+                  true,
                   (int32_t) numbers[7] };
 
     read_vector(io, res.rows, n_max);
     const uint64_t n = res.rows.size();
     read_vector(io, res.places, n);
     read_vector(io, res.kinds, n);
-    uint64_t n_queries = 0;
-    io.read(&n_queries, sizeof(n_queries));
-    check(n_queries <= (uint64_t) recorded_statistics().n_window && n > 0 && res.places.size() == n && res.kinds.size() == n);
+    read_no_queries(io);
+    check(n > 0 && res.places.size() == n && res.kinds.size() == n);
     checkpoint_maps of_cells;
-    of_cells.scores.queries.resize(n_queries);
     for (head_map * m : of_cells.all()) {
         read_vector(io, m->data, (uint64_t) shape.n_layer * shape.n_head_kv * n);
         if (!m->data.empty()) {
@@ -111,6 +119,7 @@ checkpoint checkpoint::read(llama_io_read_i & io, const kv_view & kv) {
             m->n_cells   = (int32_t) n;
         }
     }
+    read_no_queries(io);
     res.pack(of_cells);
     read_vector(io, res.rank_scores, n);
     check(res.rank_scores.size() == n);

@@ -40,8 +40,7 @@ void checkpoint::pack(checkpoint_maps & of_cells) {
 
 checkpoint_maps checkpoint::unpack() const {
     checkpoint_maps res;
-    res.scores.queries.resize(maps.size() - res.all().size());
-    const auto all = res.all();
+    const auto      all = res.all();
     for (size_t i = 0; i < all.size(); ++i) {
         *all[i] = maps[i].unpack(masked);
     }
@@ -49,11 +48,7 @@ checkpoint_maps checkpoint::unpack() const {
 }
 
 std::vector<head_map *> checkpoint_maps::all() {
-    std::vector<head_map *> res = { &scores.sum, &counts, &bias, &scores.decayed, &scores.windowed };
-    for (auto & m : scores.queries) {
-        res.push_back(&m);
-    }
-    return res;
+    return { &scores.sum, &counts, &bias, &scores.decayed };
 }
 
 }  // namespace elastic

@@ -40,7 +40,7 @@ int32_t compressor::run(llama_seq_id seq_id, const compression & what) {
     }
 
     const int64_t t_plan = ggml_time_us();
-    load(in);
+    load(seq_id, in);
     const kv_source   source(in.layers, in.rows);
     const plan_params params = params_of(seq_id, what, in, n_keep);
     plan              p      = make_plan(parts.cfg.pol, params, in.described, in.scores, &source, parts.n_threads);
@@ -92,13 +92,13 @@ compressor::inputs compressor::gather(llama_seq_id seq_id) const {
     return in;
 }
 
-void compressor::load(inputs & in) const {
+void compressor::load(llama_seq_id seq_id, inputs & in) const {
     in.layers = loaded_layers(parts.kv, in.strm);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
     in.state               = { scores.sum, parts.table.counts(in.strm, in.rows), parts.bias.gather(in.strm, in.rows) };
     in.scores.sum          = in.state.importance;
-    in.scores.recent       = parts.cfg.pol.n_window() > 0 ? scores.windowed : scores.decayed;
+    in.scores.recent       = parts.cfg.pol.n_window() > 0 ? parts.windows.sum(seq_id, in.rows) : scores.decayed;
     in.decayed             = std::move(scores.decayed);
 }
 
@@ -238,6 +238,7 @@ void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, 
     scores.sum     = after.importance;
     scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.merges());
     parts.scores.scatter(in.strm, dst, scores);
+    parts.windows.forget(seq_id);  // of cells that are others now
     parts.table.set_counts(in.strm, dst, after.count);
     parts.table.set_rank_scores(in.strm, dst, p.rank_score);
     parts.bias.scatter(in.strm, dst, after.bias);

@@ -50,7 +50,7 @@ class compressor {
     };
 
     inputs      gather(llama_seq_id seq_id) const;
-    void        load(inputs & in) const;
+    void        load(llama_seq_id seq_id, inputs & in) const;
     cells       describe(llama_seq_id seq_id, const inputs & in) const;
     int32_t     cells_to_keep(llama_seq_id seq_id, const compression & what, const inputs & in) const;
     plan_params params_of(llama_seq_id seq_id, const compression & what, const inputs & in, int32_t n_keep) const;

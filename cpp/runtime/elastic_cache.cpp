@@ -59,11 +59,13 @@ void elastic_cache::begin_part(const batch_part & part, int32_t n_batch) {
     const auto st = state.seqs.get(part.seq_id);
     if (st.n_tokens == 0) {
         taken.forget(part.seq_id);
+        state.windows.forget(part.seq_id);
     }
     if (part.is_prompt) {
         if (!st.pending && st.n_tokens > 0) {  // another prompt begins
             taken.take(part.seq_id, logits.find(part.seq_id, state.kv.pos_max(part.seq_id) + 1));
             state.seqs.begin_prompt(part.seq_id, part.pos_min);
+            state.windows.forget(part.seq_id);
         }
         rooms.before_prompt(part.seq_id, part.n_tokens);
     } else {
@@ -90,6 +92,7 @@ void elastic_cache::on_placed(const llama_ubatch & ubatch, const llama_memory_co
             state.memory.wrote(placed.strm[s], row + 1);
             for (int32_t n = 0; n < ubatch.n_seq_id[i]; ++n) {
                 const llama_seq_id seq_id = ubatch.seq_id[i][n];
+                state.windows.reset_cell(seq_id, row);
                 state.seqs.add_token(seq_id, ubatch.pos[i], state.kv.n_cells(seq_id), ubatch.output[i] != 0);
             }
         }
@@ -170,6 +173,7 @@ void elastic_cache::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) 
         return;
     }
     state.seqs.at(seq_id_dst) = state.seqs.at(seq_id_src);
+    state.windows.copy(seq_id_src, seq_id_dst);
     taken.forget(seq_id_dst);
     logits.forget(seq_id_dst);
 
@@ -200,6 +204,7 @@ void elastic_cache::on_clear() {
 void elastic_cache::forget(llama_seq_id seq_id) {
     logits.forget(seq_id);
     taken.forget(seq_id);
+    state.windows.forget(seq_id);
     state.seqs.at(seq_id) = {};
 }
 
@@ -208,6 +213,7 @@ void elastic_cache::forget_all() {
     taken.clear();
     logits.clear();
     state.scores.reset();
+    state.windows.clear();
     state.bias.reset();
     state.table.reset();
 }

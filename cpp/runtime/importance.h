@@ -1,7 +1,7 @@
 #pragma once
 
-// The attention that each cell received: the sum over all queries, one that decays with every query of text, and one over the
-// last queries. Per layer, KV head and cell of a stream.
+// The attention that each cell received: the sum over all queries, and one that decays with every query of text. Per layer, KV head and
+// cell of a stream.
 
 #include "core/types.h"
 #include "runtime/lazy_map.h"
@@ -12,17 +12,14 @@ namespace elastic {
 
 // what is kept of every cell
 struct importance_needs {
-    bool    sum      = false;
-    float   decay    = 0.0f;  // of the decayed sum, per query; 0: it is not kept
-    int32_t n_window = 0;     // queries of the sum over the last ones; 0: it is not kept
+    bool  sum   = false;
+    float decay = 0.0f;  // of the decayed sum, per query; 0: it is not kept
 };
 
 // importance of some cells, in logical order; no cells where one is not kept
 struct cell_importance {
-    head_map              sum;
-    head_map              decayed;
-    head_map              windowed;
-    std::vector<head_map> queries;  // of the window one by one, newest first
+    head_map sum;
+    head_map decayed;
 };
 
 class importance {
@@ -31,9 +28,8 @@ class importance {
 
     const importance_needs needs;
 
-    bool has_any() const { return needs.sum || has_decayed() || has_window(); }
+    bool has_any() const { return needs.sum || has_decayed(); }
     bool has_decayed() const { return needs.decay > 0.0f; }
-    bool has_window() const { return needs.n_window > 0; }
 
     //
     // adding what a graph says
@@ -41,12 +37,9 @@ class importance {
 
     // before the sums of new queries are added: the decayed sum of each cell by its factor, [n]
     void decay(uint32_t strm, const std::vector<float> & factor);
-    // room for one more query of the window. Queries of all sequences of a stream count
-    void begin_query(uint32_t strm);
 
-    float *       sum_row(uint32_t strm, int32_t il, int32_t ih);  // [kv_size], also the next two; nullptr where it is not kept
+    float *       sum_row(uint32_t strm, int32_t il, int32_t ih);  // [kv_size], also the next one; nullptr where it is not kept
     float *       decayed_row(uint32_t strm, int32_t il, int32_t ih);
-    float *       query_row(uint32_t strm, int32_t ago, int32_t il, int32_t ih);
     const float * sum_row(uint32_t strm, int32_t il, int32_t ih) const;
 
     //
@@ -59,13 +52,8 @@ class importance {
     void copy_stream(uint32_t strm_src, uint32_t strm_dst, int32_t n);  // the first n cells
     void move_head(uint32_t strm, int32_t src, int32_t dst, int32_t il, int32_t ih);
 
-    // without the queries one by one, which are part of the window's sum
     cell_importance gather(uint32_t strm, const std::vector<int32_t> & rows) const;
     void            scatter(uint32_t strm, const std::vector<int32_t> & rows, const cell_importance & values);
-
-    // all of it, and back exactly
-    cell_importance gather_exact(uint32_t strm, const std::vector<int32_t> & rows) const;
-    void            scatter_exact(uint32_t strm, const std::vector<int32_t> & rows, const cell_importance & values);
 
     // the sum over layers and heads, [rows]
     std::vector<float> total(uint32_t strm, const std::vector<int32_t> & rows) const;
@@ -78,15 +66,9 @@ class importance {
 
     maps sums;
     maps decayed;
-    maps windowed;  // what came with a saved state
-
-    std::vector<maps>    queries;     // [n_stream][n_window]: the last queries, in a ring
-    std::vector<int32_t> last_query;  // [n_stream]
-    std::vector<uint8_t> has_loaded;  // [n_stream]: windowed holds something
 
     int32_t  index(int32_t il, int32_t ih) const { return il * n_head_kv + ih; }
     int32_t  n_rows() const { return n_layer * n_head_kv; }
-    int32_t  query_index(uint32_t strm, int32_t ago) const;
     void     reset_rows(uint32_t strm, int32_t cell, int32_t first, int32_t n);
     head_map take(const lazy_map & from, const std::vector<int32_t> & rows) const;
 };

@@ -68,4 +68,8 @@ cell_importance importance_of(const cache_parts & parts, llama_seq_id seq_id) {
     return parts.scores.gather(parts.kv.stream(seq_id), parts.kv.rows(seq_id));
 }
 
+head_map windowed_of(const cache_parts & parts, llama_seq_id seq_id) {
+    return parts.windows.sum(seq_id, parts.kv.rows(seq_id));
+}
+
 }  // namespace elastic

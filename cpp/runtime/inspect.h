@@ -30,5 +30,6 @@ kv_values              read_kv(const cache_parts & parts, llama_seq_id seq_id, i
 head_map               counts_of(const cache_parts & parts, llama_seq_id seq_id);            // tokens merged into each cell
 head_map               bias_of(const cache_parts & parts, llama_seq_id seq_id);
 cell_importance        importance_of(const cache_parts & parts, llama_seq_id seq_id);
+head_map               windowed_of(const cache_parts & parts, llama_seq_id seq_id);  // attention from the last queries
 
 }  // namespace elastic

@@ -1,7 +1,8 @@
 #pragma once
 
-// The one llama_kv_cache that an elastic cache works on: its cells, and K and V of them. No other file of the runtime includes
-// llama-kv-cache.h, but memory_parts.cpp, which finds it, and attention_graph.cpp, which is given a view of it.
+// The one llama_kv_cache that an elastic cache works on: its cells, and K and V of them. Beside it only those include llama-kv-cache.h that
+// find it (memory_parts), pass on what is removed (watched_memory), keep a window's cells (window_backup) or are given a view of it
+// (attention_graph, attention_ops).
 
 #include "runtime/kv_shape.h"
 #include "runtime/memory_parts.h"

@@ -38,6 +38,7 @@ int32_t room_maker::compress(llama_seq_id seq_id) {
         return parts.kv.n_cells(seq_id);  // has been, and what the answer goes by stays as it is
     }
     const int32_t n = compress_.run(seq_id, { n_target - cells_for_question(seq_id, n_target), true });
+    parts.end_prompt(seq_id);
     kept.take(seq_id, logits.find(seq_id, parts.kv.pos_max(seq_id) + 1));
     if (parts.memory.is_enabled()) {
         trim_heap();  // what planning took, megabytes
@@ -52,6 +53,7 @@ int32_t room_maker::compress_prefix(llama_seq_id seq_id, const budget & keep) {
         n_target = std::min(n_target, parts.cfg.max_cells);
     }
     const int32_t n = compress_.run(seq_id, { n_target, true });
+    parts.end_prompt(seq_id);
     if (parts.memory.is_enabled()) {
         trim_heap();
     }
@@ -122,7 +124,7 @@ void room_maker::before_prompt(llama_seq_id seq_id, int32_t n_new) {
 void room_maker::before_answer(llama_seq_id seq_id, int32_t n_new) {
     if (parts.seqs.get(seq_id).pending) {
         or_log(seq_id, [&] { compress(seq_id); });
-        parts.seqs.at(seq_id).pending = false;
+        parts.end_prompt(seq_id);
     }
     if (!parts.cfg.pol.evicts()) {
         return;

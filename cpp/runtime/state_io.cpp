@@ -18,7 +18,7 @@ struct state_header {
     uint32_t has_count   = 0;
     uint32_t has_bias    = 0;
     uint32_t has_decayed = 0;
-    uint32_t has_window  = 0;
+    uint32_t has_window  = 0;  // 2: the last queries of prompts that are not compressed, one by one; 1: their sum, of earlier versions
     uint32_t n_seqs      = 0;
 
     bool same_maps(const state_header & other) const {
@@ -49,7 +49,7 @@ state_header header_of(const cache_parts & parts) {
     h.has_count   = parts.table.has_counts();
     h.has_bias    = parts.bias.is_kept();
     h.has_decayed = parts.scores.has_decayed();
-    h.has_window  = parts.scores.has_window();
+    h.has_window  = parts.windows.any() ? 2 : 0;
     return h;
 }
 
@@ -64,13 +64,21 @@ struct sequence_maps {
         fn(h.has_count, counts);
         fn(h.has_bias, bias);
         fn(h.has_decayed, scores.decayed);
-        fn(h.has_window, scores.windowed);
     }
 };
 
 //
 // writing
 //
+
+void write_window(const cache_parts & parts, llama_io_write_i & io, llama_seq_id seq_id, const std::vector<int32_t> & rows) {
+    const auto    queries = parts.windows.gather(seq_id, rows);
+    const int32_t n       = (int32_t) queries.size();
+    io.write(&n, sizeof(n));
+    for (const head_map & m : queries) {
+        io.write(m.data.data(), m.data.size() * sizeof(float));
+    }
+}
 
 void write_sequence(const cache_parts & parts, const checkpoints & taken, llama_io_write_i & io, const state_header & h,
                     llama_seq_id seq_id) {
@@ -107,6 +115,9 @@ void write_sequence(const cache_parts & parts, const checkpoints & taken, llama_
             io.write(m.data.data(), m.data.size() * sizeof(float));
         }
     });
+    if (h.has_window) {
+        write_window(parts, io, seq_id, rows);
+    }
     const auto rank_scores = parts.table.rank_scores(strm, rows);
     io.write(rank_scores.data(), rank_scores.size() * sizeof(float));
     if (newest) {
@@ -128,6 +139,7 @@ void take_as_ordinary(cache_parts & parts, llama_seq_id seq_id) {
     st.pos_changed    = st.pos_prompt;
 
     parts.seqs.at(seq_id) = st;
+    parts.windows.forget(seq_id);
     for (const int32_t row : parts.kv.rows(seq_id)) {
         parts.reset_cell(parts.kv.stream(seq_id), row, cell_kind::text);
     }
@@ -141,12 +153,32 @@ void check_header(const state_header & h, const state_header & own) {
     if (h.n_layer != own.n_layer || h.n_head_kv != own.n_head_kv) {
         throw std::runtime_error("elastic state: saved with another model (layers or KV heads differ)");
     }
+    if (h.has_window == 1) {
+        throw std::runtime_error("elastic state: saved by an earlier version, which kept the last queries of a prompt as a sum only");
+    }
     // more than this policy looks at is read and left, unless cells depend on it
     const bool lacks   = h.has_sum < own.has_sum || h.has_decayed < own.has_decayed || h.has_window < own.has_window;
     const bool depends = h.has_bias > own.has_bias || h.has_count > own.has_count;
     if (lacks || depends) {
         throw other_policy();
     }
+}
+
+void read_window(cache_parts & parts, llama_io_read_i & io, llama_seq_id seq_id, const std::vector<int32_t> & rows) {
+    int32_t n = 0;
+    io.read(&n, sizeof(n));
+    if (n < 0) {
+        throw std::runtime_error("elastic state: a window of queries is damaged");
+    }
+    std::vector<head_map> queries;
+    for (int32_t i = 0; i < n; ++i) {
+        head_map m(parts.kv.shape.n_layer, parts.kv.shape.n_head_kv, (int32_t) rows.size());
+        io.read(m.data.data(), m.data.size() * sizeof(float));
+        if (i < parts.windows.n_window) {
+            queries.push_back(std::move(m));
+        }
+    }
+    parts.windows.set(seq_id, rows, queries);
 }
 
 void read_cells(cache_parts & parts, llama_io_read_i & io, const state_header & h, llama_seq_id seq_id) {
@@ -176,6 +208,10 @@ void read_cells(cache_parts & parts, llama_io_read_i & io, const state_header & 
     }
     if (h.has_bias) {
         parts.bias.scatter(strm, rows, maps.bias);
+    }
+    parts.windows.forget(seq_id);
+    if (h.has_window) {
+        read_window(parts, io, seq_id, rows);
     }
     std::vector<float> rank_scores(rows.size());
     io.read(rank_scores.data(), rank_scores.size() * sizeof(float));

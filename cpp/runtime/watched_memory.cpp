@@ -5,6 +5,8 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 
 #include <limits>
 
@@ -105,8 +107,12 @@ void watched_memory::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, ll
 // states
 //
 
-// A partial state is one of windows or recurrent parts alone; of a plain memory it is all there is
+// A partial state is one of windows or recurrent parts alone; of a plain memory it is all there is. llama.cpp carries out copies between
+// streams at the next decode; before that it would save rows that are not there yet, and write over what was loaded.
 void watched_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (attached) {
+        attached->parts().kv.settle();
+    }
     memory->state_write(io, seq_id, flags);
     if (attached && !(flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)) {
         attached->state_write(io, seq_id);
@@ -118,6 +124,7 @@ void watched_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         memory->state_read(io, seq_id, flags);
         return;
     }
+    attached->parts().kv.settle();
     try {
         const lazy_buffers lazy(releases(*attached));
         memory->state_read(io, seq_id, flags);

@@ -26,6 +26,7 @@ from ._checks import (
     translated_errors,
     with_budget,
 )
+from .asking import Asking
 from .callbacks import Guard, is_callers
 from .closed import closed_error, take_apart
 from .config import ElasticConfig, budget_value, whole
@@ -44,6 +45,7 @@ from .native_log import take as take_log
 from .pieces import ImagePiece, Piece, image_start, n_cells_from, piece_ids
 from .positions import ImageSpans
 from .probe import probe
+from .remembering import Remembering
 from .rewind import Rewinder
 from .room import Room
 from .session import Resolved, attach, lazy_buffers, resolve
@@ -60,7 +62,7 @@ class _Phase(Enum):
     FIRST = "first"  # the next call of eval is the rest of a prompt, however short
 
 
-class ElasticLlama(llama_cpp.Llama):
+class ElasticLlama(Asking, Remembering, llama_cpp.Llama):
     """Everything that takes a `llama_cpp.Llama` takes this; its KV cache shrinks after each prompt.
 
     Parameters
@@ -149,11 +151,8 @@ class ElasticLlama(llama_cpp.Llama):
         is_auto = elastic == AUTO and kv_budget is None
         self.memory = as_memory(memory)
         self.memory_budget = budget_value("memory_budget", memory_budget)
-        self._image_reader: PrefixReader | None = None
         self._n_seq_max = whole("n_seq_max", n_seq_max, 1, llama_cpp.llama_max_parallel_sequences())
         self._group: Any = None  # what has the other sequences
-        self._is_of_ask = False  # sequence 0 is an image that `ask` compressed, and scored
-        self._asking: Any = None  # a Conversation that cuts up the prompts of `ask`
         elastic = with_budget(elastic, kv_budget)
         n_ctx, kwargs = check_arguments(elastic, n_ctx, kwargs)
         n_ctx, kwargs = size_cache(elastic, n_ctx, kwargs)
@@ -462,9 +461,7 @@ class ElasticLlama(llama_cpp.Llama):
         """
         self._check_open("prefill")
         self._n_calls += 1
-        if self._is_of_ask:  # an answer does not depend on what was asked of the image before
-            self._rewind.cut(0)
-            self._is_of_ask = False
+        self._forget_asked()
         ids = piece_ids(pieces)
         n_new = n_cells_from(pieces, image_start(ids, self._rewind.common_prefix(ids)))
         self._room.check_fit(n_new + 1, 0)  # before anything is cut
@@ -488,80 +485,6 @@ class ElasticLlama(llama_cpp.Llama):
                 elif last > n_kept:
                     self.eval(piece.tokens[max(0, n_kept - first) :])
                 first = last
-
-    def remember(self, pieces: Sequence[Piece]) -> bool:
-        """Have the image memory hold the images that a prompt begins with.
-
-        Returns
-        -------
-        bool
-            Whether they were new to it. The cache holds them then, and nothing else.
-
-        Raises
-        ------
-        ConfigError
-            There is no memory, or no image.
-        ContextOverflowError
-            They do not fit; nothing is decoded.
-        """
-        self._check_open("remember")
-        self._n_calls += 1
-        if self._image_reader is None:
-            raise ConfigError(message("remember", "memory", None, "one", "pass memory=True"))
-        return self._image_reader.remember(pieces)
-
-    def ask(
-        self, image: Any, questions: Sequence[str], *, max_tokens: int = 256, system: str = ""
-    ) -> list[str]:
-        """Greedy answers to questions about the same image, or images, decoded side by side.
-
-        What the cache holds of the images is shared: they are encoded, decoded and compressed
-        (`memory_budget`) once, or come from the image memory. Questions and answers are not
-        compressed. As many are decoded at once as `n_seq_max` and the cells of the context allow.
-
-        Parameters
-        ----------
-        image : image or list of images
-            What `elastic_llama.images.load_image` takes.
-        questions : sequence of str
-        max_tokens : int
-            Of each answer, at most, >= 1.
-        system : str
-            System prompt.
-
-        Returns
-        -------
-        list of str
-            In the order of the questions.
-
-        Raises
-        ------
-        ImageError, ConfigError
-            Nothing is decoded.
-        ContextOverflowError
-            The image and a question do not fit.
-        """
-        self._check_open("ask")
-        max_tokens = whole("max_tokens", max_tokens, 1)
-        from .ask import SharedImage
-        from .conversation import Conversation
-        from .images import as_images, load_image
-        from .messages import as_text, as_texts
-
-        questions, system = as_texts("questions", questions), as_text("system", system)
-        images = [load_image(one) for one in as_images(image)]
-        if not images:
-            raise ConfigError(message("ask", "images", 0, "one or more"))
-        if self._asking is None:
-            self._asking = Conversation(self)
-        self._asking._system = system
-        prompts = [self._asking.first_prompt(question, images) for question in questions]
-        if not prompts:
-            return []
-        self._n_calls += 1
-        reader = self._image_reader or PrefixReader(self, None, self.memory_budget)
-        self._is_of_ask = self._session is not None
-        return SharedImage(self, prompts).answers(reader, max_tokens)
 
     def _decode_image(self, piece: ImagePiece, ids: np.ndarray) -> None:
         self._grow_scores(self.n_tokens + len(ids))
@@ -770,9 +693,7 @@ class ElasticLlama(llama_cpp.Llama):
     def close(self) -> None:
         """Free the model and its context; the elastic cache goes with it."""
         self._closed, self._group = True, None
-        asking, self._asking = getattr(self, "_asking", None), None
-        if asking is not None:
-            asking.close()
+        self._end_asking()
         tower = getattr(self, "_tower", None)
         if tower is not None:
             tower.close()

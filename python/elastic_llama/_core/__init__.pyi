@@ -217,7 +217,7 @@ class Session:
         """
     def recent(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> tuple:
         """
-        Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept.
+        Attention from the last queries: (decayed, windowed), each f32 [n_layer, n_head_kv, n_cells] or empty where not kept. Windowed: 0 once the prompt is compressed.
         """
     def reset_stats(self) -> None: ...
     def restore_logits(self, seq_id: typing.SupportsInt | typing.SupportsIndex = 0) -> bool:
