@@ -38,6 +38,7 @@ from elastic_llama.pieces import ImagePiece, TextPiece
 from elastic_llama.scenes import CAPTION_PROMPT, make_scene
 
 N_QUESTIONS = 8
+MOST = 120  # tokens of a caption
 THREADS = {"n_threads": 1, "n_threads_batch": 1}
 
 
@@ -58,9 +59,9 @@ def ask_embedded() -> None:
     with ElasticLlama(n_seq_max=N_QUESTIONS + 1, **THREADS) as llm:
         read, _ = cpu_seconds(lambda: llm.ask(image, ["hi"], max_tokens=1))
         for name, questions in (("short answers", short[:N_QUESTIONS]), ("captions", long)):
-            together, a = cpu_seconds(lambda q=questions: llm.ask(image, q, max_tokens=64))
+            together, a = cpu_seconds(lambda q=questions: llm.ask(image, q, max_tokens=MOST))
             alone, b = cpu_seconds(
-                lambda q=questions: [llm.ask(image, [x], max_tokens=64)[0] for x in q]
+                lambda q=questions: [llm.ask(image, [x], max_tokens=MOST)[0] for x in q]
             )
             report(f"{name}, over the same cells", together, alone)
             report(f"{name}, image read each time", read + together, N_QUESTIONS * read + alone)
@@ -100,7 +101,7 @@ def completions(llm: ElasticLlama) -> Callable[[list[Path]], list[str]]:
         url = {"url": to_data_uri(path)}
         parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": CAPTION_PROMPT}]
         messages = [{"role": "user", "content": parts}]
-        out = llm.create_chat_completion(messages, temperature=0, max_tokens=64)
+        out = llm.create_chat_completion(messages, temperature=0, max_tokens=MOST)
         return str(out["choices"][0]["message"]["content"])
 
     return lambda paths: [one(path) for path in paths]
@@ -111,7 +112,7 @@ def in_turn(chat: Conversation) -> Callable[[list[Path]], list[str]]:
 
     def one(path: Path) -> str:
         chat.clear()
-        return "".join(chat.ask(CAPTION_PROMPT, path, max_tokens=64))
+        return "".join(chat.ask(CAPTION_PROMPT, path, max_tokens=MOST))
 
     return lambda paths: [one(path) for path in paths]
 
@@ -120,7 +121,7 @@ def at_once(chats: list[Conversation]) -> Callable[[list[Path]], list[str]]:
     """As the command does it."""
 
     def all_of(paths: list[Path]) -> list[str]:
-        said = {c.name: c.text for c in captions_by(chats, paths, CAPTION_PROMPT, 64)}
+        said = {c.name: c.text for c in captions_by(chats, paths, CAPTION_PROMPT, MOST)}
         return [said[path] for path in paths]
 
     return all_of
@@ -132,7 +133,7 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def caption(n: int, rounds: int, model: dict[str, Any]) -> None:
+def caption(n: int, rounds: int, grid: int, model: dict[str, Any]) -> None:
     n_cores = caption_workers.n_cores()
     n_workers = caption_workers.default_workers([])
     threads = max(1, n_cores // n_workers)
@@ -141,6 +142,9 @@ def caption(n: int, rounds: int, model: dict[str, Any]) -> None:
     ways = {
         "caption": at_once(workers),
         "conversation": in_turn(Conversation(ElasticLlama(**model))),
+        "conversation, all threads": in_turn(
+            Conversation(ElasticLlama(**model, n_threads=n_cores))
+        ),
         "chat completion": completions(ElasticLlama(**model)),
         "chat completion, off": completions(ElasticLlama(**model, elastic=None)),
     }
@@ -149,7 +153,7 @@ def caption(n: int, rounds: int, model: dict[str, Any]) -> None:
         paths = [Path(temp) / f"{i}.png" for i in range(n)]
         for i in range(-1, rounds):
             for k, path in enumerate(paths):
-                make_scene("test", (i + 1) * n + k, grid=3).render().save(path)
+                make_scene("test", (i + 1) * n + k, grid=grid).render().save(path)
             expected: list[str] = []
             for name, way in ways.items():
                 if i < 0:  # to warm up
@@ -205,12 +209,15 @@ def main() -> None:
     parser.add_argument("-n", "--images", type=int, default=16)
     parser.add_argument("--broken", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--grid", type=int, default=3, help="caption: cells per side of a scene, 2 to 4"
+    )
     parser.add_argument("-m", "--model", help="caption, folder: another language model")
     parser.add_argument("--mmproj")
     args = parser.parse_args()
     if args.what == "caption":
         model = {"model_path": args.model, "mmproj_path": args.mmproj or embedded_mmproj()}
-        caption(args.images, args.rounds, model if args.model else {})
+        caption(args.images, args.rounds, args.grid, model if args.model else {})
     elif args.what == "folder":
         given = {"-m": args.model, "--mmproj": args.mmproj}
         folder(args.images, args.broken, [x for name, v in given.items() if v for x in (name, v)])
