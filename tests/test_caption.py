@@ -19,6 +19,7 @@ from elastic_llama.caption import captions
 from elastic_llama.caption_workers import captions_by, default_workers
 from elastic_llama.cli import main
 from elastic_llama.cli.caption import SOME_FAILED
+from elastic_llama.sequences import SequenceGroup
 from PIL import Image
 
 N_GOOD, N_BAD = 9, 2
@@ -194,6 +195,38 @@ def test_what_stops_captions_by_two_models(tiny_vlm, folder, alone):
         assert threading.active_count() == n_before
 
 
+def test_an_interrupt_waits_for_the_models(tiny_vlm, folder, alone, monkeypatch):
+    """The caller frees them then. They give up at the next token, and are as before afterwards."""
+    names, join, step, n_steps = sorted(alone), threading.Thread.join, SequenceGroup.step, []
+    begun = threading.Event()
+
+    def counted(self):
+        n_steps.append(1)
+        begun.wait(60)  # until the caller has stopped
+        return step(self)
+
+    def interrupted(self, *args):
+        if not begun.is_set():
+            begun.set()
+            raise KeyboardInterrupt
+        return join(self, *args)
+
+    with load(tiny_vlm, 3) as one, load(tiny_vlm, 3) as two:
+        chats = [el.Conversation(one), el.Conversation(two)]
+        n_before = threading.active_count()
+        with monkeypatch.context() as patch:
+            patch.setattr(SequenceGroup, "step", counted)
+            patch.setattr(threading.Thread, "join", interrupted)
+            found = captions_by(chats, ["none.png", *names], "the sea", 20)
+            assert next(found).error
+            with pytest.raises(KeyboardInterrupt):
+                found.close()
+        assert threading.active_count() == n_before
+        assert len(n_steps) <= 2
+        said = {c.name: c.text for c in captions_by(chats, names, "the sea", 20)}
+        assert said == {name: alone[name] for name in names}
+
+
 def test_models_as_cores_and_memory_allow(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(bytes(1000))
@@ -268,6 +301,30 @@ def test_killed_in_the_middle(tiny_vlm, folder, tmp_path):
     names = [line["file"] for line in lines(out)]
     assert len(names) == len(set(names)) == N_GOOD + N_BAD
     assert n_killed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_interrupts", [1, 2])
+def test_ctrl_c(tiny_vlm, folder, tmp_path, n_interrupts):
+    """Nothing is lost, no traceback; a second one ends the process at once, but not by a fault."""
+    images, out = tmp_path / "images", tmp_path / "captions.jsonl"
+    images.mkdir()
+    for i in range(60):
+        (images / f"{i}.png").write_bytes((folder / "00.png").read_bytes())
+    command = [sys.executable, "-m", "elastic_llama", *arguments(tiny_vlm, images, out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.001)
+    for _ in range(n_interrupts):
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)[:n_interrupts]
+    assert b"Traceback" not in err
+    assert 3 <= len(lines(out)) < 60
+    before = out.read_bytes()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert out.read_bytes().startswith(before)
+    assert len({line["file"] for line in lines(out)}) == len(lines(out)) == 60
 
 
 def test_one_process_at_a_time(tiny_vlm, folder, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +61,23 @@ def captions(
     StateError
         `ask`, other captions or `load_state` used the sequences before the last one was complete.
     """
+    yield from captions_until(lambda: False, chat, images, prompt, max_tokens)
+
+
+def captions_until(
+    is_stopped: Callable[[], bool],
+    chat: Conversation,
+    images: Iterable[Any],
+    prompt: str,
+    max_tokens: int,
+) -> Iterator[Caption]:
+    """As `captions`; asked before every image and every token whether to give up the rest."""
     runner = _Captioner(chat, prompt, max_tokens)
     waiting = iter(images)
     with sequences(chat.llm) as group:
         while True:
             group.check()
-            while runner.can_begin(group):
+            while runner.can_begin(group) and not is_stopped():
                 name = runner.name if runner.pieces else next(waiting, None)
                 if name is None:
                     break
@@ -75,7 +86,7 @@ def captions(
                     yield failed
                 elif runner.pieces:
                     break  # no room before an answer is complete
-            if not group.running:
+            if not group.running or is_stopped():
                 return
             for one in group.finished():
                 yield Caption(one.name, group.text_of(one.tokens), len(one.tokens))

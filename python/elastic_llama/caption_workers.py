@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .caption import Caption, captions
+from .caption import Caption, captions, captions_until
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -23,11 +23,12 @@ _MOST = 8  # beyond it the memory's bandwidth is shared by too many
 
 def captions_by(
     chats: Sequence[Conversation], images: Iterable[Any], prompt: str, max_tokens: int = 256
-) -> Iterator[Caption]:
+) -> Generator[Caption, None, None]:
     """As `captions`, by several conversations, each with an `ElasticLlama` of its own.
 
     Each takes the next image when it has room for it. Answers come in the order in which they are
-    complete. Where the caller stops early, it waits until the models have finished an answer each.
+    complete. Where the caller stops early, it waits until the models have read the image or made
+    the token that they are at.
 
     Parameters
     ----------
@@ -50,10 +51,8 @@ def captions_by(
 
     def work(chat: Conversation) -> None:
         try:
-            for one in captions(chat, source, prompt, max_tokens):
+            for one in captions_until(source.has_stopped, chat, source, prompt, max_tokens):
                 found.put(one)
-                if source.is_stopped:
-                    break
             found.put(None)
         except BaseException as e:  # is the caller's, whose thread raises it
             found.put(e)
@@ -73,8 +72,20 @@ def captions_by(
                 yield one
     finally:
         source.is_stopped = True
-        for thread in threads:
-            thread.join()
+        _wait_for(threads)
+
+
+def _wait_for(threads: Sequence[threading.Thread]) -> None:
+    """Until they have ended, whatever interrupts it: the caller may free their models then."""
+    interrupt: KeyboardInterrupt | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as e:
+                interrupt = e
+    if interrupt is not None:
+        raise interrupt
 
 
 class _Source:
@@ -84,6 +95,9 @@ class _Source:
         self._images = iter(images)
         self._lock = threading.Lock()
         self.is_stopped = False
+
+    def has_stopped(self) -> bool:
+        return self.is_stopped
 
     def __iter__(self) -> Iterator[Any]:
         return self

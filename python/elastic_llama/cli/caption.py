@@ -6,7 +6,9 @@ import argparse
 import fcntl
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -76,11 +78,33 @@ def run(args: argparse.Namespace) -> int:
         waiting = {name: file for name, file in files.items() if name not in out.failed}
         n_known = len(files) - len(waiting)
         if waiting:
-            _caption(args, waiting, out)
+            with _second_interrupt_kills():
+                _caption(args, waiting, out)
         failed = [name for name in files if out.failed.get(name)]
     n_good = len(files) - len(failed)
     print(f"{n_good} captions, {len(failed)} errors, {n_known} known before, in {args.out}")
     return SOME_FAILED if failed else 0
+
+
+@contextmanager
+def _second_interrupt_kills() -> Iterator[None]:
+    """After Ctrl-C models finish the image that they read; another one does not wait for that.
+
+    Nothing is lost: every line was written as a whole.
+    """
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may set it
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _caption(args: argparse.Namespace, files: dict[str, Path], out: CaptionFile) -> None:
@@ -88,8 +112,10 @@ def _caption(args: argparse.Namespace, files: dict[str, Path], out: CaptionFile)
     from .report import progress
 
     names = {str(file): name for name, file in files.items()}
-    with _conversations(args, len(files)) as chats:
+    with ExitStack() as stack:
+        chats = stack.enter_context(_conversations(args, len(files)))
         found = captions_by(chats, names, args.prompt, args.predict)
+        stack.callback(found.close)  # no thread uses a model that is freed
         for one in progress(found, "caption", len(names)):
             name = names[one.name]
             if one.error:
