@@ -1,5 +1,5 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh images|images-layers|images-query-agnostic|pareto|text|
+# The tables of docs/results.md, one command each: benchmarks/tables.sh images-present|images-present-rivals|images|images-layers|images-query-agnostic|pareto|text|
 #   text-second|text-budgets|long-second|long-embedded|text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
 # An interrupted table goes on where it stopped. Two processes, one core each. At the end the folder is made what is committed.
 set -e
@@ -13,6 +13,9 @@ texts=random,local,h2o,snapkv,pyramidkv,knorm,expected-attention,elastic-paper,e
 even="--layers even"
 case $1 in
 images)        args="--limit 100 --policies $rivals --budgets 0.5,0.3,0.2,0.1 $even --metrics forced,exact" ;;
+images-present) args="--limit 100 --policies elastic --budgets 0.2 --metrics forced,exact" ;;
+images-present-rivals)
+               args="--limit 100 --policies ${rivals%,*} --budgets 0.2 --metrics forced,exact" ;;
 images-layers) args="--limit 100 --policies elastic --budgets 0.5,0.3,0.2,0.1 --metrics forced,exact" ;;
 images-query-agnostic)
                args="--limit 40 --policies h2o,snapkv,elastic-evict,elastic --budgets 0.5,0.2 --before --metrics forced,exact" ;;
