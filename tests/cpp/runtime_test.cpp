@@ -4,6 +4,7 @@
 #include "runtime/cell_table.h"
 #include "runtime/importance.h"
 #include "runtime/packed_map.h"
+#include "runtime/query_windows.h"
 #include "runtime/sequence_table.h"
 
 #include <cstdio>
@@ -173,8 +174,8 @@ static importance make_importance(const importance_needs & needs) {
 }
 
 static void test_importance() {
-    importance scores = make_importance({ true, 0.5f, 2 });
-    CHECK(scores.has_any() && scores.has_decayed() && scores.has_window());
+    importance scores = make_importance({ true, 0.5f });
+    CHECK(scores.has_any() && scores.has_decayed());
     for (int32_t il = 0; il < 2; ++il) {
         for (int32_t ih = 0; ih < 3; ++ih) {
             for (int32_t i = 0; i < 16; ++i) {
@@ -207,26 +208,34 @@ static void test_importance() {
     CHECK(scores.total(1, { 0, 1, 2 }) == std::vector<float>(3, 0.0f));
 }
 
-// the last queries in a ring, and what came with a saved state
-static void test_window() {
-    importance scores = make_importance({ true, 0.0f, 2 });
-    for (int32_t q = 0; q < 3; ++q) {
-        scores.begin_query(0);
-        scores.query_row(0, 0, 0, 0)[4] = (float) (1 << q);
+// the last queries of each sequence, saved and loaded, and shared by copies
+static void test_windows() {
+    const float   paid[] = { 1.0f, 2.0f, 4.0f };
+    query_windows windows(2, 3, 16, 2);
+    for (const float x : paid) {
+        windows.begin_query(0);
+        windows.row(0, 0, 1, 2)[4] = x;
+        windows.begin_query(5);  // another sequence's
     }
-    CHECK(scores.gather(0, { 4 }).windowed.row(0, 0)[0] == 6.0f);  // the last two
-    CHECK(scores.query_row(0, 1, 0, 0)[4] == 2.0f);
+    CHECK(windows.any() && windows.row(0, 0, 1, 2)[4] == 4.0f && windows.row(0, 1, 1, 2)[4] == 2.0f);
+    CHECK(windows.sum(0, { 3, 4 }).row(1, 2)[1] == 6.0f && windows.sum(0, { 3, 4 }).row(1, 1)[1] == 0.0f);
+    CHECK(windows.sum(5, { 4 }).row(1, 2)[0] == 0.0f && windows.sum(9, { 4 }).row(1, 2)[0] == 0.0f);
 
-    const auto exact = scores.gather_exact(0, { 4 });
-    importance other = make_importance({ true, 0.0f, 2 });
-    other.scatter_exact(0, { 7 }, exact);
-    CHECK(other.gather(0, { 7 }).windowed.row(0, 0)[0] == 6.0f);
+    query_windows loaded(2, 3, 16, 2);
+    loaded.set(7, { 11 }, windows.gather(0, { 4 }));
+    CHECK(loaded.row(7, 0, 1, 2)[11] == 4.0f && loaded.row(7, 1, 1, 2)[11] == 2.0f);
+    loaded.begin_query(7);
+    CHECK(loaded.sum(7, { 11 }).row(1, 2)[0] == 4.0f);
 
-    importance loaded = make_importance({ true, 0.0f, 2 });
-    loaded.scatter(0, { 4 }, scores.gather(0, { 4 }));
-    CHECK(loaded.gather(0, { 4 }).windowed.row(0, 0)[0] == 6.0f);
-    loaded.begin_query(0);  // the saved ones are older
-    CHECK(loaded.gather(0, { 4 }).windowed.row(0, 0)[0] == 0.0f);
+    windows.copy(0, 1);
+    windows.begin_query(1);
+    CHECK(windows.sum(0, { 4 }).row(1, 2)[0] == 6.0f && windows.sum(1, { 4 }).row(1, 2)[0] == 4.0f);
+    windows.reset_cell(0, 4);
+    CHECK(windows.sum(0, { 4 }).row(1, 2)[0] == 0.0f);
+    windows.forget(1);
+    CHECK(windows.gather(1, { 4 }).empty());
+
+    CHECK(!query_windows(2, 3, 16, 0).any() && query_windows(2, 3, 16, 0).sum(0, { 4 }).n_cells == 0);
 }
 
 static void test_nothing_kept() {
@@ -236,7 +245,7 @@ static void test_nothing_kept() {
     scores.move_head(0, 1, 2, 0, 0);
     scores.copy_stream(0, 1, 16);
     const auto got = scores.gather(0, { 1, 2 });
-    CHECK(got.sum.n_cells == 2 && got.decayed.n_cells == 0 && got.windowed.n_cells == 0);
+    CHECK(got.sum.n_cells == 2 && got.decayed.n_cells == 0);
     scores.scatter(0, { 1, 2 }, got);
     CHECK(scores.total(0, { 1 })[0] == 0.0f);
 }
@@ -295,7 +304,7 @@ int main() {
     test_scored_steps();
     test_cuts();
     test_importance();
-    test_window();
+    test_windows();
     test_nothing_kept();
     test_cell_table();
     test_packed_map();
