@@ -1,6 +1,6 @@
 #!/bin/bash
-# The tables of docs/results.md, one command each: benchmarks/tables.sh images-present|images-present-rivals|images|images-layers|images-query-agnostic|pareto|text|
-#   text-second|text-budgets|long-second|long-embedded|text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
+# The tables of docs/results.md, one command each: benchmarks/tables.sh images-present|images-present-rivals|images|images-layers|
+#   images-query-agnostic|pareto|text|text-second|text-budgets|long-second|long-embedded|text-probe32|text-noprobe|text-noprobe-uniform|uniform-layers|baselines-probe16|determinism
 # An interrupted table goes on where it stopped. Two processes, one core each. At the end the folder is made what is committed.
 set -e
 cd "$(dirname "$0")/.."
