@@ -19,12 +19,13 @@ static std::vector<float> carried(const float * x, int32_t n, float text_carry) 
 }
 
 void expected_attention_scorer::score_head(const cells & c, const float * recent, float * score) const {
-    const int32_t n       = c.size();
-    const auto    next    = carried(recent, n, text_carry);
-    const double  n_sum   = total_of(score, n);
-    const double  n_image = total_of(recent, n) / (c.ends_with_image() ? asked_ahead : 1.0);
-    const double  n_text  = 2.0 * total_of(recent, n);
-    const double  n_next  = 2.0 * total_of(next.data(), n);
+    const int32_t n        = c.size();
+    const auto    next     = carried(recent, n, text_carry);
+    const double  n_sum    = total_of(score, n);
+    const double  n_recent = total_of(recent, n);
+    const double  n_image  = n_recent / (c.ends_with_image() ? asked_ahead : 1.0);
+    const double  n_text   = 2.0 * n_recent;
+    const double  n_next   = 2.0 * total_of(next.data(), n);
 
     const auto share = [](double x, double all) {
         return all > 0.0 ? x / all : 0.0;

@@ -6,9 +6,9 @@ namespace elastic {
 
 // A cell's share of all attention, and its share of the recent attention:
 //   for text half of it comes from the cells before, text_carry per cell (an answer that quotes a word goes on to the next),
-//   for image cells asked_ahead times if the cells end with an image, for a question that is still to come will look where the words
-//   around the image do, not where patches do.
-// Neither is averaged over neighbours.
+//   for image cells the latter counts asked_ahead times if the cells end with an image, for a question that is still to come will look
+//   where the words around the image do, not where patches do.
+// No share is averaged over neighbours.
 class expected_attention_scorer : public scorer {
   public:
     explicit expected_attention_scorer(float image_power = 1.0f) : image_power(image_power) {}

@@ -238,16 +238,14 @@ void compressor::commit(llama_seq_id seq_id, const plan & p, const inputs & in, 
     scores.sum     = after.importance;
     scores.decayed = of_ranks(in.decayed, p, parts.cfg.pol.merges());
     parts.scores.scatter(in.strm, dst, scores);
-    parts.windows.forget(seq_id);  // of cells that are others now
     parts.table.set_counts(in.strm, dst, after.count);
     parts.table.set_rank_scores(in.strm, dst, p.rank_score);
     parts.bias.scatter(in.strm, dst, after.bias);
     parts.memory.freed(in.strm, dst);
 
-    auto & st  = parts.seqs.at(seq_id);
-    st.pending = false;
+    parts.end_prompt(seq_id);
     parts.seqs.note_change(seq_id, parts.kv.pos_max(seq_id), true);
-    st.n_prompt_cells = parts.kv.n_cells(seq_id);
+    parts.seqs.at(seq_id).n_prompt_cells = parts.kv.n_cells(seq_id);
 }
 
 }  // namespace elastic
