@@ -12,7 +12,6 @@ run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,8 @@ from elastic_llama.evaluation.sequence_runner import SequenceRunner
 from elastic_llama.evaluation.streams import Streams
 from elastic_llama.evaluation.summary import summarise, write_csv
 from elastic_llama.probe import probe
-from llama_cpp import (
-    llama_get_logits_ith,
-    llama_state_seq_get_data,
-    llama_state_seq_get_size,
-    llama_state_seq_set_data,
-)
+from elastic_llama.sequence_state import put_sequence, save_sequence
+from llama_cpp import llama_get_logits_ith
 from long_texts import LongText, long_texts
 from second_model import second_model
 
@@ -111,17 +106,13 @@ class Reader:
 
     def _prompt(self, answer: str, n_most: int, tail: list[int]) -> Prompt:
         llm, ctx = self.llm, self.streams.ctx
-        size = llama_state_seq_get_size(ctx, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        n = llama_state_seq_get_data(ctx, buffer, size, 0)
         row = llama_get_logits_ith(ctx, -1)
         logits = np.ctypeslib.as_array(row, (llm.n_vocab(),)).copy()
-        state, target = bytes(memoryview(buffer)[:n]), self._target(answer, n_most)
-        return Prompt(state, llm.n_tokens, logits, tail, target, llm.token_eos())
+        target = self._target(answer, n_most)
+        return Prompt(save_sequence(llm), llm.n_tokens, logits, tail, target, llm.token_eos())
 
     def _load(self, prompt: Prompt, seq_id: int = 0) -> None:
-        buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
-        if not llama_state_seq_set_data(self.streams.ctx, buffer, len(buffer), seq_id):
+        if not put_sequence(self.streams.ctx, prompt.state, seq_id):
             raise SystemExit("llama.cpp refused a saved prompt")
         if seq_id == 0:
             self.llm.n_tokens = prompt.n_positions

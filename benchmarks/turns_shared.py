@@ -10,6 +10,7 @@ from elastic_llama.errors import StateError, message
 from elastic_llama.evaluation.items import Item
 from elastic_llama.evaluation.prompts import Prefiller
 from elastic_llama.evaluation.streams import Streams
+from elastic_llama.sequence_state import put_sequence
 
 
 class FirstPrompt:
@@ -29,8 +30,7 @@ class FirstPrompt:
         """Into an empty cache."""
         llm, state = self.llm, self.prompt.state
         ctx = llm._ctx.ctx
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not llama_cpp.llama_state_seq_set_data(ctx, buffer, len(state), 0):
+        if not put_sequence(ctx, state):
             raise StateError(message("turns", "llama.cpp refused a saved prompt"))
         llm.n_tokens = self.prompt.n_positions
         llm.input_ids[: llm.n_tokens] = self.ids

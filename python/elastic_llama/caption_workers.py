@@ -51,7 +51,7 @@ def captions_by(
 
     def work(chat: Conversation) -> None:
         try:
-            for one in captions_until(source.has_stopped, chat, source, prompt, max_tokens):
+            for one in captions_until(lambda: source.is_stopped, chat, source, prompt, max_tokens):
                 found.put(one)
             found.put(None)
         except BaseException as e:  # is the caller's, whose thread raises it
@@ -95,9 +95,6 @@ class _Source:
         self._images = iter(images)
         self._lock = threading.Lock()
         self.is_stopped = False
-
-    def has_stopped(self) -> bool:
-        return self.is_stopped
 
     def __iter__(self) -> Iterator[Any]:
         return self

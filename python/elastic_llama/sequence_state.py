@@ -30,6 +30,21 @@ def save_sequence(llm: ElasticLlama) -> memoryview:
     return state
 
 
+def put_sequence(ctx: Any, state: memoryview, seq_id: int = 0) -> int:
+    """A sequence of a context becomes a saved one; the bytes that were read, 0 if it was refused.
+
+    A policy that looks at less than was recorded reads less than all.
+
+    Parameters
+    ----------
+    ctx : llama_context_p
+    state : memoryview
+        From `save_sequence`.
+    seq_id : int
+    """
+    return int(llama_cpp.llama_state_seq_set_data(ctx, _bytes_of(state), len(state), seq_id))
+
+
 def load_sequence(llm: ElasticLlama, state: memoryview, ids: np.ndarray) -> bool:
     """Whether the cache holds a saved sequence, and nothing else of it; else it holds nothing.
 
@@ -38,9 +53,8 @@ def load_sequence(llm: ElasticLlama, state: memoryview, ids: np.ndarray) -> bool
     ids : ndarray, int32
         Of its positions.
     """
-    ctx = llm._ctx.ctx
     llm._rewind.cut(0)
-    if llama_cpp.llama_state_seq_set_data(ctx, _bytes_of(state), len(state), 0) != len(state):
+    if put_sequence(llm._ctx.ctx, state) != len(state):
         llm._rewind.cut(0)  # the context has too few cells
         return False
     llm._grow_scores(len(ids))

@@ -26,7 +26,7 @@ class Prompt:
 
     Attributes
     ----------
-    state : bytes
+    state : memoryview
         Of the sequence, with every score that a policy may look at.
     n_positions : int
         Positions it takes. A proxy question is not among them, only what it looked at.

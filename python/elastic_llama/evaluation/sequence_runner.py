@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ..batch import fill_batch
 from ..config import ElasticConfig
 from ..errors import StateError, message
 from ..probe import probe
+from ..sequence_state import put_sequence
 from .prompts import Prompt
 from .streams import Streams
 
@@ -80,10 +80,7 @@ class SequenceRunner:
         self.config = config
         answers = []
         for i, prompt in enumerate(prompts):
-            buffer = (ctypes.c_uint8 * len(prompt.state)).from_buffer_copy(prompt.state)
-            if not llama_cpp.llama_state_seq_set_data(
-                self.streams.ctx, buffer, len(prompt.state), i
-            ):
+            if not put_sequence(self.streams.ctx, prompt.state, i):
                 raise StateError(message("eval", "llama.cpp refused a saved prompt"))
             answer = Answer([prompt.logits], [])
             if prompt.tail:
