@@ -6,15 +6,17 @@ ask:     8 questions as one batch, against 8 calls of `ask` over the same cells,
 caption: image files answered as by `elastic-llama caption`, against one after the other with the
          threads that llama-cpp-python chooses: in a `Conversation`, by chat completions, and by
          chat completions without an elastic cache. Seconds, in turns; the machine must be idle,
-         and what other programs took of it meanwhile is printed.
+         and what other programs took of it meanwhile is printed. --weights Q8_0 or Q4_0: the
+         embedded model in a type for which ggml has kernels that read prompts fast.
 folder:  the command over scenes and broken files, killed once in the middle.
 
-Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [-n IMAGES]
+Usage: python benchmarks/side_by_side.py ask|caption|folder [--shaped FILE] [--weights TYPE] [-n N]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -27,11 +29,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import elastic_llama  # noqa: F401  (before llama_cpp: its libraries are ours)
+import llama_cpp
 import numpy as np
 from elastic_llama import Conversation, ElasticLlama, caption_workers
 from elastic_llama.ask import SharedImage
 from elastic_llama.caption_workers import captions_by
-from elastic_llama.embedded import embedded_mmproj
+from elastic_llama.embedded import embedded_mmproj, embedded_model
 from elastic_llama.images import to_data_uri
 from elastic_llama.memory.reader import PrefixReader
 from elastic_llama.pieces import ImagePiece, TextPiece
@@ -176,6 +180,17 @@ def caption(n: int, rounds: int, grid: int, model: dict[str, Any]) -> None:
         print(f"throughput of caption: {ratio:.2f} times that of {name}")
 
 
+def in_type(name: str, out: Path) -> Path:
+    """The embedded model with its weights in another type."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    params.allow_requantize = True
+    source = os.fsencode(embedded_model())
+    if llama_cpp.llama_model_quantize(source, os.fsencode(out), ctypes.byref(params)) != 0:
+        raise SystemExit(f"llama.cpp could not write weights as {name}")
+    return out
+
+
 def folder(n: int, n_broken: int, model: list[str]) -> None:
     """The command over scenes and broken files, killed once in the middle."""
     with tempfile.TemporaryDirectory() as temp:
@@ -212,12 +227,15 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=int, default=3, help="caption: cells per side of a scene, 2 to 4"
     )
+    parser.add_argument("--weights", choices=("Q8_0", "Q4_0"), help="caption")
     parser.add_argument("-m", "--model", help="caption, folder: another language model")
     parser.add_argument("--mmproj")
     args = parser.parse_args()
     if args.what == "caption":
-        model = {"model_path": args.model, "mmproj_path": args.mmproj or embedded_mmproj()}
-        caption(args.images, args.rounds, args.grid, model if args.model else {})
+        with tempfile.TemporaryDirectory() as temp:
+            path = in_type(args.weights, Path(temp) / "m.gguf") if args.weights else args.model
+            model = {"model_path": path, "mmproj_path": args.mmproj or embedded_mmproj()}
+            caption(args.images, args.rounds, args.grid, model if path else {})
     elif args.what == "folder":
         given = {"-m": args.model, "--mmproj": args.mmproj}
         folder(args.images, args.broken, [x for name, v in given.items() if v for x in (name, v)])

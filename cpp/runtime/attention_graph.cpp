@@ -11,6 +11,8 @@
 
 namespace elastic {
 
+static constexpr int64_t N_NODES = 16;  // around the attention of a layer: views, weights, the copy of its sums
+
 attention_graph::attention_graph(cache_parts & parts, const prompt_logits & logits) : parts(parts), logits(logits), on_device(parts.kv) {
     for (int32_t il = 0; il < parts.kv.shape.n_layer; ++il) {
         ways.push_back(find_way(parts.kv, il));
@@ -131,6 +133,17 @@ void attention_graph::add_sums(const llm_graph_context & graph, graph_sums & sum
         ggml_set_output(t);
     }
     ggml_build_forward_expand(graph.gf, t);
+}
+
+// our op takes a whole ubatch at once
+int64_t attention_graph::n_nodes(int64_t n_tokens) const {
+    int64_t res = 0;
+    for (const int32_t owner : parts.kv.shape.owners) {
+        if (owner >= 0) {
+            res += N_NODES + n_attention_nodes(ways[owner] == attention_way::own_op ? 1 : n_tokens, parts.kv.shape);
+        }
+    }
+    return res;
 }
 
 static uint32_t first_stream(const llm_graph_context & graph) {

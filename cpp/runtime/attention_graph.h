@@ -25,6 +25,9 @@ class attention_graph {
     ggml_tensor * build(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
                         ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il);
 
+    // most nodes that `build` adds to a graph of n_tokens
+    int64_t n_nodes(int64_t n_tokens) const;
+
     // adds the sums of a graph that was computed for the ubatch to the importance
     void collect(const llm_graph_result & graph, const llama_ubatch & ubatch, const llama_memory_context_i & mctx);
 

@@ -244,6 +244,16 @@ static ggml_tensor * at_once(const attention_inputs & in, attention_way way, ggm
 static constexpr int64_t N_BETWEEN = 16 * 1024 * 1024;  // numbers
 static constexpr int64_t N_LEAST   = 32;                // queries
 
+static int64_t queries_of_slice(int64_t n_kv, int64_t n_head) {
+    return std::max(N_LEAST, N_BETWEEN / (n_kv * n_head));
+}
+
+// by_streams has most of them: fewer than 48 for a slice, and fewer than 16 for each stream
+int64_t n_attention_nodes(int64_t n_tokens, const kv_shape & shape) {
+    const int64_t n_queries = queries_of_slice(shape.kv_size, shape.n_head);
+    return 48 * ((n_tokens + n_queries - 1) / n_queries) + 16 * shape.n_stream;
+}
+
 static ggml_tensor * slice(ggml_context * ctx, ggml_tensor * t, int dim, int64_t i, int64_t n) {
     int64_t ne[4] = { t->ne[0], t->ne[1], t->ne[2], t->ne[3] };
     ne[dim]       = n;
@@ -252,7 +262,7 @@ static ggml_tensor * slice(ggml_context * ctx, ggml_tensor * t, int dim, int64_t
 
 ggml_tensor * attention_of_ops(const attention_inputs & in, attention_way way, ggml_tensor * weights, ggml_tensor *& sums) {
     const int64_t n_q = in.q_perm->ne[1];
-    const int64_t n   = std::max(N_LEAST, N_BETWEEN / (in.k_perm->ne[1] * in.q_perm->ne[2]));
+    const int64_t n   = queries_of_slice(in.k_perm->ne[1], in.q_perm->ne[2]);
     if (n_q <= n || in.kq_b || in.k->ne[3] > 1 || (!weights && !in.bias)) {
         return at_once(in, way, weights, sums);
     }

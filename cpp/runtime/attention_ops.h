@@ -46,4 +46,7 @@ float soft_cap_of(const llm_graph_context & graph);
 //   sums:    f32 [n_kv, n_sums, n_head, n_stream]
 ggml_tensor * attention_of_ops(const attention_inputs & in, attention_way way, ggml_tensor * weights, ggml_tensor *& sums);
 
+// most nodes of it, for so many tokens and a full cache
+int64_t n_attention_nodes(int64_t n_tokens, const kv_shape & shape);
+
 }  // namespace elastic

@@ -33,6 +33,10 @@ ggml_tensor * elastic_cache::build_attn(const llm_graph_context & ctx_graph, ggm
     return graph.build(ctx_graph, q, k, v, kq_b, kq_mask, sinks, kq_scale, il);
 }
 
+uint32_t elastic_cache::n_graph_nodes(uint32_t n_tokens) const {
+    return (uint32_t) graph.n_nodes(n_tokens);
+}
+
 void elastic_cache::on_batch(const llama_batch & batch) {
     logits.collect();
     if (!state.active) {

@@ -24,6 +24,8 @@ class elastic_cache : public llama_elastic_i {
     ggml_tensor * build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
                              ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) override;
 
+    uint32_t n_graph_nodes(uint32_t n_tokens) const override;
+
     void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx) override;
     void on_computed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx, const llm_graph_result & graph) override;
 

@@ -22,6 +22,9 @@ struct llama_elastic_i {
     virtual ggml_tensor * build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
                                      ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) = 0;
 
+    // most nodes that the policy adds to a graph of so many tokens
+    virtual uint32_t n_graph_nodes(uint32_t n_tokens) const = 0;
+
     // the ubatch has its cells, nothing is computed yet. Neither of these may throw
     virtual void on_placed(const llama_ubatch & ubatch, const llama_memory_context_i & mctx)                                   = 0;
     // the ubatch was submitted for computation
