@@ -18,6 +18,7 @@ N_VOCAB, N_PROMPT, N_ANSWER = 384, 260, 24
 FUSED, FUSED_STREAMS = "fused op, a mask per head", "fused op, a head as a stream"
 # times stock's difference between host and device: fewer cells average less of it out
 AS_STOCK = 5
+AT_LEAST = {"f16": 1e-6, "q8_0": 1e-5}  # one number of q8_0 that is rounded the other way is more
 # Of a random model's scores many are nearly equal; q8_0 rounds more on either side.
 SAME_CHOICE = {"f16": 0.9, "q8_0": 0.5}
 # These evict, head by head, by what was summed up since: compared are tokens before that counts.
@@ -132,7 +133,7 @@ def test_answers_are_those_of_the_host(
         print(f"{policy}: {differs:.1e}" + (f", choice {same:.4f} the same" if policy else ""))
         stock = stock or differs
         assert stock > 0, "equal to the last bit: no device took part"
-        assert differs <= max(AS_STOCK * stock, 1e-6), (policy, differs, stock)
+        assert differs <= max(AS_STOCK * stock, AT_LEAST[type_kv]), (policy, differs, stock)
 
 
 def answers(model: Path, elastic: dict[str, Any] | None, type_kv: str, n_seq: int = 1) -> Any:

@@ -96,7 +96,7 @@ def test_a_last_token_alone_is_of_the_prompt(tiny_gqa: Path) -> None:
         expected = e.logits(-1)
     with Engine(tiny_gqa, elastic=ELASTIC, n_batch=64, n_ubatch=64) as e:
         e.prompt(text[:64], logits=False)
-        assert nmse(e.token(text[64], 64), expected) < 1e-9
+        assert nmse(e.token(text[64], 64), expected) < (1e-6 if N_GPU_LAYERS else 1e-9)
         assert e.session.n_cells(0) == 65
         e.token(20, 65)
         assert e.session.stats()["compressions"] == 1
@@ -545,7 +545,9 @@ def test_c_interface(tiny_gqa: Path) -> None:
         assert lib.elastic_attach(ctx, ctypes.byref(params)) == 0
         feed(e)
         assert lib.elastic_compress(ctx, 0) == lib.elastic_n_cells(ctx, 0)
-        assert lib.elastic_n_per_layer(ctx, 0) <= kept < lib.elastic_n_cells(ctx, 0)
+        assert lib.elastic_n_per_layer(ctx, 0) <= kept
+        # on a device all layers keep as many
+        assert (kept < lib.elastic_n_cells(ctx, 0)) == (N_GPU_LAYERS == 0)
     with Engine(tiny_gqa, elastic=ELASTIC) as e:
         feed(e)
         np.testing.assert_array_equal(e.forced([20, 21, 22], n), ours)

@@ -35,13 +35,13 @@ static int32_t * bucket_of(plan & p, int32_t il, int32_t ih) {
 
 neighbours find_neighbours(const layout & l, const plan & p, const row_source & rows, int32_t n_threads) {
     neighbours res((size_t) p.n_layer * p.n_head_kv * p.n_cells, -1);
-    parallel_for(p.n_layer, n_threads, [&](int32_t il) {
-        head_rows own;
-        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            own.load(rows, il, ih, p.n_cells);
-            for (const auto & of_layers : l.of_layers) {
-                find_in_run(of_layers[il], p.bucket_row(il, ih), own, res.data() + ((size_t) il * p.n_head_kv + ih) * p.n_cells);
-            }
+    parallel_for(p.n_layer * p.n_head_kv, n_threads, [&](int32_t head) {
+        const int32_t il = head / p.n_head_kv;
+        const int32_t ih = head % p.n_head_kv;
+        head_rows     own;
+        own.load(rows, il, ih, p.n_cells);
+        for (const auto & of_layers : l.of_layers) {
+            find_in_run(of_layers[il], p.bucket_row(il, ih), own, res.data() + (size_t) head * p.n_cells);
         }
     });
     return res;

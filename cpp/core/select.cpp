@@ -52,17 +52,16 @@ neighbours select_cells(const selector & s, const layout & l, const head_map & s
     p.kept.assign((size_t) p.n_layer * p.n_head_kv * p.n_keep, -1);
     neighbours nearest((size_t) p.n_layer * p.n_head_kv * (finds ? p.n_cells : 0), -1);
 
-    parallel_for(p.n_layer, n_threads, [&](int32_t il) {
-        head_rows own;
-        for (int32_t ih = 0; ih < p.n_head_kv; ++ih) {
-            const size_t head = (size_t) il * p.n_head_kv + ih;
-            if (needs_rows) {
-                own.load(*rows, il, ih, p.n_cells);
-            }
-            for (size_t r = 0; r < l.runs.size(); ++r) {
-                select_run(s, l, r, l.of_layers[r][il], score.row(il, ih), own, p.kept.data() + head * p.n_keep,
-                           finds ? nearest.data() + head * p.n_cells : nullptr);
-            }
+    parallel_for(p.n_layer * p.n_head_kv, n_threads, [&](int32_t head) {
+        const int32_t il = head / p.n_head_kv;
+        const int32_t ih = head % p.n_head_kv;
+        head_rows     own;
+        if (needs_rows) {
+            own.load(*rows, il, ih, p.n_cells);
+        }
+        for (size_t r = 0; r < l.runs.size(); ++r) {
+            select_run(s, l, r, l.of_layers[r][il], score.row(il, ih), own, p.kept.data() + (size_t) head * p.n_keep,
+                       finds ? nearest.data() + (size_t) head * p.n_cells : nullptr);
         }
     });
     return nearest;

@@ -1,5 +1,7 @@
 #include "runtime/cache_parts.h"
 
+#include "runtime/kv_layers.h"
+
 #include <algorithm>
 #include <numeric>
 
@@ -9,13 +11,22 @@ static importance_needs needs_of(const config & cfg) {
     return { cfg.has_sum(), cfg.decay() };
 }
 
-static int32_t interval_of(const policy & pol) {
-    return pol.scores_generation() ? pol.generation_interval() : 0;
+// On a device a compression waits for transfers of K and V and gives no memory back, and a token that is scored has a graph of its own,
+// which made two others slow, too: on one GPU that cost three tokens. So answers are compressed later there, and scored less often, if
+// nothing was chosen.
+static bool has_device_rules(const config & cfg, bool on_device) {
+    return on_device && cfg.pol.recompresses() && cfg.overdraft < 0 && cfg.max_cells == 0;
+}
+
+static int32_t interval_of(const config & cfg, bool on_device) {
+    const int32_t n = cfg.pol.scores_generation() ? cfg.pol.generation_interval() : 0;
+    return has_device_rules(cfg, on_device) ? 4 * n : n;
 }
 
 cache_parts::cache_parts(llama_context & ctx, const config & cfg, int32_t n_threads, int32_t n_ubatch)
     : cfg(cfg), active(cfg.record || !cfg.keeps_all()), n_threads(cfg.n_threads > 0 ? cfg.n_threads : n_threads), n_ubatch(n_ubatch),
-      kv(ctx), seqs(interval_of(cfg.pol)), scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
+      kv(ctx), on_device(!on_host(kv)), seqs(interval_of(cfg, on_device)),
+      scores(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, needs_of(cfg)),
       windows(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, cfg.n_window()), bias(kv, cfg.pol.needs_bias()),
       table(kv.shape.n_layer, kv.shape.n_head_kv, kv.shape.kv_size, kv.shape.n_stream, cfg.pol.needs_counts()),
       memory(kv, bias, cfg.release_memory && active) {}
@@ -30,6 +41,11 @@ void cache_parts::check_seq_id(llama_seq_id seq_id) const {
 int32_t cache_parts::target_cells(int64_t n_tokens) const {
     const int32_t n = std::max(cfg.min_cells, cfg.keep.cells_for(n_tokens));
     return cfg.max_cells > 0 ? std::min(n, cfg.max_cells) : n;
+}
+
+int32_t cache_parts::overdraft(int32_t allowed) const {
+    const int32_t n = cfg.n_overdraft();
+    return has_device_rules(cfg, on_device) ? std::max(n, allowed) : n;
 }
 
 int32_t average(const std::vector<int32_t> & of_layers) {

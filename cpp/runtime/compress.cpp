@@ -93,7 +93,7 @@ compressor::inputs compressor::gather(llama_seq_id seq_id) const {
 }
 
 void compressor::load(llama_seq_id seq_id, inputs & in) const {
-    in.layers = loaded_layers(parts.kv, in.strm);
+    in.layers = loaded_layers(parts.kv, in.strm, parts.n_threads);
 
     cell_importance scores = parts.scores.gather(in.strm, in.rows);
     in.state               = { scores.sum, parts.table.counts(in.strm, in.rows), parts.bias.gather(in.strm, in.rows) };

@@ -1,6 +1,7 @@
 #include "runtime/kv_layers.h"
 
 #include "ggml-backend.h"
+#include "kernels/parallel.h"
 
 #include <algorithm>
 
@@ -10,11 +11,15 @@ kv_layer layer_of(const kv_view & kv, int32_t il, uint32_t strm) {
     return { kv.k(il), kv.v(il), kv.shape, strm };
 }
 
-std::vector<kv_layer> loaded_layers(const kv_view & kv, uint32_t strm) {
+std::vector<kv_layer> loaded_layers(const kv_view & kv, uint32_t strm, int32_t n_threads) {
+    const int32_t         n_rows = kv.n_used(strm);
     std::vector<kv_layer> res;
     for (int32_t il = 0; il < kv.shape.n_layer; ++il) {
         res.push_back(layer_of(kv, il, strm));
-        res.back().load(kv.n_used(strm));
+    }
+    parallel_for(kv.shape.n_layer, n_threads, [&](int32_t il) { res[il].reserve(n_rows); });
+    for (auto & layer : res) {
+        layer.load(n_rows);
     }
     return res;
 }
@@ -42,7 +47,19 @@ kv_layer::kv_layer(ggml_tensor * t_k, ggml_tensor * t_v, const kv_shape & shape,
     : k(rows_of(t_k, shape.n_head_kv, shape.n_embd_head_k, shape.kv_size)),
       v(rows_of(t_v, shape.n_head_kv, shape.n_embd_head_v, shape.kv_size)), t_k(t_k), t_v(t_v), strm(strm) {}
 
-static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t n_rows) {
+static void reserve_rows(const ggml_tensor * t, host_copy & buf, int32_t n_rows) {
+    const size_t n = std::min((int64_t) n_rows, t->ne[1]) * t->nb[1];
+    if (!ggml_backend_buffer_is_host(t->buffer) && buf.size() != n) {
+        buf.resize(n);
+    }
+}
+
+void kv_layer::reserve(int32_t n_rows) {
+    reserve_rows(t_k, buf_k, n_rows);
+    reserve_rows(t_v, buf_v, n_rows);
+}
+
+static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, host_copy & buf, int32_t n_rows) {
     if (rows.data) {
         return;
     }
@@ -50,7 +67,7 @@ static void load_rows(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vecto
         rows.data = (uint8_t *) t->data + strm * t->nb[2];
         return;
     }
-    buf.resize(std::min((int64_t) n_rows, rows.n_rows) * t->nb[1]);
+    reserve_rows(t, buf, n_rows);
     ggml_backend_tensor_get(t, buf.data(), strm * t->nb[2], buf.size());
     rows.data = buf.data();
 }
@@ -60,8 +77,8 @@ void kv_layer::load(int32_t n_rows) {
     load_rows(t_v, strm, v, buf_v, n_rows);
 }
 
-static void store_rows(ggml_tensor * t, uint32_t strm, const std::vector<uint8_t> & buf, int32_t n_rows) {
-    if (!buf.empty()) {
+static void store_rows(ggml_tensor * t, uint32_t strm, const host_copy & buf, int32_t n_rows) {
+    if (buf.size() > 0) {
         ggml_backend_tensor_set(t, buf.data(), strm * t->nb[2], std::min(buf.size(), n_rows * t->nb[1]));
     }
 }
@@ -71,8 +88,7 @@ void kv_layer::store(int32_t n_rows) {
     store_rows(t_v, strm, buf_v, n_rows);
 }
 
-static void move(ggml_tensor * t, uint32_t strm, kv_rows & rows, std::vector<uint8_t> & buf, int32_t from,
-                 const std::vector<int32_t> & to) {
+static void move(ggml_tensor * t, uint32_t strm, kv_rows & rows, host_copy & buf, int32_t from, const std::vector<int32_t> & to) {
     if (ggml_backend_buffer_is_host(t->buffer)) {
         load_rows(t, strm, rows, buf, rows.n_rows);
         for (int32_t ih = 0; ih < rows.n_head_kv; ++ih) {

@@ -6,17 +6,39 @@
 #include "kernels/kv_rows.h"
 #include "runtime/kv_view.h"
 
+#include <memory>
 #include <vector>
 
 namespace elastic {
+
+// Rows of a device. Not a vector, which would write zeros first: of a long prompt they are gigabytes.
+class host_copy {
+  public:
+    // the system hands its pages out here, and not while a backend copies into them
+    void resize(size_t n) {
+        bytes.reset(new uint8_t[n]);
+        n_bytes = n;
+        for (size_t i = 0; i < n; i += 4096) {
+            bytes[i] = 0;
+        }
+    }
+    uint8_t *       data() { return bytes.get(); }
+    const uint8_t * data() const { return bytes.get(); }
+    size_t          size() const { return n_bytes; }
+
+  private:
+    std::unique_ptr<uint8_t[]> bytes;
+    size_t                     n_bytes = 0;
+};
 
 // K and V of one layer in host memory. Device buffers are copied in by load() and back by store().
 class kv_layer {
   public:
     kv_layer(ggml_tensor * t_k, ggml_tensor * t_v, const kv_shape & shape, uint32_t strm);
 
-    void load(int32_t n_rows);   // the first ones
-    void store(int32_t n_rows);  // of those loaded
+    void reserve(int32_t n_rows);  // host memory for so many; no backend is called
+    void load(int32_t n_rows);     // the first ones
+    void store(int32_t n_rows);    // of those loaded
 
     // row `from`, head by head, to the rows of `to`; from and to a device no more than that
     void move_heads(int32_t from, const std::vector<int32_t> & to);
@@ -25,11 +47,11 @@ class kv_layer {
     kv_rows v;
 
   private:
-    ggml_tensor *        t_k;
-    ggml_tensor *        t_v;
-    uint32_t             strm;
-    std::vector<uint8_t> buf_k;
-    std::vector<uint8_t> buf_v;
+    ggml_tensor * t_k;
+    ggml_tensor * t_v;
+    uint32_t      strm;
+    host_copy     buf_k;
+    host_copy     buf_v;
 };
 
 // keys and values of the given cells for the plan
@@ -48,7 +70,7 @@ class kv_source : public row_source {
 };
 
 kv_layer              layer_of(const kv_view & kv, int32_t il, uint32_t strm);
-std::vector<kv_layer> loaded_layers(const kv_view & kv, uint32_t strm);  // the rows in use
-bool                  on_host(const kv_view & kv);                       // all of K and V
+std::vector<kv_layer> loaded_layers(const kv_view & kv, uint32_t strm, int32_t n_threads);  // the rows in use
+bool                  on_host(const kv_view & kv);                                          // all of K and V
 
 }  // namespace elastic

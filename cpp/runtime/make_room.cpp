@@ -7,7 +7,7 @@
 namespace elastic {
 
 room_maker::room_maker(cache_parts & parts, checkpoints & kept, prompt_logits & logits)
-    : parts(parts), kept(kept), logits(logits), compress_(parts, kept), evict(parts), on_device(!on_host(parts.kv)) {}
+    : parts(parts), kept(kept), logits(logits), compress_(parts, kept), evict(parts) {}
 
 // a compression that fails leaves the cache as it was, so decoding can go on with all cells
 void room_maker::or_log(llama_seq_id seq_id, const std::function<void()> & change) const {
@@ -159,13 +159,6 @@ void room_maker::keep_by_evicting(llama_seq_id seq_id) {
     }
 }
 
-// On a device an eighth of the cells: a compression waits for transfers of K and V there, and gives no memory back.
-int32_t room_maker::overdraft(int32_t allowed) const {
-    const int32_t n      = parts.cfg.n_overdraft();
-    const bool    chosen = parts.cfg.overdraft >= 0 || parts.cfg.max_cells > 0;
-    return on_device && !chosen ? std::max(n, allowed / 8) : n;
-}
-
 // the answer goes on as long as its overdraft lasts, then all is compressed
 void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     const auto &  cfg     = parts.cfg;
@@ -173,7 +166,7 @@ void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     // the cap is one of slots in the context, the budget one of what layers hold on average
     const auto    is_over = [&] {
         const bool capped = cfg.max_cells > 0 && parts.kv.n_cells(seq_id) + 1 > cfg.max_cells;
-        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_per_layer(seq_id) + 1 > allowed + overdraft(allowed);
+        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_per_layer(seq_id) + 1 > allowed + parts.overdraft(allowed);
     };
     if (is_over()) {
         or_log(seq_id, [&] { merge_overdraft(seq_id, 1); });

@@ -43,13 +43,10 @@ class room_maker {
     prompt_logits & logits;
     compressor      compress_;
     cell_evictor    evict;
-    const bool      on_device;  // some of K and V
 
     int32_t cells_for_question(llama_seq_id seq_id, int32_t n_target) const;
     // cells that a prompt may take before it is compressed for max_cells
     int32_t room_under_cap(llama_seq_id seq_id) const;
-    // cells beyond the allowed ones that an answer may take
-    int32_t overdraft(int32_t allowed) const;
 
     void merge_overdraft(llama_seq_id seq_id, int32_t n_new);
     void keep_by_merging(llama_seq_id seq_id, int32_t n_new);
