@@ -101,6 +101,19 @@ def test_commands_do_not_grow_with_layers_and_heads(
     assert more[6] <= more[2] <= 8, more
 
 
+@pytest.mark.parametrize(("given", "interval"), [({}, 16), ({"overdraft": 32}, 4)])
+def test_tokens_that_are_scored(
+    servers: list[str], model: Path, given: dict[str, int], interval: int
+) -> None:
+    """They take two commands more. A device has fewer of them: its graphs cost more to change."""
+    ours = case("elastic")
+    ours["elastic"].update(given, budget=100.0)
+    counts = np.sum(run(model, servers[:1], [ours])[0]["commands"], axis=1)
+    scored = np.flatnonzero(counts[2:31] > counts[2:31].min())
+    assert len(scored) == 29 // interval
+    assert set(np.diff(scored)) <= {interval}
+
+
 def test_commands_of_a_compression_do_not_grow_with_cells(servers: list[str], model: Path) -> None:
     """An answer is compressed with the prompt after 32 tokens: K, V and bias of a layer at once."""
     more = {}

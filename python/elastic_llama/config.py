@@ -109,7 +109,7 @@ class ElasticConfig:
         Cells beyond the budget that an answer may take before it is compressed with all that came
         before it (policy "elastic"); under `kv_cells` they are a part of those. None: what the
         policy is made for (`elastic`: 32); without `kv_cells`, where K and V are on a device, at
-        least an eighth of the budget's cells.
+        least as many as the budget has.
     checkpoints : int
         States that are kept of the sequence so that what came later can be taken back without
         reading the prompt again: before the last prompt and after its compression. Each takes as
