@@ -135,7 +135,7 @@ from tests.support import engine
 add_rpc_server(sys.argv[2])
 engine.N_GPU_LAYERS = int(sys.argv[3])
 elastic = {"budget": 100, **eval(sys.argv[4])}
-with engine.Engine(sys.argv[1], elastic, n_ctx=1024, flash_attn=True) as e:
+with engine.Engine(sys.argv[1], elastic, n_ctx=int(sys.argv[5]), flash_attn=True) as e:
     e.prompt(engine.random_tokens(450, 128, 1))
     held = [e.token(t, 450 + i) is None or e.session.n_cells(0) for i, t in enumerate([7] * 120)]
     print(max(held))
@@ -143,13 +143,28 @@ with engine.Engine(sys.argv[1], elastic, n_ctx=1024, flash_attn=True) as e:
 
 
 @pytest.mark.parametrize(
-    ("gpu_layers", "given", "most"), [(0, {}, 132), (9, {}, 200), (9, {"overdraft": 32}, 132)]
+    ("gpu_layers", "given", "n_ctx", "most"),
+    [
+        (0, {}, 1024, 132),
+        (9, {}, 1024, 200),
+        (9, {"overdraft": 32}, 1024, 132),
+        (9, {"budget": 300}, 512, 406),
+    ],
 )
 def test_an_overdraft_on_a_device(
-    servers: list[str], model: Path, gpu_layers: int, given: dict[str, int], most: int
+    servers: list[str],
+    model: Path,
+    gpu_layers: int,
+    given: dict[str, int],
+    n_ctx: int,
+    most: int,
 ) -> None:
-    """As many cells again, if nobody chose it: a compression there waits for transfers."""
-    command = [sys.executable, "-c", OVERDRAFT, str(model), servers[0], str(gpu_layers), str(given)]
+    """As many cells again, if nobody chose it: a compression there waits for transfers.
+
+    As many stay free. Of 512 cells 406 leave 106, which is what there is beyond 300.
+    """
+    numbers = [str(gpu_layers), str(given), str(n_ctx)]
+    command = [sys.executable, "-c", OVERDRAFT, str(model), servers[0], *numbers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == most

@@ -43,9 +43,10 @@ int32_t cache_parts::target_cells(int64_t n_tokens) const {
     return cfg.max_cells > 0 ? std::min(n, cfg.max_cells) : n;
 }
 
-int32_t cache_parts::overdraft(int32_t allowed) const {
+// as many cells stay free for other sequences
+int32_t cache_parts::overdraft(llama_seq_id seq_id, int32_t allowed) const {
     const int32_t n = cfg.n_overdraft();
-    return has_device_rules(cfg, on_device) ? std::max(n, allowed) : n;
+    return has_device_rules(cfg, on_device) ? std::max(n, std::min(allowed, kv.n_free(seq_id))) : n;
 }
 
 int32_t average(const std::vector<int32_t> & of_layers) {

@@ -39,8 +39,8 @@ struct cache_parts {
     // cells that the budget allows after n_tokens tokens
     int32_t target_cells(int64_t n_tokens) const;
 
-    // cells beyond the allowed ones that an answer may take before it is compressed
-    int32_t overdraft(int32_t allowed) const;
+    // cells beyond the allowed ones that the sequence's answer may take before it is compressed
+    int32_t overdraft(llama_seq_id seq_id, int32_t allowed) const;
 
     std::vector<int32_t> cells_per_layer(llama_seq_id seq_id) const;  // [n_layer]
     int32_t              n_per_layer(llama_seq_id seq_id) const;      // the average, rounded up

@@ -166,7 +166,7 @@ void room_maker::keep_by_merging(llama_seq_id seq_id, int32_t n_new) {
     // the cap is one of slots in the context, the budget one of what layers hold on average
     const auto    is_over = [&] {
         const bool capped = cfg.max_cells > 0 && parts.kv.n_cells(seq_id) + 1 > cfg.max_cells;
-        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_per_layer(seq_id) + 1 > allowed + parts.overdraft(allowed);
+        return capped || parts.kv.n_free(seq_id) < n_new || parts.n_per_layer(seq_id) + 1 > allowed + parts.overdraft(seq_id, allowed);
     };
     if (is_over()) {
         or_log(seq_id, [&] { merge_overdraft(seq_id, 1); });
