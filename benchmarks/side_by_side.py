@@ -227,8 +227,11 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=int, default=3, help="caption: cells per side of a scene, 2 to 4"
     )
-    parser.add_argument("--weights", choices=("Q8_0", "Q4_0"), help="caption")
-    parser.add_argument("-m", "--model", help="caption, folder: another language model")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--weights", choices=("Q8_0", "Q4_0"), help="caption: the embedded model in another type"
+    )
+    other.add_argument("-m", "--model", help="caption, folder: another language model")
     parser.add_argument("--mmproj")
     args = parser.parse_args()
     if args.what == "caption":

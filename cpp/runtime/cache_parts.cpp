@@ -11,9 +11,8 @@ static importance_needs needs_of(const config & cfg) {
     return { cfg.has_sum(), cfg.decay() };
 }
 
-// On a device a compression waits for transfers of K and V and gives no memory back, and a token that is scored has a graph of its own,
-// which made two others slow, too: on one GPU that cost three tokens. So answers are compressed later there, and scored less often, if
-// nothing was chosen.
+// On a device a compression waits for transfers of K and V and gives no memory back, and a scored token has a graph of its own, which
+// costs as much as three or four tokens (CUDA). So answers are compressed later and scored less often there, if nothing was chosen.
 static bool has_device_rules(const config & cfg, bool on_device) {
     return on_device && cfg.pol.recompresses() && cfg.overdraft < 0 && cfg.max_cells == 0;
 }

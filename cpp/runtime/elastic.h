@@ -29,7 +29,8 @@ struct elastic_params {
     int32_t      n_threads;  // for plan and merge; 0: the context's batch threads
     int32_t max_cells;  // a sequence never holds more cells than these and one ubatch (or one batch, where it is larger); 0: no such cap
     int32_t overdraft;  // cells beyond the budget that an answer may take before it is compressed too (policy "elastic"); with max_cells
-                        // they are a part of those; -1: what the policy is made for (32), on a device at least as many as the budget has
+                        // they are a part of those; -1: what the policy is made for (32), on a device as many as the budget has, while as
+                        // many stay free
     int32_t n_checkpoints;  // states of a sequence that are kept so that what came later can be taken back: before its last prompt and
                             // after the prompt's compression. Each takes as much memory as the sequence did then, once that has
                             // changed; what several have in common is stored once. 0: none, and a compressed sequence can only be removed

@@ -108,8 +108,8 @@ class ElasticConfig:
     overdraft : int, optional
         Cells beyond the budget that an answer may take before it is compressed with all that came
         before it (policy "elastic"); under `kv_cells` they are a part of those. None: what the
-        policy is made for (`elastic`: 32); without `kv_cells`, where K and V are on a device, at
-        least as many as the budget has.
+        policy is made for (`elastic`: 32); without `kv_cells`, where K and V are on a device, as
+        many as the budget has, while at least as many stay free.
     checkpoints : int
         States that are kept of the sequence so that what came later can be taken back without
         reading the prompt again: before the last prompt and after its compression. Each takes as
